@@ -1,0 +1,239 @@
+"""One LoRA layer of PEFT under noise: what its merged weight is, and a forward pass with `W + eps`.
+
+The base weight is never written. While a layer is perturbed, the `forward` of its base layer is replaced by
+one that computes with a transient `W + eps`; the backward pass builds the sum again from the noise's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraLayer
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraLinearVariant,
+)
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from flatlora_diffusion.noise import LowRank, Noise, merged_row_norms, row_norms_squared
+
+_DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_CONV_INPUT_GRADIENTS = {
+    nn.Conv1d: torch.nn.grad.conv1d_input,
+    nn.Conv2d: torch.nn.grad.conv2d_input,
+    nn.Conv3d: torch.nn.grad.conv3d_input,
+}
+
+
+class _NoisyForward(torch.autograd.Function):
+    """`apply_weight(x, W + eps)`, keeping only W's reference, the row scales and the noise's key.
+
+    Under autocast the sum is formed in the weight's own dtype and then cast, as autocast does with a weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        row_std: Tensor,
+        noise: Noise,
+        apply_weight: Callable,
+        input_grad: Callable,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, row_std)
+        ctx.noise, ctx.input_grad = noise, input_grad
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        # A linear layer returns a view of a matrix product, which autograd would protect from being modified
+        # in place, as AdaLoRA does; `.data` is no view.
+        return apply_weight(x, noise.added_to(weight, row_std)).data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight, row_std = ctx.saved_tensors
+            noisy = ctx.noise.added_to(weight, row_std).to(grad.dtype)
+            with torch.autocast(grad.device.type, enabled=False):
+                grad_x = ctx.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
+        return grad_x, None, None, None, None, None
+
+
+def _version(tensor: Tensor) -> tuple:
+    """Changes whenever the tensor is written in place, replaced, cast or moved."""
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
+
+
+def _use_base_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Give DoRA the (perturbed) base layer's result where it would multiply by the base weight itself."""
+    if kwargs.get("base_result") is None:
+        kwargs = {**kwargs, "base_result": kwargs["base_layer"](*args)}
+    return args, kwargs
+
+
+class PerturbedLayer:
+    """A LoRA layer whose base weight can be perturbed for the length of a forward pass.
+
+    Args:
+        name: Qualified name, for messages.
+        layer: A LoRA, DoRA or AdaLoRA layer of PEFT on a linear layer, or LoRA or DoRA on a convolution.
+
+    Raises:
+        ValueError: The layer is of a kind whose merged weight is not known here.
+    """
+
+    def __init__(self, name: str, layer: LoraLayer) -> None:
+        self.name = name
+        self.layer = layer
+        self.base: nn.Module = layer.get_base_layer()
+        self._reject_unsupported()
+        self._weight_norms: tuple[tuple, Tensor] | None = None
+        self._row_std: tuple[tuple, Tensor] | None = None
+        self._perturbed = False
+        self._replaced_forward: Callable | None = None
+        self._dora_hooks: list[RemovableHandle] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base weight W, (m, n) or (m, in, *kernel)."""
+        return self.base.weight
+
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that the forward pass adds to the base weight just now."""
+        if self.layer.disable_adapters or self.layer.merged:
+            return []
+        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+
+    def row_norms(self) -> Tensor:
+        """Norm of each row of `W + sum_k s_k B_k A_k`, before any rescaling by DoRA: (m,), float32."""
+        active = self.active_adapters()
+        if len(active) > 1 and any(name in self.layer.lora_magnitude_vector for name in active):
+            raise ValueError(
+                f"{self.name}: DoRA together with other active adapters ({', '.join(active)}) has no single "
+                "merged weight; activate one adapter"
+            )
+        weight = self.weight.detach().flatten(1)
+        version = _version(self.weight)
+        if self._weight_norms is None or self._weight_norms[0] != version:
+            self._weight_norms = version, row_norms_squared(weight)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            adapters = [self._low_rank(name) for name in active]
+            return merged_row_norms(weight, self._weight_norms[1], adapters)
+
+    def dora_scale(self) -> Tensor | None:
+        """DoRA's factor `magnitude / ||W'_i||` on each row of the merged weight: (m,), float32; else None."""
+        for name in self.active_adapters():
+            if name in self.layer.lora_magnitude_vector:
+                return (
+                    self.layer.lora_magnitude_vector[name].weight.detach().float().flatten()
+                    / self.row_norms()
+                )
+        return None
+
+    def row_std(self, sigma: float) -> Tensor:
+        """Standard deviation of the noise on each row of the base weight: (m,), in the weight's dtype.
+
+        It is `sigma / sqrt(n) * ||W'_i||` (equation 7), kept until a weight of the layer is written: the
+        micro-batches of a step and the recomputation by gradient checkpointing share one computation.
+        """
+        state = (sigma, *self._state())
+        if self._row_std is None or self._row_std[0] != state:
+            inputs = self.weight[0].numel()
+            self._row_std = state, (self.row_norms() * (sigma / inputs**0.5)).to(self.weight.dtype)
+        return self._row_std[1]
+
+    def forget_row_std(self) -> None:
+        """Compute the row scales anew at their next use, whatever the weights' versions say."""
+        self._row_std = None
+
+    def perturb(self, sigma: float, noise: Noise) -> None:
+        """Make the base layer compute with `W + eps` until `restore` is called."""
+        row_std = self.row_std(sigma)
+
+        def forward(x: Tensor) -> Tensor:
+            return _NoisyForward.apply(x, self.weight, row_std, noise, self._apply_weight, self._input_grad)
+
+        # The attribute of the instance shadows the method; somebody else's may be there already.
+        self._replaced_forward = self.base.__dict__.get("forward")
+        self.base.forward = forward
+        self._perturbed = True
+        # DoRA with dropout multiplies by the base weight itself instead of calling the base layer.
+        for vector in self.layer.lora_magnitude_vector.values():
+            self._dora_hooks.append(vector.register_forward_pre_hook(_use_base_layer, with_kwargs=True))
+
+    def restore(self) -> None:
+        """Undo `perturb`; does nothing where there is nothing to undo."""
+        if not self._perturbed:
+            return
+        if self._replaced_forward is None:
+            del self.base.forward
+        else:
+            self.base.forward = self._replaced_forward
+        self._replaced_forward = None
+        self._perturbed = False
+        while self._dora_hooks:
+            self._dora_hooks.pop().remove()
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.base, nn.Linear):
+            return F.linear(x, weight, self.base.bias)
+        return self.base._conv_forward(x, weight, self.base.bias)
+
+    def _input_grad(self, grad: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        if isinstance(self.base, nn.Linear):
+            return grad @ weight
+        conv = self.base
+        input_gradient = _CONV_INPUT_GRADIENTS[type(conv)]
+        return input_gradient(x_shape, weight, grad, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _low_rank(self, name: str) -> LowRank:
+        a, b, scaling = self.layer.lora_A[name], self.layer.lora_B[name], self.layer.scaling[name]
+        if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
+            scaling = scaling / (self.layer.ranknum[name] + 1e-5)
+            return LowRank(scaling, (a * self.layer.lora_E[name]).float(), b.float())
+        return LowRank(scaling, a.weight.float().flatten(1), b.weight.float().flatten(1))
+
+    def _state(self) -> list[object]:
+        """All that the merged weight depends on."""
+        state: list[object] = [_version(self.weight)]
+        for name in self.active_adapters():
+            state += [name, self.layer.scaling[name]]
+            for group in (self.layer.lora_A, self.layer.lora_B, getattr(self.layer, "lora_E", {})):
+                if name in group:
+                    entry = group[name]
+                    state.append(_version(entry if isinstance(entry, Tensor) else entry.weight))
+        return state
+
+    def _reject_unsupported(self) -> None:
+        layer, base = self.layer, self.base
+        if not isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear)):
+            problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
+        elif type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            problem = f"a base layer of type {type(base).__qualname__}"
+        elif getattr(layer, "fan_in_fan_out", False):
+            problem = "fan_in_fan_out=True"
+        elif base.weight.is_meta:
+            problem = "a base weight that is offloaded (on the meta device)"
+        elif not base.weight.is_floating_point():
+            problem = f"a base weight of dtype {base.weight.dtype}"
+        elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
+            problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"
+        elif isinstance(getattr(base, "padding", 0), str):
+            problem = f"a convolution with padding={base.padding!r}"
+        else:
+            variants = [v for v in layer.lora_variant.values() if not isinstance(v, _DORA_VARIANTS)]
+            if not variants:
+                return
+            problem = f"the LoRA variant {type(variants[0]).__qualname__}"
+        raise ValueError(
+            f"{self.name}: Flat-LoRA cannot perturb {problem}; "
+            "remove this layer from the adapter's target_modules"
+        )

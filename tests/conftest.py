@@ -1,0 +1,179 @@
+"""Tiny models built from configurations: nothing is downloaded, and a forward pass takes milliseconds."""
+
+import os
+
+# Before torch is imported: results must not depend on how busy the machine is, and one test run must not
+# fight another for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def build_unet(seed: int = 0) -> UNet2DConditionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            transformer_layers_per_block=(1, 2),
+            projection_class_embeddings_input_dim=80,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+        )
+
+
+def build_text_encoders(seed: int = 0, vocab_size: int = 600) -> tuple[torch.nn.Module, torch.nn.Module]:
+    config = CLIPTextConfig(
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        vocab_size=vocab_size,
+        projection_dim=32,
+        max_position_embeddings=77,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLIPTextModel(config), CLIPTextModelWithProjection(config)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    characters = (
+        [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)] + ["-", ",", "."]
+    )
+    words = characters + [c + "</w>" for c in characters] + ["ic", "icon</w>"]
+    vocab = {word: index for index, word in enumerate(words)}
+    vocab["<|startoftext|>"] = 598
+    vocab["<|endoftext|>"] = 599
+    return CLIPTokenizer(
+        vocab=vocab, merges=[("i", "c"), ("o", "n</w>"), ("ic", "on</w>")], model_max_length=77
+    )
+
+
+def build_pipeline() -> StableDiffusionXLPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(16, 32),
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+        )
+    one, two = build_text_encoders()
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=one,
+        text_encoder_2=two,
+        tokenizer=build_tokenizer(),
+        tokenizer_2=build_tokenizer(),
+        unet=build_unet(),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+    )
+
+
+def unet_inputs(seed: int = 0, batch: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn(batch, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([10, 500, 900][:batch]),
+        "encoder_hidden_states": torch.randn(batch, 7, 64, generator=generator),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(batch, 32, generator=generator),
+            "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]] * batch),
+        },
+    }
+
+
+def add_lora(model: torch.nn.Module, targets: list[str] = UNET_TARGETS, seed: int = 1, **config) -> None:
+    """Add an adapter whose A and B are both far from zero."""
+    name = config.pop("adapter_name", "default")
+    config = {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(target_modules=targets, **config), adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if f"lora_B.{name}" in parameter_name:
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory) -> Path:
+    """A tiny SDXL pipeline in the diffusers format."""
+    path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
+    build_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def icons(tmp_path) -> Path:
+    """Four icons with transparency, two of them with captions."""
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue", "orange")):
+        icon = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
+        ImageDraw.Draw(icon).ellipse((3, 3, 15 + index, 20), fill=colour)
+        icon.save(folder / f"{colour}.png")
+    captions = [
+        {"file_name": "red.png", "text": "a red icon"},
+        {"file_name": "blue.png", "text": "a blue icon"},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(c) + "\n" for c in captions))
+    return folder
+
+
+def global_rng_state() -> list:
+    return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+
+
+@pytest.fixture
+def clean_copy(tmp_path):
+    """Copy a folder so that a test may damage it."""
+
+    def copy(folder: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return copy
