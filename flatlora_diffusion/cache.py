@@ -1,0 +1,114 @@
+"""What the UNet is shown of the training images and captions, computed once before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples at some positions of the training stream, all of it a function of (seed, position).
+
+    Attributes:
+        captions: One for each sample.
+        latents: (N, channels, height, width), drawn from the VAE's posterior.
+        noise: The same shape, unit normals.
+        timesteps: (N,), uniform over the noise levels.
+        time_ids: (N, 6), see `sdxl.diffusion_loss`.
+    """
+
+    captions: list[str]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    time_ids: Tensor
+
+
+class LatentCache:
+    """The latents of every variant of every image, and the endless stream of samples made of them.
+
+    Args:
+        samples: The training images.
+        encode: Images (1, 3, height, width) -> their latents.
+        config: Resolution, crops, flips, background, seed.
+        noise_levels: Timesteps of the noise schedule.
+        progress: Wraps the samples while they are encoded.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[data.Sample],
+        encode: Callable[[Tensor], sdxl.Latents],
+        config: TrainConfig,
+        noise_levels: int,
+        progress: Callable[[Sequence[data.Sample]], Iterable[data.Sample]] = iter,
+    ) -> None:
+        self._captions = [sample.caption for sample in samples]
+        self._seed = config.seed
+        self._noise_levels = noise_levels
+        self._variants: list[list[tuple[sdxl.Latents, Tensor]]] = []
+        target = (config.resolution, config.resolution)
+        for sample in progress(samples):
+            shown = data.variants(
+                sample,
+                resolution=config.resolution,
+                center_crop=config.center_crop,
+                random_flip=config.random_flip,
+                interpolation=config.image_interpolation_mode,
+                background=data.parse_background(config.background),
+                seed=config.seed,
+            )
+            encoded = []
+            for variant in shown:
+                latents = encode(variant.pixels[None])
+                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + target)
+                encoded.append((sdxl.Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
+            self._variants.append(encoded)
+
+    def batch(self, positions: Iterable[int]) -> Batch:
+        """The samples at these positions of the stream."""
+        captions, latents, noise, timesteps, time_ids = [], [], [], [], []
+        for position in positions:
+            index = data.sample_index(self._seed, position, len(self._captions))
+            draws = data.keyed_generator(self._seed, "draws", position)
+            variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
+            posterior, ids = self._variants[index][variant]
+            shape = posterior.mean.shape
+            captions.append(self._captions[index])
+            latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
+            noise.append(torch.randn(shape, generator=draws))
+            timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
+            time_ids.append(ids)
+        return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
+
+
+class PromptCache:
+    """Embeddings of prompts, computed once and kept on the CPU.
+
+    Args:
+        tokenizers: Of both text encoders.
+        text_encoders: On the device and in the precision in which they run.
+        prompts: All prompts that will be asked for.
+    """
+
+    def __init__(
+        self, tokenizers: Sequence[CLIPTokenizer], text_encoders: Sequence[nn.Module], prompts: Iterable[str]
+    ) -> None:
+        self._embeds = {}
+        with torch.no_grad():
+            for prompt in dict.fromkeys(prompts):
+                embeds = sdxl.encode_prompts(tokenizers, text_encoders, [prompt])
+                self._embeds[prompt] = sdxl.PromptEmbeds(embeds.tokens.cpu(), embeds.pooled.cpu())
+
+    def embed(self, prompts: Iterable[str]) -> sdxl.PromptEmbeds:
+        """The embeddings of some of the prompts, stacked."""
+        known = [self._embeds[prompt] for prompt in prompts]
+        return sdxl.PromptEmbeds(torch.cat([k.tokens for k in known]), torch.cat([k.pooled for k in known]))

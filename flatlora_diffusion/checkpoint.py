@@ -1,0 +1,210 @@
+"""Checkpoints that are complete or not there, verified before they are trusted.
+
+A checkpoint is a folder `checkpoint-STEP`, written under another name, synced to disk and then renamed. Its
+`state.json`, the last file written, holds a hash of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import WEIGHTS_NAME, read_tensors, sync_folder
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: Optimizer steps done.
+        adapter: The adapter as a safetensors file in the diffusers format.
+        optimizer: Tensors of the optimizer's state.
+        settings: All settings that decide the run's result, by name.
+        scalars: Everything else, as JSON: learning rates, gradient scale.
+    """
+
+    step: int
+    adapter: bytes
+    optimizer: dict[str, Tensor]
+    settings: dict[str, Any]
+    scalars: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A sound checkpoint on disk."""
+
+    folder: Path
+    step: int
+    settings: dict[str, Any]
+    scalars: dict[str, Any]
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Tensors of the adapter, under the names of the diffusers format."""
+        return read_tensors(self.folder / WEIGHTS_NAME)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """Tensors of the optimizer's state."""
+        return read_tensors(self.folder / OPTIMIZER_NAME)
+
+
+def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int | None) -> Path:
+    """Write `checkpoint-STEP` and then remove the oldest beyond the limit.
+
+    Raises:
+        UserError: The disk is full or not writable. What was there before is still there.
+    """
+    folder = output_dir / f"checkpoint-{checkpoint.step}"
+    unfinished = output_dir / f"{_UNFINISHED}{folder.name}"
+    try:
+        _remove(unfinished)
+        unfinished.mkdir()
+        files = {WEIGHTS_NAME: checkpoint.adapter, OPTIMIZER_NAME: save(checkpoint.optimizer)}
+        state = {
+            "step": checkpoint.step,
+            "settings": checkpoint.settings,
+            "scalars": checkpoint.scalars,
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        files[STATE_NAME] = json.dumps(state, indent=2).encode()
+        for name, content in files.items():
+            with (unfinished / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(unfinished)
+        _remove(folder)  # a damaged one of the same step
+        unfinished.rename(folder)
+        sync_folder(output_dir)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{folder}: the checkpoint cannot be written ({error.strerror}); earlier ones are untouched: "
+            "free some space and go on with --resume_from_checkpoint latest"
+        ) from error
+    if total_limit is not None:
+        for old in sorted(_steps(output_dir))[:-total_limit]:
+            _remove(output_dir / f"checkpoint-{old}")
+    return folder
+
+
+def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> Stored | None:
+    """The checkpoint to resume from: verified, and made by a run with the same settings.
+
+    A damaged checkpoint is named in the log and the newest sound one before it is taken.
+
+    Args:
+        output_dir: Where the run writes.
+        wanted: `latest`, or the name of a checkpoint.
+        settings: Those of the present run.
+
+    Returns:
+        The checkpoint, or None where `latest` finds none.
+
+    Raises:
+        UserError: The named checkpoint doesn't exist, no checkpoint is sound, or the settings differ.
+    """
+    if output_dir.is_dir():
+        for leftover in output_dir.glob(f"{_UNFINISHED}*"):
+            _remove(leftover)
+    steps = sorted(_steps(output_dir), reverse=True)
+    if wanted != "latest":
+        name = Path(wanted).name
+        match = _FOLDER.fullmatch(name)
+        if not match or int(match[1]) not in steps:
+            known = ", ".join(f"checkpoint-{step}" for step in sorted(steps)) or "none"
+            raise UserError(f"--resume_from_checkpoint {wanted}: not in {output_dir} (there: {known})")
+        steps = [step for step in steps if step <= int(match[1])]
+    for step in steps:
+        folder = output_dir / f"checkpoint-{step}"
+        problem, stored = _verify(folder)
+        if problem:
+            logger.warning("%s is damaged (%s); looking for an earlier one", folder, problem)
+            continue
+        _require_same_settings(folder, stored.settings, settings)
+        return stored
+    if steps:
+        raise UserError(f"{output_dir}: no checkpoint is sound; start again in another --output_dir")
+    return None
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as named tensors: `INDEX.NAME`, where the index counts its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo `flatten_optimizer`; the settings of the parameter groups stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _steps(output_dir: Path) -> Iterator[int]:
+    if output_dir.is_dir():
+        for entry in output_dir.iterdir():
+            match = _FOLDER.fullmatch(entry.name)
+            if match and entry.is_dir():
+                yield int(match[1])
+
+
+def _verify(folder: Path) -> tuple[str | None, Stored | None]:
+    """What is wrong with a checkpoint, or the checkpoint."""
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        for name, expected in state["sha256"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                return f"{name} has changed since it was written", None
+        return None, Stored(folder, state["step"], state["settings"], state["scalars"])
+    except OSError as error:
+        return f"{Path(error.filename or '').name} cannot be read: {error.strerror}", None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{STATE_NAME} is not what was written", None
+
+
+def _require_same_settings(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(now))  # tuples become lists, as they did when they were written
+    different = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if different:
+        shown = ", ".join(
+            f"{name} {then.get(name)!r} then and {now.get(name)!r} now" for name in different[:3]
+        )
+        raise UserError(
+            f"{folder} belongs to other settings ({shown}{', ...' if len(different) > 3 else ''}); "
+            "resume with those, or give another --output_dir"
+        )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that a kill in between never leaves half of it under its own name."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f"{_UNFINISHED}removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,152 @@
+"""Command line and configuration file -> `TrainConfig`; errors -> one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from flatlora_diffusion.config import TrainConfig, field_kind, nearest
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`s: one line, without the usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Report a bad argument."""
+        raise UserError(message.removeprefix("argument "))
+
+    def parse_all(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse; an unknown flag is named together with the nearest known one."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            raise UserError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
+        return known
+
+
+def run_command(command: Callable[[], None]) -> NoReturn:
+    """Run a command line's work: bad input prints one line and exits with code 2.
+
+    A saved interruption exits with 128 plus its signal. Anything else that goes wrong is a bug of ours and
+    keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The libraries read these when they are imported, which the command does.
+    for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(verbosity, "error")
+    for noisy in ("httpx", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunInterruptedError as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; there was nothing to save yet", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration from `--config FILE.yaml` and flags; flags override the file.
+
+    Raises:
+        UserError: An unknown flag or key, a missing or ill-typed value, an unreadable file.
+    """
+    parser = OneLineParser(
+        prog="train_dreambooth_flat.py",
+        description="DreamBooth LoRA training of SDXL with Flat-LoRA: noise on the merged weights makes "
+        "the adapter generalise better. Flags are those of diffusers' train_dreambooth_lora_sdxl.py.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
+    for field in dataclasses.fields(TrainConfig):
+        parser.add_argument(f"--{field.name}", **_argument(field))
+    given = vars(parser.parse_all(arguments))
+    config_file = given.pop("config", None)
+    values = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
+    if values.get("validation_prompt") is not None:
+        values["validation_prompt"] = tuple(values["validation_prompt"])
+    missing = [f.name for f in dataclasses.fields(TrainConfig) if _is_required(f) and f.name not in values]
+    if missing:
+        raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
+    return TrainConfig(**values)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    kind, _ = field_kind(field)
+    default = "required" if _is_required(field) else f"default: {field.default}"
+    settings: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": f"{field.metadata['help']} ({default})".replace("%", "%%"),
+    }
+    if kind is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
+    if kind is tuple:
+        return settings | {"nargs": "+", "metavar": "TEXT"}
+    return settings | {"type": kind, "metavar": _metavar(field, kind)}
+
+
+def _metavar(field: dataclasses.Field, kind: type) -> str:
+    choices = field.metadata["choices"]
+    return "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror.lower()}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold lines of the form `name: value`")
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in content:
+        if name not in fields:
+            raise UserError(f"--config {path}: unknown setting {name}{nearest(str(name), fields)}")
+    return {name: _typed(path, fields[name], value) for name, value in content.items()}
+
+
+def _typed(path: Path, field: dataclasses.Field, value: Any) -> Any:
+    """The value of a configuration file as its field's type."""
+    kind, optional = field_kind(field)
+    if value is None and optional:
+        return None
+    if kind is tuple and isinstance(value, (str, list)):
+        return [value] if isinstance(value, str) else [str(item) for item in value]
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "text or a list",
+    }
+    raise UserError(f"--config {path}: {field.name} must be {names[kind]}, not {value!r}")

@@ -1,0 +1,203 @@
+"""The settings of a training run: one validated dataclass, from which the command line is made.
+
+Names, meaning and defaults are those of the diffusers script `train_dreambooth_lora_sdxl.py`, for all that
+both have. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flatlora_diffusion.errors import UserError
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+FLAT_SCHEDULES = ("cosine", "linear", "constant")
+FLAT_NOISES = ("table", "gaussian")
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A field of the configuration with what the command line says about it."""
+    metadata = {"help": help, "choices": tuple(choices) if choices else None}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of DreamBooth LoRA training, or with `compare` a plain and a Flat-LoRA run.
+
+    Raises:
+        UserError: A value is out of range; the message names the flag.
+    """
+
+    # The base model.
+    pretrained_model_name_or_path: str = option(
+        REQUIRED, "Folder of an SDXL pipeline in the diffusers format, or its name on the Hugging Face Hub."
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "A better VAE (for half precision, say); without it the base's own runs in float32."
+    )
+    revision: str | None = option(None, "Revision of the base on the hub.")
+    variant: str | None = option(None, "Variant of the base's weight files, such as fp16.")
+
+    # The data.
+    instance_data_dir: str = option(REQUIRED, "Folder with the training images.")
+    instance_prompt: str = option(
+        REQUIRED,
+        "Prompt of every image that has no caption of its own. Captions come from metadata.jsonl (file_name, "
+        "text) or from .txt files beside the images, and may say {instance_prompt}.",
+    )
+    resolution: int = option(
+        1024, "Images are resized to this many pixels on their shorter side, and cropped."
+    )
+    center_crop: bool = option(False, "Crop in the centre, not at random.")
+    random_flip: bool = option(False, "Mirror images at random.")
+    image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)
+    background: str = option("white", "Colour under the transparent parts of images: a name or #rrggbb.")
+
+    # The adapter.
+    rank: int = option(4, "Rank of the LoRA.")
+    lora_alpha: float | None = option(
+        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank."
+    )
+    train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
+
+    # Flat-LoRA.
+    flat_sigma: float = option(
+        0.1,
+        "Strength of Flat-LoRA's noise on the merged weights, relative to each filter; 0 is plain LoRA.",
+    )
+    flat_schedule: str = option("cosine", "How the noise grows over the run.", FLAT_SCHEDULES)
+    flat_noise: str = option("table", "Source of the noise: a table of normals, or fresh ones.", FLAT_NOISES)
+    compare: bool = option(
+        False,
+        "Train plain LoRA and then Flat-LoRA from the same initial adapter, data order, timesteps and noise, "
+        "into lora/ and flat_lora/ under the output folder, and draw both beside the base.",
+    )
+
+    # The optimisation.
+    train_batch_size: int = option(4, "Images a step, on each device.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.")
+    num_train_epochs: int = option(1, "Passes over the images; max_train_steps overrides it.")
+    max_train_steps: int | None = option(None, "Optimizer steps in all.")
+    learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.")
+    text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.")
+    scale_lr: bool = option(
+        False, "Multiply the learning rates by devices, accumulation steps and batch size."
+    )
+    lr_scheduler: str = option("constant", "Schedule of the learning rate.", LR_SCHEDULERS)
+    lr_warmup_steps: int = option(500, "Warm-up steps, for the schedules that have a warm-up.")
+    lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.")
+    lr_power: float = option(1.0, "Power of the polynomial schedule.")
+    adam_beta1: float = option(0.9, "First beta of AdamW.")
+    adam_beta2: float = option(0.999, "Second beta of AdamW.")
+    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.")
+    adam_weight_decay_text_encoder: float = option(1e-3, "Weight decay of the text encoders' LoRA.")
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass to save memory."
+    )
+    mixed_precision: str | None = option(
+        None, "Precision of the frozen base; LoRA parameters are always float32.", ("no", "fp16", "bf16")
+    )
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs.")
+    seed: int = option(0, "Decides everything random: runs can always be repeated.")
+
+    # Output, checkpoints, tracking.
+    output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
+    checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = option(
+        None, '"latest", or the name of a checkpoint in the output folder (checkpoint-500).'
+    )
+    logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
+    report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
+
+    # Validation.
+    validation_prompt: tuple[str, ...] | None = option(
+        None, "One or more prompts to draw during and after training."
+    )
+    num_validation_images: int = option(
+        4, "Pictures of each validation prompt, with seeds counted from --seed."
+    )
+    validation_epochs: int = option(50, "Draw the validation prompts every so many epochs.")
+    validation_inference_steps: int = option(50, "Denoising steps of a validation picture.")
+    validation_guidance_scale: float = option(5.0, "Classifier-free guidance of a validation picture.")
+
+    def __post_init__(self) -> None:
+        """Check every value by itself, and those that depend on each other."""
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise UserError(f"--{field.name} {value}: not one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{field.name} {value}: must be a finite number")
+        for name in (
+            *(
+                "rank",
+                "train_batch_size",
+                "gradient_accumulation_steps",
+                "num_train_epochs",
+                "checkpointing_steps",
+            ),
+            *("num_validation_images", "validation_epochs", "validation_inference_steps", "resolution"),
+            *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
+        ):
+            self._require(name, "must be greater than 0", lambda value: value > 0)
+        for name in (
+            *(
+                "flat_sigma",
+                "learning_rate",
+                "text_encoder_lr",
+                "lr_warmup_steps",
+                "adam_weight_decay",
+                "seed",
+            ),
+            *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
+        ):
+            self._require(name, "must be 0 or more", lambda value: value >= 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
+        self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
+        if self.compare and self.flat_sigma == 0:
+            raise UserError(
+                "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
+            )
+
+    def _require(self, name: str, rule: str, holds: typing.Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name} {value}: {rule}")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha: the rank where none is given."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+def field_kind(field: dataclasses.Field) -> tuple[type, bool]:
+    """Type of a field without its `| None`, `tuple` for several strings, and whether None is allowed."""
+    hint = typing.get_type_hints(TrainConfig)[field.name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return typing.get_origin(hint) or hint, optional
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` where a known name is near, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

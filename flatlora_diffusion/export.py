@@ -1,0 +1,121 @@
+"""Adapters as files: the diffusers format with its metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.sdxl import ADAPTER
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+FLAT_METADATA_KEY = "flat_lora"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that whatever happens it is either the old one or the new one, complete and on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The adapters of `unet`, `text_encoder`, `text_encoder_2` under the names of the diffusers format."""
+    tensors = {}
+    for part, model in models.items():
+        for key, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
+            # Newer transformers dropped this level from CLIPTextModel; every reader knows the longer name.
+            if part != "unet" and not key.startswith("text_model."):
+                key = f"text_model.{key}"
+            tensors[f"{part}.{key}"] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def load_adapter_tensors(models: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Put what `adapter_tensors` gave back into models with the same adapters, bit for bit.
+
+    Raises:
+        UserError: The tensors aren't exactly those of the adapters.
+    """
+    expected = {name: tensor.shape for name, tensor in adapter_tensors(models).items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError("the adapter has other layers or another rank than this run's")
+    for part, model in models.items():
+        own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        if part == "unet":
+            own = convert_unet_state_dict_to_peft(own)
+        else:
+            own = convert_state_dict_to_peft(own)
+            if not hasattr(model, "text_model"):
+                own = {key.removeprefix("text_model."): tensor for key, tensor in own.items()}
+        unknown = set_peft_model_state_dict(model, own, adapter_name=ADAPTER).unexpected_keys
+        assert not unknown, f"PEFT passed over {unknown}"
+
+
+def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
+    """The adapters as one safetensors file, with what diffusers needs to load them and facts of the run."""
+    lora_metadata = {}
+    for part, model in models.items():
+        for key, value in model.peft_config[ADAPTER].to_dict().items():
+            lora_metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value
+    metadata = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(lora_metadata, indent=2, sort_keys=True),
+        FLAT_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True),
+    }
+    return save(adapter_tensors(models), metadata=metadata)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts about the run that an adapter file carries; empty for other people's files.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get(FLAT_METADATA_KEY, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: not a sound safetensors file ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a sound safetensors file ({error})") from error

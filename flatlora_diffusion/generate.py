@@ -1,0 +1,244 @@
+"""Pictures of a base and its adapters for the same prompts, seeds and initial noise."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from flatlora_diffusion.cli import OneLineParser, run_command
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
+from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.sdxl import check_base, load_vae
+
+MANIFEST = "manifest.json"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn.
+
+    Attributes:
+        resolution: Height and width in pixels.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        negative_prompt: What guidance steers away from.
+    """
+
+    resolution: int
+    steps: int = 50
+    guidance: float = 5.0
+    negative_prompt: str | None = None
+
+
+def load_pipeline(
+    base: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> StableDiffusionXLPipeline:
+    """An SDXL pipeline from a folder or the hub, safetensors only, without progress bars.
+
+    Raises:
+        UserError: It is missing, damaged or not SDXL.
+    """
+    check_base(base)
+    parts = {} if vae is None else {"vae": load_vae(vae).to(dtype)}
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            base,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+            add_watermarker=False,
+            **parts,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{base}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> None:
+    """Load an adapter under a name, from its file or the folder that holds it.
+
+    Raises:
+        UserError: The file is missing, damaged, or doesn't fit the base.
+    """
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    read_facts(file)  # a missing or damaged file is named
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+            pipeline.load_lora_weights(
+                str(file.parent),
+                weight_name=file.name,
+                adapter_name=name,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
+
+
+def draw(pipeline: StableDiffusionXLPipeline, seed: int, drawing: Drawing, **prompt: Any) -> Image.Image:
+    """One picture. Its initial noise depends on the seed and the size alone, on every device and method.
+
+    Args:
+        pipeline: With the wanted adapter active.
+        seed: Of the private generator of the initial noise.
+        drawing: Size, steps and guidance.
+        prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
+    """
+    return pipeline(
+        height=drawing.resolution,
+        width=drawing.resolution,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        generator=torch.Generator().manual_seed(seed),
+        **prompt,
+    ).images[0]
+
+
+def compare(
+    pipeline: StableDiffusionXLPipeline,
+    adapters: dict[str, Path],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    drawing: Drawing,
+    folder: Path,
+    *,
+    title: str | None = None,
+    strip: Sequence[Path] = (),
+    footer: str | None = None,
+) -> Image.Image:
+    """Draw every prompt and seed with the base and with each adapter, and put them on one sheet.
+
+    The single pictures and a manifest, from which `python -m flatlora_diffusion.grid` draws the sheet again,
+    are left in `folder`.
+
+    Args:
+        pipeline: A base without adapters.
+        adapters: Label of the column -> the adapter's file or folder.
+        prompts: One row for each prompt and seed.
+        seeds: Shared by all columns: the initial noise is the same along a row.
+        drawing: Size, steps and guidance.
+        folder: Made where it doesn't exist.
+        title: Heading of the sheet.
+        strip: Images shown above: the training icons.
+        footer: Small print of the sheet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+    columns = {"base": None, **adapters}
+    files: list[list[str]] = [[] for _ in rows]
+    with tqdm(total=len(rows) * len(columns), desc="drawing", unit="picture") as progress:
+        for label, path in columns.items():
+            if path is not None:
+                key = _slug(label)
+                load_adapter(pipeline, key, path)
+                pipeline.set_adapters(key)
+            for row, (prompt, seed) in enumerate(rows):
+                picture = draw(
+                    pipeline, seed, drawing, prompt=prompt, negative_prompt=drawing.negative_prompt
+                )
+                files[row].append(f"{row:03d}-{_slug(label)}.png")
+                picture.save(folder / files[row][-1])
+                progress.update()
+    manifest = {
+        "columns": list(columns),
+        "rows": [
+            {"label": f"{prompt}\nseed {seed}", "images": images}
+            for (prompt, seed), images in zip(rows, files, strict=True)
+        ],
+        "title": title,
+        "footer": footer,
+        "strip": [os.path.relpath(path, folder) for path in strip],
+        "strip_label": "training images" if strip else None,
+    }
+    manifest = {name: value for name, value in manifest.items() if value}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    return Sheet.load(folder / MANIFEST).draw()
+
+
+def release() -> None:
+    """Give freed memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def default_device() -> str:
+    """The accelerator at hand, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+
+
+def _adapter(argument: str) -> tuple[str, Path]:
+    name, separator, path = argument.partition("=")
+    if not separator or not name or not path:
+        raise argparse.ArgumentTypeError(f"{argument}: must be NAME=PATH")
+    return name, Path(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: pictures of a base and its adapters, and their contact sheet."""
+    parser = OneLineParser(
+        prog="python -m flatlora_diffusion.generate",
+        description="Draw prompts with an SDXL base and with adapters, from the same initial noise.",
+    )
+    parser.add_argument("--base", required=True, help="Folder or hub name of the SDXL pipeline.")
+    parser.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="An adapter to compare, a file or the folder of a run; may be given several times.",
+    )
+    parser.add_argument("--prompt", nargs="+", required=True, help="One or more prompts: rows of the sheet.")
+    parser.add_argument("--negative_prompt", help="What guidance steers away from.")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="One or more seeds for each prompt.")
+    parser.add_argument("--resolution", type=int, default=1024, help="Height and width (default: 1024).")
+    parser.add_argument("--steps", type=int, default=50, help="Denoising steps (default: 50).")
+    parser.add_argument("--guidance", type=float, default=5.0, help="Classifier-free guidance (default: 5).")
+    parser.add_argument("--device", default=default_device(), help="Such as cuda or cpu.")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures and sheet.png.")
+    given = parser.parse_all(arguments)
+    disable_progress_bar()
+    pipeline = load_pipeline(given.base, device=given.device, dtype=DTYPES[given.dtype])
+    drawing = Drawing(given.resolution, given.steps, given.guidance, given.negative_prompt)
+    sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
+    sheet.save(given.output / "sheet.png")
+    print(given.output / "sheet.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether a signal has asked to stop, and which.
+
+    Attributes:
+        signal_number: The signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; a second one interrupts at once."""
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Within the block, SIGINT and SIGTERM are noted instead of obeyed at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may handle signals
+        return
+    previous = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
