@@ -53,7 +53,8 @@ def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The adapters of `unet`, `text_encoder`, `text_encoder_2` under the names of the diffusers format."""
     tensors = {}
     for part, model in models.items():
-        for key, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items():
+        own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        for key, tensor in convert_state_dict_to_diffusers(own).items():
             # Newer transformers dropped this level from CLIPTextModel; every reader knows the longer name.
             if part != "unet" and not key.startswith("text_model."):
                 key = f"text_model.{key}"
@@ -93,7 +94,17 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
         LORA_ADAPTER_METADATA_KEY: json.dumps(lora_metadata, indent=2, sort_keys=True),
         FLAT_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True),
     }
-    return save(adapter_tensors(models), metadata=metadata)
+    return _with_sorted_metadata(save(adapter_tensors(models), metadata=metadata))
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library writes them in a random one."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class Run:
                 accelerator.log({"loss": loss, "sigma": sigma, "lr": lr}, step=done)
                 if done % config.checkpointing_steps == 0:
                     self._save_checkpoint(done)
-                if stopping and done < self.total_steps:
+                if stopping:
                     self._interrupt(done, stop)
                 epoch, rest = divmod(done, self.steps_an_epoch)
                 if config.validation_prompt and rest == 0 and (epoch - 1) % config.validation_epochs == 0:
@@ -305,11 +305,12 @@ class Run:
 
     def _interrupt(self, step: int, stop: StopRequest) -> None:
         self._save_checkpoint(step)
-        command = [word for word in sys.argv if "resume_from_checkpoint" not in word and word != "latest"]
+        resume = ["--resume_from_checkpoint", "latest"]
+        command = shlex.join(sys.argv if sys.argv[-2:] == resume else [*sys.argv, *resume])
         raise RunInterruptedError(
             f"stopped after step {step} of {self.total_steps}, saved {self.output}/checkpoint-{step}; "
             "go on with\n"
-            f"  python {shlex.join(command)} --resume_from_checkpoint latest",
+            f"  python {command}",
             stop.signal_number or signal.SIGINT,  # another process may have got the signal
         )
 

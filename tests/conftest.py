@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -73,7 +74,7 @@ def build_tokenizer() -> CLIPTokenizer:
     characters = (
         [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)] + ["-", ",", "."]
     )
-    words = characters + [c + "</w>" for c in characters] + ["ic", "icon</w>"]
+    words = characters + [c + "</w>" for c in characters] + ["ic", "on</w>", "icon</w>"]
     vocab = {word: index for index, word in enumerate(words)}
     vocab["<|startoftext|>"] = 598
     vocab["<|endoftext|>"] = 599
@@ -146,6 +147,12 @@ def base_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
     build_pipeline().save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Let every test choose its precision: accelerate keeps the first one for the life of the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -1,0 +1,287 @@
+"""The trainer against a reference written out by hand, and what it leaves on disk."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.cache import LatentCache
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.perturb import FlatLoRA
+from flatlora_diffusion.run import Run
+from flatlora_diffusion.train import train
+from tests.conftest import global_rng_state
+
+
+@pytest.fixture
+def config(base_path, icons, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(icons),
+        instance_prompt="a icon",
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        train_batch_size=2,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        report_to="none",
+        seed=3,
+    )
+
+
+def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor]:
+    """The same run without accelerate, caches of prompts, or hooks: noise is added to the real weights."""
+    base = sdxl.load_base(str(base_path))
+    samples = data.find_samples(data.Path(config.instance_data_dir), config.instance_prompt)
+    cache = LatentCache(samples, lambda pixels: sdxl.encode_images(base.vae, pixels), config, 1000)
+    sdxl.add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    flat = FlatLoRA(base.unet, sigma=config.flat_sigma, total_steps=config.max_train_steps, seed=config.seed)
+    base.unet.train()
+    parameters = [p for p in base.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    scheduler = DDPMScheduler.from_pretrained(base_path, subfolder="scheduler")
+    for step in range(config.max_train_steps):
+        batch = cache.batch(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
+        embeds = sdxl.encode_prompts(base.tokenizers, base.text_encoders, batch.captions)
+        weights = {name: layer.get_base_layer().weight for name, layer in flat.layers.items()}
+        originals = {name: weight.detach().clone() for name, weight in weights.items()}
+        epsilons = {name: flat.epsilon(name) for name in weights}
+        with flat.paused():
+            for name, weight in weights.items():
+                weight.data += epsilons[name]
+            noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+            predicted = base.unet(
+                noisy,
+                batch.timesteps,
+                embeds.tokens,
+                added_cond_kwargs={"text_embeds": embeds.pooled, "time_ids": batch.time_ids},
+            ).sample
+            loss = (predicted - batch.noise).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for name, weight in weights.items():
+                weight.data.copy_(originals[name])
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        flat.step()
+    return {name: p.detach() for name, p in base.unet.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_the_trained_adapter_is_that_of_a_plain_reference_loop(config, base_path, sigma):
+    config = dataclasses.replace(config, flat_sigma=sigma)
+    trained = run(config)
+    reference = reference_training(config, base_path)
+    assert len(trained) == len(reference)
+    for name, tensor in reference.items():
+        saved = f"unet.{name}".replace("lora_A.default", "lora.down").replace("lora_B.default", "lora.up")
+        # Adam divides by the gradient's size, so rounding shows more than in a single forward pass.
+        error = (trained[saved] - tensor).norm() / tensor.norm()
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_sigma_zero_differs_from_flat_lora_and_reruns_are_equal(config, tmp_path):
+    flat = run(config, flat_sigma=0.5)
+    again = run(config, flat_sigma=0.5, output_dir=str(tmp_path / "again"))
+    plain = run(config, flat_sigma=0.0, output_dir=str(tmp_path / "plain"))
+    assert_equal(flat, again)
+    assert any(not torch.equal(flat[name], plain[name]) for name in flat)
+
+
+def test_accumulation_splits_a_batch_without_changing_it(config, tmp_path):
+    whole = run(config, train_batch_size=4)
+    parts = run(config, train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(tmp_path / "parts"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+    plain = run(config, train_text_encoder=True)
+    checkpointed = run(
+        config, train_text_encoder=True, gradient_checkpointing=True, output_dir=str(tmp_path / "other")
+    )
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-4, atol=1e-6)
+
+
+def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, monkeypatch):
+    seen = {}
+    original = Run._loss
+
+    def spy(self, micro_step):
+        arm = seen.setdefault(self.config.flat_sigma, {"start": None, "batches": []})
+        if arm["start"] is None:
+            parameters = self.base.unet.named_parameters()
+            arm["start"] = {name: p.detach().clone() for name, p in parameters if p.requires_grad}
+        first = micro_step * self.global_batch
+        arm["batches"].append(self.latents.batch(range(first, first + self.config.train_batch_size)))
+        return original(self, micro_step)
+
+    monkeypatch.setattr(Run, "_loss", spy)
+    train(
+        dataclasses.replace(
+            config,
+            compare=True,
+            flat_sigma=0.4,
+            validation_prompt=("a red icon", "a blue icon"),
+            num_validation_images=1,
+            validation_inference_steps=2,
+            validation_epochs=100,
+        )
+    )
+    plain, flat = seen[0.0], seen[0.4]
+    assert_equal(plain["start"], flat["start"])
+    for one, other in zip(plain["batches"], flat["batches"], strict=True):
+        assert one.captions == other.captions
+        for field in ("latents", "noise", "timesteps", "time_ids"):
+            assert torch.equal(getattr(one, field), getattr(other, field))
+    output = data.Path(config.output_dir)
+    assert Image.open(output / "comparison.png").size > (400, 400)
+    manifest = json.loads((output / "comparison" / "manifest.json").read_text())
+    assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
+    assert [row["label"].split("\n")[0] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
+    facts = {name: read_facts(output / name / WEIGHTS_NAME) for name in ("lora", "flat_lora")}
+    assert facts["lora"]["method"] == "LoRA" and facts["lora"]["flat_sigma"] == 0
+    assert facts["flat_lora"]["method"] == "Flat-LoRA" and facts["flat_lora"]["flat_sigma"] == 0.4
+    assert_same_pictures_as_by_hand(config, output)
+
+
+def assert_same_pictures_as_by_hand(config, output):
+    """The columns are what any user gets who loads the files into a pipeline of diffusers."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        config.pretrained_model_name_or_path, use_safetensors=True, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for column in ("base", "lora", "flat_lora"):
+        if column != "base":
+            pipeline.load_lora_weights(output / column, weight_name=WEIGHTS_NAME)
+        by_hand = pipeline(
+            "a blue icon",
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(config.seed),
+        ).images[0]
+        pipeline.unload_lora_weights()
+        assert by_hand.tobytes() == Image.open(output / "comparison" / f"001-{column}.png").tobytes()
+
+
+@pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
+def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path, text_encoders, monkeypatch):
+    kept = {}
+    original = Run._finish
+
+    def keep(self):
+        original(self)
+        self.flat.remove()
+        self.base.unet.eval()
+        kept["unet"] = self.base.unet
+        kept["encoders"] = [m.eval() for name, m in self.trained.items() if name != "unet"]
+
+    monkeypatch.setattr(Run, "_finish", keep)
+    run(
+        config,
+        train_text_encoder=text_encoders,
+        text_encoder_lr=1e-2,
+        learning_rate=1e-2,
+        lora_alpha=10.0,
+        train_batch_size=1,
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    plain = sdxl.encode_prompts(tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), ["a icon"])
+    pipeline.load_lora_weights(config.output_dir)
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    loaded = sdxl.encode_prompts(tokenizers, encoders, ["a icon"])
+    if text_encoders:
+        trained = sdxl.encode_prompts(tokenizers, kept["encoders"], ["a icon"])
+        assert torch.equal(trained.tokens, loaded.tokens) and torch.equal(trained.pooled, loaded.pooled)
+        assert not torch.equal(plain.tokens, loaded.tokens)
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([300]), loaded.tokens)
+    conditions = {"text_embeds": loaded.pooled, "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]])}
+    with torch.no_grad():
+        expected = kept["unet"](*inputs, added_cond_kwargs=conditions).sample
+        actual = pipeline.unet(*inputs, added_cond_kwargs=conditions).sample
+    assert torch.equal(actual, expected)
+    assert pipeline.unet.peft_config["default_0"].lora_alpha == 10.0
+
+
+def test_lora_parameters_are_float32_whatever_the_base_is(config, monkeypatch):
+    dtypes = {}
+    original = Run._finish
+
+    def look(self):
+        for name, parameter in self.base.unet.named_parameters():
+            dtypes.setdefault("lora" if "lora_" in name else "base", set()).add(parameter.dtype)
+        original(self)
+
+    monkeypatch.setattr(Run, "_finish", look)
+    tensors = run(config, mixed_precision="bf16")
+    assert dtypes == {"lora": {torch.float32}, "base": {torch.bfloat16}}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_training_leaves_the_global_rng_alone(config):
+    state = global_rng_state()
+    run(config, train_text_encoder=True)
+    assert global_rng_state() == state
+
+
+def test_a_gaussian_run_and_a_table_run_differ(config, tmp_path):
+    table = run(config, flat_sigma=0.5)
+    gaussian = run(config, flat_sigma=0.5, flat_noise="gaussian", output_dir=str(tmp_path / "gaussian"))
+    assert any(not torch.equal(table[name], gaussian[name]) for name in table)
+
+
+def test_summary_and_facts_tell_the_run(config):
+    run(config, flat_sigma=0.25, checkpointing_steps=4)
+    output = data.Path(config.output_dir)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["steps"] == len(summary["losses"]) == 6
+    assert summary["settings"]["flat_sigma"] == 0.25
+    assert summary["median_seconds_a_step"] > 0 and summary["peak_memory_bytes"] > 1e7
+    facts = read_facts(output / WEIGHTS_NAME)
+    assert facts["rank"] == 4 and facts["alpha"] == 4 and facts["steps"] == 6 and facts["seed"] == 3
+    assert facts["targets"] == {"unet": ["to_k", "to_out.0", "to_q", "to_v"]}
+    assert facts["versions"]["torch"] == torch.__version__
+    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+def test_validation_pictures_are_drawn_without_noise_and_reported(config):
+    run(
+        config,
+        flat_sigma=5.0,
+        flat_schedule="constant",
+        learning_rate=0.0,
+        max_train_steps=4,
+        validation_prompt=("a red icon",),
+        num_validation_images=2,
+        validation_inference_steps=2,
+        validation_epochs=1,
+        report_to="tensorboard",
+    )
+    output = data.Path(config.output_dir)
+    strips = sorted(output.glob("validation/*.png"))
+    assert [strip.name for strip in strips] == ["step-000002.png", "step-000004.png"]
+    assert Image.open(strips[0]).size == (32, 16)
+    # With a learning rate of 0 the adapter stays what it was: only the noise could tell the steps apart.
+    assert strips[0].read_bytes() == strips[1].read_bytes()
+    assert list(output.glob("logs/**/events.out.tfevents*"))
