@@ -121,6 +121,27 @@ def draw(pipeline: StableDiffusionXLPipeline, seed: int, drawing: Drawing, **pro
     ).images[0]
 
 
+def draw_with(
+    pipeline: StableDiffusionXLPipeline, adapter: str | None, prompt: str, seed: int, drawing: Drawing
+) -> Image.Image:
+    """One picture with one of the loaded adapters, or with the base alone.
+
+    Args:
+        pipeline: Its adapters are switched; callers that share it take turns.
+        adapter: Name under which the adapter was loaded, or None.
+        prompt: What to draw.
+        seed: Decides the initial noise.
+        drawing: Size, steps, guidance and negative prompt.
+    """
+    loaded = bool(pipeline.get_list_adapters())
+    if adapter is not None:
+        pipeline.enable_lora()
+        pipeline.set_adapters(adapter)
+    elif loaded:
+        pipeline.disable_lora()
+    return draw(pipeline, seed, drawing, prompt=prompt, negative_prompt=drawing.negative_prompt)
+
+
 def compare(
     pipeline: StableDiffusionXLPipeline,
     adapters: dict[str, Path],
@@ -155,14 +176,11 @@ def compare(
     files: list[list[str]] = [[] for _ in rows]
     with tqdm(total=len(rows) * len(columns), desc="drawing", unit="picture") as progress:
         for label, path in columns.items():
+            adapter = None if path is None else _slug(label)
             if path is not None:
-                key = _slug(label)
-                load_adapter(pipeline, key, path)
-                pipeline.set_adapters(key)
+                load_adapter(pipeline, adapter, path)
             for row, (prompt, seed) in enumerate(rows):
-                picture = draw(
-                    pipeline, seed, drawing, prompt=prompt, negative_prompt=drawing.negative_prompt
-                )
+                picture = draw_with(pipeline, adapter, prompt, seed, drawing)
                 files[row].append(f"{row:03d}-{_slug(label)}.png")
                 picture.save(folder / files[row][-1])
                 progress.update()
@@ -200,7 +218,8 @@ def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
 
 
-def _adapter(argument: str) -> tuple[str, Path]:
+def parse_adapter(argument: str) -> tuple[str, Path]:
+    """NAME=PATH of a command line."""
     name, separator, path = argument.partition("=")
     if not separator or not name or not path:
         raise argparse.ArgumentTypeError(f"{argument}: must be NAME=PATH")
@@ -216,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="Folder or hub name of the SDXL pipeline.")
     parser.add_argument(
         "--adapter",
-        type=_adapter,
+        type=parse_adapter,
         action="append",
         default=[],
         metavar="NAME=PATH",

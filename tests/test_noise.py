@@ -83,7 +83,7 @@ def test_variance_of_the_noise_and_of_the_output(source, n):
     eps = torch.stack([Noise(source, hash64(n, d)).added_to(weight, std) - weight for d in range(draws)])
     per_row = eps.square().mean(dim=(0, 2)) / std.square()
     assert (per_row - 1).abs().max() < 6 * math.sqrt(2 / (draws * n)) + 0.006
-    # For inputs of unit variance the output of row i has variance ||W_i||^2, and ||W_i + eps_i||^2 with noise.
+    # For inputs of unit variance, output i has variance ||W_i||^2, and ||W_i + eps_i||^2 with noise.
     ratio = (weight + eps).square().sum(dim=2).mean(dim=0) / norms.square()
     standard_error = sigma * math.sqrt((4 + 2 * sigma**2) / (draws * n))
     assert (ratio - (1 + sigma**2)).abs().max() < 5 * standard_error + 0.002

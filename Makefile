@@ -1,0 +1,30 @@
+# make demo   set up, train LoRA and Flat-LoRA on 23 icons, draw them side by side
+# make test   set up, run all tests
+# make app    set up, open the comparison in a browser (after make demo)
+# make quality  lint and formatting
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test app quality
+
+demo: $(READY)
+	$(BIN)/python train_dreambooth_flat.py --config assets/demo.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+app: $(READY)
+	$(BIN)/python app.py
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
