@@ -577,6 +577,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.output.suffix.lower() != ".png":
             raise ValueError(f"--output {options.output} must end in .png")
+        if not options.output.parent.is_dir():
+            raise ValueError(
+                f"the folder {options.output.parent} of --output does not exist; create it first"
+            )
         _save_png(_sheet_from_arguments(options).draw(), options.output)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -6,7 +6,7 @@ one that computes with a transient `W + eps`; the backward pass builds the sum a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from flatlora_diffusion.noise import LowRank, Noise, merged_row_norms, row_norms_squared
+from flatlora_diffusion.noise import (
+    Draw,
+    NoiseSource,
+    merged_row_norms,
+    row_norms_squared,
+    with_noise,
+)
 
 _DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _CONV_INPUT_GRADIENTS = {
@@ -33,38 +39,32 @@ _CONV_INPUT_GRADIENTS = {
 
 
 class _NoisyForward(torch.autograd.Function):
-    """`apply_weight(x, W + eps)`, keeping only W's reference, the row scales and the noise's key.
+    """`apply_weight(x, W + eps)`, keeping W's reference and the draw: neither the noise nor the sum.
 
     Under autocast the sum is formed in the weight's own dtype and then cast, as autocast does with a weight.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        row_std: Tensor,
-        noise: Noise,
-        apply_weight: Callable,
-        input_grad: Callable,
+        ctx, x: Tensor, weight: Tensor, draw: Draw, apply_weight: Callable, input_grad: Callable
     ) -> Tensor:
-        ctx.save_for_backward(weight, row_std)
-        ctx.noise, ctx.input_grad = noise, input_grad
+        ctx.save_for_backward(weight)
+        ctx.draw, ctx.input_grad = draw, input_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         # A linear layer returns a view of a matrix product, which autograd would protect from being modified
         # in place, as AdaLoRA does; `.data` is no view.
-        return apply_weight(x, noise.added_to(weight, row_std)).data
+        return apply_weight(x, with_noise(weight, draw)).data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
         if ctx.needs_input_grad[0]:
-            weight, row_std = ctx.saved_tensors
-            noisy = ctx.noise.added_to(weight, row_std).to(grad.dtype)
+            (weight,) = ctx.saved_tensors
+            noisy = with_noise(weight, ctx.draw).to(grad.dtype)
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = ctx.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None
 
 
 def _version(tensor: Tensor) -> tuple:
@@ -96,7 +96,8 @@ class PerturbedLayer:
         self.base: nn.Module = layer.get_base_layer()
         self._reject_unsupported()
         self._weight_norms: tuple[tuple, Tensor] | None = None
-        self._row_std: tuple[tuple, Tensor] | None = None
+        self._row_norms: tuple[list, Tensor] | None = None
+        self._draw: tuple[tuple, Draw] | None = None
         self._perturbed = False
         self._replaced_forward: Callable | None = None
         self._dora_hooks: list[RemovableHandle] = []
@@ -112,54 +113,52 @@ class PerturbedLayer:
             return []
         return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
 
+    def row_norms_are_current(self) -> bool:
+        """Whether `row_norms` still belongs to the weights as they are."""
+        return self._row_norms is not None and self._row_norms[0] == self._state()
+
+    @property
     def row_norms(self) -> Tensor:
         """Norm of each row of `W + sum_k s_k B_k A_k`, before any rescaling by DoRA: (m,), float32."""
+        assert self._row_norms is not None, "refresh_row_norms comes first"
+        return self._row_norms[1]
+
+    def keep_row_norms(self, row_norms: Tensor) -> None:
+        """Take over what `refresh_row_norms` computed."""
+        self._row_norms = self._state(), row_norms
+        self._draw = None
+
+    def reject_mixed_dora(self) -> None:
+        """Raise ValueError where DoRA is active together with other adapters."""
         active = self.active_adapters()
         if len(active) > 1 and any(name in self.layer.lora_magnitude_vector for name in active):
             raise ValueError(
                 f"{self.name}: DoRA together with other active adapters ({', '.join(active)}) has no single "
                 "merged weight; activate one adapter"
             )
-        weight = self.weight.detach().flatten(1)
-        version = _version(self.weight)
-        if self._weight_norms is None or self._weight_norms[0] != version:
-            self._weight_norms = version, row_norms_squared(weight)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            adapters = [self._low_rank(name) for name in active]
-            return merged_row_norms(weight, self._weight_norms[1], adapters)
 
     def dora_scale(self) -> Tensor | None:
         """DoRA's factor `magnitude / ||W'_i||` on each row of the merged weight: (m,), float32; else None."""
         for name in self.active_adapters():
             if name in self.layer.lora_magnitude_vector:
-                return (
-                    self.layer.lora_magnitude_vector[name].weight.detach().float().flatten()
-                    / self.row_norms()
-                )
+                magnitude = self.layer.lora_magnitude_vector[name].weight.detach()
+                return magnitude.float().flatten() / self.row_norms
         return None
 
-    def row_std(self, sigma: float) -> Tensor:
-        """Standard deviation of the noise on each row of the base weight: (m,), in the weight's dtype.
-
-        It is `sigma / sqrt(n) * ||W'_i||` (equation 7), kept until a weight of the layer is written: the
-        micro-batches of a step and the recomputation by gradient checkpointing share one computation.
-        """
-        state = (sigma, *self._state())
-        if self._row_std is None or self._row_std[0] != state:
+    def draw(self, sigma: float, source: NoiseSource, key: int) -> Draw:
+        """The noise on the base weight, of standard deviation `sigma / sqrt(n) * ||W'_i||` (equation 7)."""
+        request = (sigma, source, key)
+        if self._draw is None or self._draw[0] != request:
             inputs = self.weight[0].numel()
-            self._row_std = state, (self.row_norms() * (sigma / inputs**0.5)).to(self.weight.dtype)
-        return self._row_std[1]
+            row_std = (self.row_norms * (sigma / inputs**0.5)).to(self.weight.dtype)
+            self._draw = request, source.draw(key, row_std, inputs)
+        return self._draw[1]
 
-    def forget_row_std(self) -> None:
-        """Compute the row scales anew at their next use, whatever the weights' versions say."""
-        self._row_std = None
-
-    def perturb(self, sigma: float, noise: Noise) -> None:
+    def perturb(self, draw: Draw) -> None:
         """Make the base layer compute with `W + eps` until `restore` is called."""
-        row_std = self.row_std(sigma)
 
         def forward(x: Tensor) -> Tensor:
-            return _NoisyForward.apply(x, self.weight, row_std, noise, self._apply_weight, self._input_grad)
+            return _NoisyForward.apply(x, self.weight, draw, self._apply_weight, self._input_grad)
 
         # The attribute of the instance shadows the method; somebody else's may be there already.
         self._replaced_forward = self.base.__dict__.get("forward")
@@ -194,12 +193,27 @@ class PerturbedLayer:
         input_gradient = _CONV_INPUT_GRADIENTS[type(conv)]
         return input_gradient(x_shape, weight, grad, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def _low_rank(self, name: str) -> LowRank:
-        a, b, scaling = self.layer.lora_A[name], self.layer.lora_B[name], self.layer.scaling[name]
-        if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
-            scaling = scaling / (self.layer.ranknum[name] + 1e-5)
-            return LowRank(scaling, (a * self.layer.lora_E[name]).float(), b.float())
-        return LowRank(scaling, a.weight.float().flatten(1), b.weight.float().flatten(1))
+    def _weight_norms_squared(self) -> Tensor:
+        version = _version(self.weight)
+        if self._weight_norms is None or self._weight_norms[0] != version:
+            self._weight_norms = version, row_norms_squared(self.weight.detach().flatten(1))
+        return self._weight_norms[1]
+
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        """A (r, n) and B (m, r) in float32 with `dW = B @ A`, over all active adapters."""
+        weight = self.weight.flatten(1)
+        none = torch.empty(0, device=weight.device)
+        factors_a, factors_b = [none.view(0, weight.shape[1])], [none.view(weight.shape[0], 0)]
+        for name in self.active_adapters():
+            a, b, scaling = self.layer.lora_A[name], self.layer.lora_B[name], self.layer.scaling[name]
+            if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
+                scaling = scaling / (self.layer.ranknum[name] + 1e-5)
+                a = a * self.layer.lora_E[name]
+            else:
+                a, b = a.weight.flatten(1), b.weight.flatten(1)
+            factors_a.append(a.float())
+            factors_b.append(b.float() * scaling)
+        return torch.cat(factors_a), torch.cat(factors_b, dim=1)
 
     def _state(self) -> list[object]:
         """All that the merged weight depends on."""
@@ -237,3 +251,28 @@ class PerturbedLayer:
             f"{self.name}: Flat-LoRA cannot perturb {problem}; "
             "remove this layer from the adapter's target_modules"
         )
+
+
+@torch.no_grad()
+def refresh_row_norms(layers: Iterable[PerturbedLayer]) -> None:
+    """Compute `row_norms` of the layers, those of one shape together: it saves hundreds of small operations.
+
+    Raises:
+        ValueError: DoRA is active together with other adapters.
+    """
+    groups: dict[tuple, list[tuple[PerturbedLayer, Tensor, Tensor]]] = {}
+    for layer in layers:
+        layer.reject_mixed_dora()
+        a, b = layer._low_rank()
+        groups.setdefault((a.shape, b.shape, a.device), []).append((layer, a, b))
+    for (_, _, device), group in groups.items():
+        members, a, b = zip(*group, strict=True)
+        with torch.autocast(device.type, enabled=False):
+            norms = merged_row_norms(
+                [layer.weight.flatten(1) for layer in members],
+                torch.stack([layer._weight_norms_squared() for layer in members]),
+                torch.stack(a),
+                torch.stack(b),
+            )
+        for layer, row_norms in zip(members, norms, strict=True):
+            layer.keep_row_norms(row_norms)

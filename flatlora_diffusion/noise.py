@@ -38,89 +38,121 @@ def hash64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """One adapter `dW = scaling * b @ a` in float32, with `a` of shape (r, n) and `b` of shape (m, r)."""
-
-    scaling: float
-    a: Tensor
-    b: Tensor
-
-
 # Weights in half precision are converted to float32 in pieces of at most this many elements (8 MiB), so that
 # the largest layer needs no larger a temporary than a small one.
 _CONVERSION_BLOCK = 1 << 21
 
 
-def _row_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Float32 pieces of `weight` (m, n) with the row at which each starts."""
+def _row_blocks(weight: Tensor) -> Iterator[Tensor]:
+    """The rows of `weight` (m, n) in float32, a few at a time."""
     if weight.dtype == torch.float32:
-        yield 0, weight
+        yield weight
         return
     rows = max(1, _CONVERSION_BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
-        yield start, weight[start : start + rows].float()
+        yield weight[start : start + rows].float()
 
 
 def row_norms_squared(weight: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of `weight` (m, n), in float32: shape (m,)."""
-    return torch.cat([block.square().sum(dim=1) for _, block in _row_blocks(weight)])
+    return torch.cat([torch.linalg.vecdot(block, block) for block in _row_blocks(weight)])
 
 
-def merged_row_norms(weight: Tensor, weight_norms_squared: Tensor, adapters: Sequence[LowRank]) -> Tensor:
-    """Norm of each row of `W' = W + sum_k s_k * B_k @ A_k` without forming `W'`: shape (m,), float32.
-
-    The sum of adapters is one product `B @ A` of the concatenated factors (scalings folded into B), so
+def merged_row_norms(weights: Sequence[Tensor], weight_norms_squared: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Norm of each row of `W' = W + B @ A` for L layers of one shape, forming no `W'`: (L, m), float32.
 
         ||W'_i||^2 = ||W_i||^2 + 2 <(W A^T)_i, B_i> + B_i (A A^T) B_i^T
 
-    needs O(m * r) memory.
+    needs O(m * r) memory a layer. Several adapters on a layer are one product of their concatenated factors,
+    and scalings are folded into B.
 
     Args:
-        weight: The base weight W (m, n) in any floating dtype.
-        weight_norms_squared: `row_norms_squared(weight)`, which callers keep: W never changes.
-        adapters: The adapters that act on W.
+        weights: The L base weights W (m, n), in any floating dtype.
+        weight_norms_squared: `row_norms_squared` of each (L, m), which callers keep: W never changes.
+        a: The L factors A (L, r, n), float32.
+        b: The L factors B (L, m, r), float32, times their scalings.
     """
-    if not adapters:
-        return weight_norms_squared.sqrt()
-    a = torch.cat([adapter.a for adapter in adapters])
-    b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
-    projection = torch.cat([block @ a.T for _, block in _row_blocks(weight)])  # W A^T, (m, r)
-    cross_and_square = (torch.addmm(projection, b, a @ a.T, beta=2) * b).sum(dim=1)
+    projections = torch.stack(
+        [
+            torch.cat([block @ factor.T for block in _row_blocks(weight)])
+            for weight, factor in zip(weights, a, strict=True)
+        ]
+    )  # W A^T, (L, m, r)
+    cross_and_square = torch.linalg.vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
     # Rounding can leave a tiny negative where the adapter cancels a row of the base weight.
     return (weight_norms_squared + cross_and_square).clamp_min_(0).sqrt_()
 
 
+class Draw(Protocol):
+    """One draw of noise for one weight: what is kept for the backward pass in place of the noise itself."""
+
+    def epsilon(self) -> Tensor:
+        """The noise `eps[i, j] = row_std[i] * z[i, j]` (equation 7): a new tensor (m, n), always the same."""
+        ...
+
+
 class NoiseSource(Protocol):
-    """Unit normals as a pure function of a key."""
+    """Noise as a pure function of a key."""
 
-    def blocks(
-        self, key: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Unit normals for an (m, n) weight, a few rows at a time.
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> Draw:
+        """Noise for a weight with rows of standard deviations `row_std` (m,) and `inputs` columns.
 
-        Yields:
-            The first row of the block, its normals (rows, n), which may be a read-only view, and values
-            (rows,) whose signs multiply the rows, or None.
+        The noise has the dtype and device of `row_std`.
         """
         ...
 
 
-class GaussianSource:
-    """Fresh normals from a private generator for every key."""
+def with_noise(weight: Tensor, draw: Draw) -> Tensor:
+    """A new tensor `W + eps`; all dimensions of the weight but the first count as inputs.
 
-    def blocks(
-        self, key: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """See `NoiseSource.blocks`."""
-        generator = torch.Generator(device=device).manual_seed(key)
-        yield 0, torch.randn(shape, generator=generator, dtype=dtype, device=device), None
+    The noise is rounded before the sum (no fused multiply-add), so that a weight to which `epsilon` has been
+    added has the same bits.
+    """
+    noisy = draw.epsilon().view_as(weight)
+    noisy += weight
+    return noisy
+
+
+@dataclass(frozen=True)
+class GaussianDraw:
+    """Normals that a private generator makes anew each time they are asked for."""
+
+    key: int
+    row_std: Tensor
+    inputs: int
+
+    def epsilon(self) -> Tensor:
+        """See `Draw.epsilon`."""
+        std = self.row_std
+        generator = torch.Generator(device=std.device).manual_seed(self.key)
+        shape = (len(std), self.inputs)
+        return torch.randn(shape, generator=generator, dtype=std.dtype, device=std.device).mul_(std[:, None])
+
+
+class GaussianSource:
+    """Fresh normals for every key."""
+
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> GaussianDraw:
+        """See `NoiseSource.draw`."""
+        return GaussianDraw(key, row_std, inputs)
+
+
+@dataclass(frozen=True)
+class TableDraw:
+    """Windows of the table, a few rows each, with the signed standard deviations of their rows (rows, 1)."""
+
+    windows: Sequence[tuple[Tensor, Tensor]]
+
+    def epsilon(self) -> Tensor:
+        """See `Draw.epsilon`."""
+        blocks = [normals * signed_std for normals, signed_std in self.windows]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 class TableSource:
     """Windows into one fixed table of unit normals, each at a hashed offset with a hashed sign per row.
 
-    A draw costs no arithmetic: a window is a view, and the signs go into the row scales. Two draws share
+    A draw needs no random numbers: a window is a view, and the signs go into the row scales. Two draws share
     values only where their windows overlap, at other positions and with other signs, so they are
     uncorrelated. Weights larger than `size / 4` elements take several windows, so that even the largest
     have many offsets to choose from.
@@ -144,54 +176,18 @@ class TableSource:
             self._tables[dtype, device] = table
         return table
 
-    def blocks(
-        self, key: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """See `NoiseSource.blocks`."""
-        table = self._table(dtype, device)
-        m, n = shape
-        rows_at_once = min(m, max(1, self._size // 4 // n))
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> TableDraw:
+        """See `NoiseSource.draw`."""
+        table = self._table(row_std.dtype, row_std.device)
+        m = len(row_std)
+        rows_at_once = min(m, max(1, self._size // 4 // inputs))
+        windows = []
         for start in range(0, m, rows_at_once):
-            rows = min(rows_at_once, m - start)
-            offset = hash64(key, start, "window") % (self._size - rows * n + 1)
-            signs = hash64(key, start, "signs") % (self._size - rows + 1)
-            yield start, table[offset : offset + rows * n].view(rows, n), table[signs : signs + rows]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """One draw of noise for one weight: a source and the key of this draw.
-
-    Small enough to keep for the backward pass in place of the noise itself.
-    """
-
-    source: NoiseSource
-    key: int
-
-    def added_to(self, weight: Tensor, row_std: Tensor) -> Tensor:
-        """A new tensor `W + eps` with `eps[i, j] = row_std[i] * z[i, j]` (equation 7), in the weight's dtype.
-
-        The product is rounded before the sum (no fused multiply-add), so that a weight to which `epsilon` has
-        been added has the same bits.
-
-        Args:
-            weight: (m, ...); all dimensions but the first count as inputs of the filter.
-            row_std: (m,), in the weight's dtype.
-        """
-        noisy = self.epsilon(weight, row_std)
-        noisy += weight
-        return noisy
-
-    def epsilon(self, weight: Tensor, row_std: Tensor) -> Tensor:
-        """The noise `eps` that `added_to` adds: a new tensor like `weight`."""
-        filters = weight.flatten(1)
-        eps = torch.empty_like(filters)
-        for start, normals, signs in self.source.blocks(
-            self.key, tuple(filters.shape), weight.dtype, weight.device
-        ):
-            stop = start + len(normals)
-            std = row_std[start:stop]
-            if signs is not None:
-                std = torch.copysign(std, signs)
-            torch.mul(normals, std[:, None], out=eps[start:stop])
-        return eps.view_as(weight)
+            std = row_std[start : start + rows_at_once]
+            count = len(std) * inputs
+            offset = hash64(key, start, "window") % (self._size - count + 1)
+            sign_offset = hash64(key, start, "signs") % (self._size - len(std) + 1)
+            signs = table[sign_offset : sign_offset + len(std)]
+            window = table[offset : offset + count].view(len(std), inputs)
+            windows.append((window, torch.copysign(std, signs)[:, None]))
+        return TableDraw(windows)

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.layers import PerturbedLayer
-from flatlora_diffusion.noise import SCHEDULES, GaussianSource, Noise, TableSource, hash64, sigma_at
+from flatlora_diffusion.layers import PerturbedLayer, refresh_row_norms
+from flatlora_diffusion.noise import SCHEDULES, Draw, GaussianSource, TableSource, hash64, sigma_at
 from flatlora_diffusion.processors import (
     Detach,
     attach_to_attention,
@@ -94,8 +94,6 @@ class FlatLoRA:
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"global_step={step!r} must be an integer >= 0")
         self._global_step = step
-        for layer in self._perturbed.values():
-            layer.forget_row_std()
 
     @property
     def sigma_t(self) -> float:
@@ -112,9 +110,10 @@ class FlatLoRA:
         With DoRA the merged weight is `magnitude * (W + s*B@A) / ||W + s*B@A||`.
         """
         layer = self._perturbed[name]
+        refresh_row_norms([layer])
         inputs = layer.weight[0].numel()
         scale = layer.dora_scale()
-        norms = layer.row_norms() if scale is None else layer.row_norms() * scale.abs()
+        norms = layer.row_norms if scale is None else layer.row_norms * scale.abs()
         return norms * (self.sigma_t / inputs**0.5)
 
     def epsilon(self, name: str) -> Tensor:
@@ -124,9 +123,8 @@ class FlatLoRA:
         count as (m, in * kernel).
         """
         layer = self._perturbed[name]
-        layer.forget_row_std()
-        weight = layer.weight.detach()
-        eps = self._noise(layer).epsilon(weight, layer.row_std(self.sigma_t)).flatten(1)
+        refresh_row_norms([layer])
+        eps = self._draw(layer, self.sigma_t).epsilon()
         scale = layer.dora_scale()
         return eps if scale is None else eps * scale[:, None].to(eps.dtype)
 
@@ -169,8 +167,10 @@ class FlatLoRA:
             return
         try:
             for layer in layers:
-                if layer.layer.training and self._is_active(layer):
-                    layer.perturb(sigma, self._noise(layer))
+                if self._is_on(layer):
+                    if not layer.row_norms_are_current():
+                        refresh_row_norms(filter(self._is_on, self._perturbed.values()))
+                    layer.perturb(self._draw(layer, sigma))
         except BaseException:
             self.off(layers)
             raise
@@ -222,12 +222,14 @@ class FlatLoRA:
             attach = attach_to_attention if is_diffusers_attention(modules[name]) else attach_to_module
             self._detach.append(attach(modules[name], layers, self))
 
-    def _is_active(self, layer: PerturbedLayer) -> bool:
+    def _is_on(self, layer: PerturbedLayer) -> bool:
+        if not layer.layer.training:
+            return False
         active = layer.active_adapters()
         return bool(active) if self._adapter_name is None else self._adapter_name in active
 
-    def _noise(self, layer: PerturbedLayer) -> Noise:
-        return Noise(self._source, hash64(self._seed, self._global_step, _rank(), layer.name))
+    def _draw(self, layer: PerturbedLayer, sigma: float) -> Draw:
+        return layer.draw(sigma, self._source, hash64(self._seed, self._global_step, _rank(), layer.name))
 
 
 def _host(name: str, modules: dict[str, nn.Module]) -> str:

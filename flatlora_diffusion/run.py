@@ -70,8 +70,8 @@ class Run:
     def train(self) -> None:
         """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
         config = self.config
-        finished = record.is_complete(self.output, self.settings, self.total_steps)
-        if finished and config.resume_from_checkpoint == "latest":
+        resuming = config.resume_from_checkpoint == "latest"
+        if resuming and record.is_complete(self.output, self.settings, self.total_steps):
             logger.info("%s is complete already", self.output)
             return
         stored = None
@@ -103,6 +103,7 @@ class Run:
         dtype = precisions.get(accelerator.mixed_precision, torch.float32)
         self.base = sdxl.load_base(
             config.pretrained_model_name_or_path,
+            dtype=dtype,
             vae=config.pretrained_vae_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
@@ -113,9 +114,7 @@ class Run:
         if config.train_text_encoder:
             self.trained |= dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
         else:
-            self._cache_prompts(dtype)
-        for model in self.trained.values():
-            model.to(dtype=dtype)
+            self._cache_prompts()
         sdxl.add_lora(self.trained, rank=config.rank, alpha=config.alpha, seed=config.seed)
         for model in self.trained.values():
             if config.gradient_checkpointing:
@@ -159,11 +158,11 @@ class Run:
         vae.to("cpu")
         release()
 
-    def _cache_prompts(self, dtype: torch.dtype) -> None:
+    def _cache_prompts(self) -> None:
         """Encode every caption and what validation needs; the text encoders are then dropped."""
         base = self.base
         for text_encoder in base.text_encoders:
-            text_encoder.to(self.accelerator.device, dtype)
+            text_encoder.to(self.accelerator.device)
         captions = [sample.caption for sample in self.samples]
         prompts = [*captions, *(self.config.validation_prompt or ()), ""]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)

@@ -128,12 +128,18 @@ def _check_kind(flag: str, kind: str) -> None:
 
 
 def load_base(
-    name: str, *, vae: str | None = None, revision: str | None = None, variant: str | None = None
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Base:
-    """Load an SDXL base in float32, from a folder or the hub, safetensors only.
+    """Load an SDXL base from a folder or the hub, safetensors only.
 
     Args:
         name: Folder or hub name of the pipeline.
+        dtype: Precision of the UNet and the text encoders; the VAE is always in float32.
         vae: Folder or hub name of a VAE to use in place of the pipeline's.
         revision: Revision on the hub.
         variant: Variant of the weight files.
@@ -151,14 +157,15 @@ def load_base(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
 
-    weights = {"variant": variant, "use_safetensors": True, "dtype": torch.float32}
+    weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
+    precise = {**weights, "dtype": torch.float32}
     base = Base(
         tokenizers=(part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")),
         text_encoders=(
             part(CLIPTextModel, "text_encoder", **weights),
             part(CLIPTextModelWithProjection, "text_encoder_2", **weights),
         ),
-        vae=load_vae(vae) if vae else part(AutoencoderKL, "vae", **weights),
+        vae=load_vae(vae) if vae else part(AutoencoderKL, "vae", **precise),
         unet=part(UNet2DConditionModel, "unet", **weights),
         noise_scheduler=part(DDPMScheduler, "scheduler"),
         sampler=part(getattr(diffusers, index["scheduler"][1]), "scheduler"),

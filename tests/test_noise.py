@@ -5,13 +5,12 @@ import torch
 
 from flatlora_diffusion.noise import (
     GaussianSource,
-    LowRank,
-    Noise,
     TableSource,
     hash64,
     merged_row_norms,
     row_norms_squared,
     sigma_at,
+    with_noise,
 )
 
 SOURCES = [GaussianSource(), TableSource(0, size=1 << 20)]
@@ -19,7 +18,7 @@ source_of_each_kind = pytest.mark.parametrize("source", SOURCES, ids=["gaussian"
 
 
 def normals(source, key, *shape, dtype=torch.float32):
-    return Noise(source, key).epsilon(torch.empty(shape, dtype=dtype), torch.ones(shape[0], dtype=dtype))
+    return source.draw(key, torch.ones(shape[0], dtype=dtype), shape[1]).epsilon()
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -40,35 +39,32 @@ def test_hash_is_fixed_across_processes():
     assert hash64(0, 1, "a") == 0xAAB316D1CB0CB8A9
 
 
-@pytest.mark.parametrize("rank", [1, 2, 16, 64])
-@pytest.mark.parametrize("scaling", [0.125, 1.0, 7.5])
-def test_row_norms_equal_those_of_the_materialised_weight(rank, scaling):
-    weight, a, b = random(96, 80), random(rank, 80, seed=1), random(96, rank, seed=2)
-    norms = merged_row_norms(weight, row_norms_squared(weight), [LowRank(scaling, a, b)])
-    expected = (weight.double() + scaling * b.double() @ a.double()).norm(dim=1)
-    torch.testing.assert_close(norms.double(), expected, rtol=2e-6, atol=0)
+def norms_of(weights, a, b):
+    norms_squared = torch.stack([row_norms_squared(weight) for weight in weights])
+    return merged_row_norms(weights, norms_squared, a, b)
 
 
-def test_row_norms_of_several_adapters():
-    weight = random(40, 30)
-    adapters = [
-        LowRank(s, random(r, 30, seed=r), random(40, r, seed=9 * r))
-        for s, r in ((0.5, 2), (3.0, 5), (1.0, 1))
-    ]
-    merged = weight.double() + sum(x.scaling * x.b.double() @ x.a.double() for x in adapters)
-    norms = merged_row_norms(weight, row_norms_squared(weight), adapters)
-    torch.testing.assert_close(norms.double(), merged.norm(dim=1), rtol=2e-6, atol=0)
+@pytest.mark.parametrize("rank", [0, 1, 2, 16, 64])
+@pytest.mark.parametrize("scale", [0.125, 1.0, 7.5])
+def test_row_norms_equal_those_of_the_materialised_weights(rank, scale):
+    weights, a, b = random(3, 96, 80), random(3, rank, 80, seed=1), scale * random(3, 96, rank, seed=2)
+    expected = (weights.double() + b.double() @ a.double()).norm(dim=2)
+    torch.testing.assert_close(norms_of(list(weights), a, b).double(), expected, rtol=2e-6, atol=0)
 
 
-def test_row_norms_of_a_bfloat16_weight_are_computed_in_float32():
-    weight, a, b = random(3000, 1500, dtype=torch.bfloat16), random(4, 1500, seed=1), random(3000, 4, seed=2)
-    norms = merged_row_norms(weight, row_norms_squared(weight), [LowRank(2.0, a, b)])
-    torch.testing.assert_close(norms, (weight.float() + 2.0 * b @ a).norm(dim=1), rtol=2e-6, atol=0)
+def test_row_norms_of_bfloat16_weights_are_computed_in_float32():
+    weight, a, b = (
+        random(3000, 1500, dtype=torch.bfloat16),
+        random(1, 4, 1500, seed=1),
+        random(1, 3000, 4, seed=2),
+    )
+    expected = (weight.float() + b[0] @ a[0]).norm(dim=1)
+    torch.testing.assert_close(norms_of([weight], a, b)[0], expected, rtol=2e-6, atol=0)
 
 
 def test_row_norms_survive_an_adapter_that_cancels_the_weight():
-    b, a = random(8, 2), random(2, 6, seed=1)
-    norms = merged_row_norms(b @ a, row_norms_squared(b @ a), [LowRank(-1.0, a, b)])
+    b, a = random(1, 8, 2), random(1, 2, 6, seed=1)
+    norms = norms_of([b[0] @ a[0]], a, -b)
     assert norms.isfinite().all() and norms.max() < 3e-3
 
 
@@ -80,7 +76,7 @@ def test_variance_of_the_noise_and_of_the_output(source, n):
     weight = random(m, n, seed=3)
     norms = weight.norm(dim=1)
     std = sigma / math.sqrt(n) * norms
-    eps = torch.stack([Noise(source, hash64(n, d)).added_to(weight, std) - weight for d in range(draws)])
+    eps = torch.stack([source.draw(hash64(n, d), std, n).epsilon() for d in range(draws)])
     per_row = eps.square().mean(dim=(0, 2)) / std.square()
     assert (per_row - 1).abs().max() < 6 * math.sqrt(2 / (draws * n)) + 0.006
     # For inputs of unit variance, output i has variance ||W_i||^2, and ||W_i + eps_i||^2 with noise.
@@ -103,7 +99,7 @@ def test_a_key_always_gives_the_same_noise_and_another_key_another(source):
 def test_a_convolution_counts_as_its_flattened_filters(source):
     weight, std = random(33, 4, 5, 5), random(33, seed=1).abs()
     expected = weight + (std[:, None] * normals(source, 7, 33, 100)).view_as(weight)
-    assert torch.equal(Noise(source, 7).added_to(weight, std), expected)
+    assert torch.equal(with_noise(weight, source.draw(7, std, 100)), expected)
 
 
 def test_table_draws_look_like_fresh_normals():
