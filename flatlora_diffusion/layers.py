@@ -39,32 +39,42 @@ _CONV_INPUT_GRADIENTS = {
 
 
 class _NoisyForward(torch.autograd.Function):
-    """`apply_weight(x, W + eps)`, keeping W's reference and the draw: neither the noise nor the sum.
+    """`apply_weight(x, W + eps, bias)`, keeping W's reference and the draw: neither the noise nor the sum.
 
     Under autocast the sum is formed in the weight's own dtype and then cast, as autocast does with a weight.
+    The weight is frozen; the bias may be trained.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, draw: Draw, apply_weight: Callable, input_grad: Callable
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        draw: Draw,
+        apply_weight: Callable,
+        input_grad: Callable,
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.draw, ctx.input_grad = draw, input_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.channel_dim = 1 if weight.dim() > 2 else -1
         # A linear layer returns a view of a matrix product, which autograd would protect from being modified
         # in place, as AdaLoRA does; `.data` is no view.
-        return apply_weight(x, with_noise(weight, draw)).data
+        return apply_weight(x, with_noise(weight, draw), bias).data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = None
+        grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             (weight,) = ctx.saved_tensors
             noisy = with_noise(weight, ctx.draw).to(grad.dtype)
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = ctx.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
-        return grad_x, None, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.movedim(ctx.channel_dim, 0).flatten(1).sum(dim=1)
+        return grad_x, None, grad_bias, None, None, None
 
 
 def _version(tensor: Tensor) -> tuple:
@@ -158,7 +168,9 @@ class PerturbedLayer:
         """Make the base layer compute with `W + eps` until `restore` is called."""
 
         def forward(x: Tensor) -> Tensor:
-            return _NoisyForward.apply(x, self.weight, draw, self._apply_weight, self._input_grad)
+            return _NoisyForward.apply(
+                x, self.weight, self.base.bias, draw, self._apply_weight, self._input_grad
+            )
 
         # The attribute of the instance shadows the method; somebody else's may be there already.
         self._replaced_forward = self.base.__dict__.get("forward")
@@ -181,10 +193,10 @@ class PerturbedLayer:
         while self._dora_hooks:
             self._dora_hooks.pop().remove()
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self.base, nn.Linear):
-            return F.linear(x, weight, self.base.bias)
-        return self.base._conv_forward(x, weight, self.base.bias)
+            return F.linear(x, weight, bias)
+        return self.base._conv_forward(x, weight, bias)
 
     def _input_grad(self, grad: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
         if isinstance(self.base, nn.Linear):
@@ -236,6 +248,8 @@ class PerturbedLayer:
             problem = "fan_in_fan_out=True"
         elif base.weight.is_meta:
             problem = "a base weight that is offloaded (on the meta device)"
+        elif base.weight.requires_grad:
+            problem = "a base weight that is trained too (requires_grad=True)"
         elif not base.weight.is_floating_point():
             problem = f"a base weight of dtype {base.weight.dtype}"
         elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":

@@ -274,6 +274,15 @@ def test_adalora():
     assert_same_outcome(actual, outcome(twin_of(unet, flat), run_unet))
 
 
+def test_trained_biases_get_their_gradients():
+    unet = tiny_unet(["to_out.0", "conv1"], bias="lora_only")
+    flat = FlatLoRA(unet, sigma=SIGMA, total_steps=10, schedule="constant")
+    actual = outcome(unet, run_unet)
+    assert any(name.endswith("to_out.0.base_layer.bias") for name in actual[1])
+    assert any(name.endswith("conv1.base_layer.bias") for name in actual[1])
+    assert_same_outcome(actual, outcome(twin_of(unet, flat), run_unet))
+
+
 def test_scales_follow_the_adapter_even_within_a_step():
     unet = tiny_unet()
     flat = FlatLoRA(unet, sigma=SIGMA, total_steps=10, schedule="constant")
@@ -512,6 +521,13 @@ def test_a_model_without_adapters_is_named_and_nothing_stays_attached():
     with pytest.raises(ValueError, match="models is empty"):
         FlatLoRA([], sigma=0.1, total_steps=10)
     assert not any(isinstance(getattr(m, "processor", None), FlatLoRAAttnProcessor) for m in unet.modules())
+
+
+def test_a_base_weight_that_is_trained_too_is_refused():
+    unet = tiny_unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.base_layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"attn1\.to_q: .* trained too \(requires_grad=True\)"):
+        FlatLoRA(unet, sigma=0.1, total_steps=10)
 
 
 @pytest.mark.parametrize("build", [tiny_unet, functools.partial(tiny_text_encoder, 0)], ids=["unet", "text"])
