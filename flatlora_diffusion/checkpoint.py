@@ -88,6 +88,8 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
             "scalars": checkpoint.scalars,
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
+        state = json.loads(json.dumps(state))  # what will be read back: lists for tuples
+        state["sha256"][STATE_NAME] = _state_hash(state)
         files[STATE_NAME] = json.dumps(state, indent=2).encode()
         for name, content in files.items():
             with (unfinished / name).open("wb") as file:
@@ -105,7 +107,8 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
             "free some space and go on with --resume_from_checkpoint latest"
         ) from error
     if total_limit is not None:
-        for old in sorted(_steps(output_dir))[:-total_limit]:
+        others = sorted(step for step in _steps(output_dir) if step != checkpoint.step)
+        for old in others[: max(0, len(others) - (total_limit - 1))]:
             _remove(output_dir / f"checkpoint-{old}")
     return folder
 
@@ -128,7 +131,11 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
     """
     if output_dir.is_dir():
         for leftover in output_dir.glob(f"{_UNFINISHED}*"):
-            _remove(leftover)
+            final = output_dir / leftover.name.removeprefix(_UNFINISHED)
+            if _FOLDER.fullmatch(final.name) and not final.exists() and _verify(leftover)[1]:
+                leftover.rename(final)  # complete: the kill came just before its last step
+            else:
+                _remove(leftover)
     steps = sorted(_steps(output_dir), reverse=True)
     if wanted != "latest":
         name = Path(wanted).name
@@ -148,6 +155,12 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
     if steps:
         raise UserError(f"{output_dir}: no checkpoint is sound; start again in another --output_dir")
     return None
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint with the highest step, not verified."""
+    step = max(_steps(output_dir), default=None)
+    return None if step is None else output_dir / f"checkpoint-{step}"
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -177,6 +190,8 @@ def _verify(folder: Path) -> tuple[str | None, Stored | None]:
     """What is wrong with a checkpoint, or the checkpoint."""
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        if state["sha256"].pop(STATE_NAME) != _state_hash(state):
+            return f"{STATE_NAME} has changed since it was written", None
         for name, expected in state["sha256"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                 return f"{name} has changed since it was written", None
@@ -185,6 +200,10 @@ def _verify(folder: Path) -> tuple[str | None, Stored | None]:
         return f"{Path(error.filename or '').name} cannot be read: {error.strerror}", None
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{STATE_NAME} is not what was written", None
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _require_same_settings(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

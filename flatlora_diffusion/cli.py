@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,11 @@ import yaml
 
 from flatlora_diffusion.config import TrainConfig, field_kind, nearest
 from flatlora_diffusion.errors import RunInterruptedError, UserError
+
+# What a disk or a name may do to a run without any mistake of ours.
+_SURROUNDINGS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,6 +58,11 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        print(f"error: {error.filename or 'writing failed'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except RunInterruptedError as stop:
         print(stop, file=sys.stderr)

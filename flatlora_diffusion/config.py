@@ -171,6 +171,10 @@ class TrainConfig:
             self._require(name, "must be 0 or more", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
+        for name in ("learning_rate", "text_encoder_lr"):
+            self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
+        last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
+        self._require("seed", f"must be at most {last}", lambda value: value <= last)
         self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
         if self.compare and self.flat_sigma == 0:
             raise UserError(

@@ -115,6 +115,8 @@ def parse_background(colour: str) -> tuple[int, int, int]:
 
 def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """The image in RGB, its transparent parts over the background."""
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = image.point(lambda value: value / 256, "L")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -156,7 +158,7 @@ def variants(
         pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
         yield Variant(pixels, original_size, (top, left))
         if random_flip:
-            yield Variant(pixels.flip(2), original_size, (top, left))
+            yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
 
 
 def sample_index(seed: int, position: int, count: int) -> int:
@@ -175,7 +177,7 @@ def _read_metadata(path: Path) -> dict[Path, str]:
     if not path.exists():
         return {}
     captions = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

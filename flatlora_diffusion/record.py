@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.sdxl import ADAPTER
 
@@ -79,7 +80,10 @@ def is_complete(output: Path, settings: dict[str, Any], total_steps: int) -> boo
     weights = output / WEIGHTS_NAME
     if not weights.is_file():
         return False
-    known = read_facts(weights)
+    try:
+        known = read_facts(weights)
+    except UserError:  # damaged: it will be written again
+        return False
     return known.get("steps") == total_steps and known.get("settings_sha256") == _digest(settings)
 
 

@@ -27,6 +27,7 @@ from flatlora_diffusion.checkpoint import (
     Stored,
     find_checkpoint,
     flatten_optimizer,
+    newest_checkpoint,
     restore_optimizer,
     write_checkpoint,
 )
@@ -76,7 +77,8 @@ class Run:
             return
         stored = None
         if config.resume_from_checkpoint:
-            stored = find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
+            with self.accelerator.main_process_first():  # it removes what a killed run left unfinished
+                stored = find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
         self._prepare()
@@ -241,9 +243,12 @@ class Run:
                     )
                     mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
                     if not math.isfinite(mean_loss):
-                        raise UserError(self._divergence(step, mean_loss))
+                        raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
                     parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                    accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    # With a gradient scaler (fp16) such a step is skipped and the scale lowered.
+                    if accelerator.scaler is None and not math.isfinite(norm):
+                        raise UserError(self._divergence(step, f"the gradient's norm became {float(norm)}"))
                 self.prepared_optimizer.step()
                 self.prepared_optimizer.zero_grad()
         return mean_loss, stopping > 0
@@ -269,11 +274,11 @@ class Run:
             batch.time_ids.to(device),
         )
 
-    def _divergence(self, step: int, loss: float) -> str:
-        newest = max(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
+    def _divergence(self, step: int, what: str) -> str:
+        newest = newest_checkpoint(self.output)
         kept = f"{newest} is sound" if newest else "no checkpoint had been written"
         return (
-            f"the loss became {loss} at step {step + 1} and nothing was updated with it ({kept}); "
+            f"{what} at step {step + 1} and nothing was updated with it ({kept}); "
             "lower --learning_rate, or use bf16 instead of fp16"
         )
 

@@ -158,6 +158,9 @@ def load_base(
         )
 
     weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
+    sampler = getattr(diffusers, str((index.get("scheduler") or [None, None])[1]), None)
+    if sampler is None:
+        raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
     precise = {**weights, "dtype": torch.float32}
     base = Base(
         tokenizers=(part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")),
@@ -168,11 +171,16 @@ def load_base(
         vae=load_vae(vae) if vae else part(AutoencoderKL, "vae", **precise),
         unet=part(UNet2DConditionModel, "unet", **weights),
         noise_scheduler=part(DDPMScheduler, "scheduler"),
-        sampler=part(getattr(diffusers, index["scheduler"][1]), "scheduler"),
+        sampler=part(sampler, "scheduler"),
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
     )
     if base.unet.config.addition_embed_type != "text_time":
         raise UserError(f"{flag}: its UNet takes no text and time embedding, so it isn't SDXL's")
+    for tokenizer, folder in zip(base.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise UserError(
+                f"{flag}: {folder}/ has no vocabulary (tokenizer.json, or vocab.json and merges.txt)"
+            )
     for model in (*base.text_encoders, base.vae, base.unet):
         model.requires_grad_(False)
     return base
@@ -191,7 +199,13 @@ def load_vae(name: str) -> AutoencoderKL:
 def _load(what: str, load: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
     """Call a loader of diffusers or transformers; its complaint becomes one line."""
     try:
-        return load(*arguments, **settings)
+        if "use_safetensors" not in settings:  # no weights: a tokenizer, a scheduler
+            return load(*arguments, **settings)
+        model, report = load(*arguments, **settings, output_loading_info=True)
+        if report["missing_keys"]:  # the libraries would go on with random values in their place
+            missing = sorted(report["missing_keys"])
+            raise UserError(f"{what}: {len(missing)} weights are missing from its files ({missing[0]}, ...)")
+        return model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{what}: cannot be loaded ({reason[:300]})") from error

@@ -68,10 +68,11 @@ def _check_writable(folder: Path) -> None:
         UserError: Names the folder and the obstacle.
     """
     existing = folder
-    while not existing.exists() and existing != existing.parent:
+    while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder")
+        kind = "a file" if existing.exists() else "a link to nowhere"
+        raise UserError(f"--output_dir {folder}: {existing} is {kind}, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: {existing} cannot be written to; give another folder")
 

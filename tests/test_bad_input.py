@@ -1,0 +1,573 @@
+"""Bad input, as a user gives it: exit code 2, one line that names the culprit, nothing written."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+import flatlora_diffusion.run
+import flatlora_diffusion.train
+from flatlora_diffusion import sdxl
+from flatlora_diffusion.checkpoint import find_checkpoint
+from flatlora_diffusion.cli import parse_train_config, run_command
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.train import train
+
+ROOT = Path(__file__).parents[1]
+UNET_WEIGHTS = "base/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def separate_runs(monkeypatch):
+    """Each run starts as in a process of its own, and leaves the settings of the process as they were."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    levels = {name: logging.getLogger(name).level for name in ("httpx", "accelerate")}
+    # The two variables above count when the libraries are imported, which here was long ago.
+    verbosities = {library: library.get_verbosity() for library in (diffusers_logging, transformers_logging)}
+    for library in verbosities:
+        library.set_verbosity_error()
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    for library, verbosity in verbosities.items():
+        library.set_verbosity(verbosity)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class World:
+    """A folder with a base, icons, and room for an output folder, all of it free to be damaged."""
+
+    def __init__(self, root, base_path, capfd):
+        self.root, self.output, self._capfd = root, root / "out", capfd
+        shutil.copytree(base_path, root / "base")
+
+    def flags(self, *changes):
+        """A complete command line; of a flag given twice the last one counts."""
+        return [
+            *("--pretrained_model_name_or_path", str(self.root / "base")),
+            *("--instance_data_dir", str(self.root / "icons")),
+            *("--instance_prompt", "an icon"),
+            *("--output_dir", str(self.output)),
+            *("--resolution", "16", "--train_batch_size", "2", "--max_train_steps", "1"),
+            *("--report_to", "none"),
+            *(str(change).replace("ROOT", str(self.root)) for change in changes),
+        ]
+
+    def run(self, *changes):
+        """Exit code and the lines on stderr of the command, run in this process."""
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: train(parse_train_config(self.flags(*changes))))
+        stderr = self._capfd.readouterr().err.replace("\r", "\n")
+        return stop.value.code, [line for line in stderr.splitlines() if line.strip()]
+
+    def run_script(self, *changes):
+        """The same in a process of its own."""
+        result = subprocess.run(
+            [sys.executable, "train_dreambooth_flat.py", *self.flags(*changes)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return result.returncode, result.stderr.replace("\r", "\n").splitlines()
+
+    def write(self, path, content):
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def cut(self, path):
+        content = (self.root / path).read_bytes()
+        self.write(path, content[: len(content) // 2])
+
+    def empty(self, folder):
+        shutil.rmtree(self.root / folder)
+        (self.root / folder).mkdir()
+
+    def edit_json(self, path, **changes):
+        content = json.loads((self.root / path).read_text()) | changes
+        self.write(path, json.dumps({key: value for key, value in content.items() if value != "remove"}))
+
+    def pickle_weights(self, folder):
+        for path in (self.root / folder).glob("*.safetensors"):
+            torch.save(load_file(path), path.with_suffix(".bin"))
+            path.unlink()
+
+    def contents(self):
+        """Every file and folder with a hash of what it holds."""
+        return {
+            str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "folder"
+            for path in sorted(self.root.rglob("*"))
+        }
+
+
+@pytest.fixture
+def world(tmp_path, icons, base_path, capfd):
+    return World(tmp_path, base_path, capfd)
+
+
+def the_error(code, lines):
+    """The one line that a failed command prints last, after its exit code was checked."""
+    assert code == 2
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert lines[-1] == errors[0]
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+def assert_refused(world, flags, fragment, run=None):
+    before = world.contents()
+    code, lines = (run or world.run)(*flags)
+    message = the_error(code, lines)
+    assert fragment in message
+    assert len(lines) == 1, "nothing else was worth saying"
+    assert world.contents() == before, "nothing was written"
+
+
+def test_these_settings_are_sound(world):
+    """The twin of every test below: without the damage the command succeeds."""
+    code, _ = world.run()
+    assert code == 0
+    assert sorted(path.name for path in world.output.iterdir()) == [WEIGHTS_NAME, "summary.json"]
+
+
+def nothing(world):
+    """The input files stay as they are."""
+
+
+# Name -> what is done to the files, flags, what the error must say.
+IMAGES = {
+    "folder missing": (nothing, ["--instance_data_dir", "ROOT/nowhere"], "nowhere: no such folder"),
+    "folder is a file": (nothing, ["--instance_data_dir", "ROOT/icons/red.png"], "red.png: not a folder"),
+    "folder is empty": (lambda w: w.empty("icons"), [], "icons: no image in it"),
+    "only junk": (
+        lambda w: (w.empty("icons"), w.write("icons/.DS_Store", b"\0"), w.write("icons/notes.txt", "hi")),
+        [],
+        "icons: no image in it",
+    ),
+    "corrupt image": (lambda w: w.write("icons/broken.png", "junk"), [], "broken.png: cannot be read"),
+    "empty image": (lambda w: w.write("icons/broken.jpg", ""), [], "broken.jpg: cannot be read"),
+    "truncated image": (lambda w: w.cut("icons/green.png"), [], "green.png: cannot be read"),
+    "image is a folder": (lambda w: (w.root / "icons/a.png").mkdir(), [], "a.png: cannot be read"),
+    "metadata names a missing image": (
+        lambda w: w.write("icons/metadata.jsonl", '{"file_name": "gone.png", "text": "a"}'),
+        [],
+        "metadata.jsonl, line 1: there is no image gone.png",
+    ),
+    "metadata is broken": (
+        lambda w: w.write("icons/metadata.jsonl", '\n{"file_name": "red.png", "text": "a"}\n{"file_na'),
+        [],
+        "metadata.jsonl, line 3: must be",
+    ),
+    "metadata without text": (
+        lambda w: w.write("icons/metadata.jsonl", '{"file_name": "red.png"}'),
+        [],
+        "metadata.jsonl, line 1: must be",
+    ),
+    "metadata not UTF-8": (
+        lambda w: w.write("icons/metadata.jsonl", b'{"file_name": "red.png", "text": "\xff"}'),
+        [],
+        "metadata.jsonl: cannot be read as UTF-8",
+    ),
+    "caption not UTF-8": (
+        lambda w: w.write("icons/green.txt", b"caf\xe9"),
+        [],
+        "green.txt: cannot be read as UTF-8",
+    ),
+    "name too long": (nothing, ["--instance_data_dir", "x" * 300], "x" * 300),
+}
+BASES = {
+    "base missing": (nothing, ["--pretrained_model_name_or_path", "ROOT/nowhere"], "nowhere: no such folder"),
+    "relative base missing": (nothing, ["--pretrained_model_name_or_path", "./a/b"], "./a/b: no such folder"),
+    "base is a single file": (
+        nothing,
+        ["--pretrained_model_name_or_path", f"ROOT/{UNET_WEIGHTS}"],
+        "a single file; give a folder",
+    ),
+    "base of another kind": (
+        lambda w: w.edit_json("base/model_index.json", _class_name="StableDiffusionPipeline"),
+        [],
+        "base: a StableDiffusionPipeline, not an SDXL pipeline",
+    ),
+    "no model_index": (lambda w: (w.root / "base/model_index.json").unlink(), [], "no model_index.json"),
+    "model_index broken": (lambda w: w.cut("base/model_index.json"), [], "model_index.json: cannot be read"),
+    "model_index empty": (
+        lambda w: w.write("base/model_index.json", "[]"),
+        [],
+        "model_index.json: cannot be read",
+    ),
+    "model_index without scheduler": (
+        lambda w: w.edit_json("base/model_index.json", scheduler="remove"),
+        [],
+        "scheduler",
+    ),
+    "model_index with unknown scheduler": (
+        lambda w: w.edit_json("base/model_index.json", scheduler=["diffusers", "NewestScheduler"]),
+        [],
+        "NewestScheduler",
+    ),
+    "pickled unet": (
+        lambda w: w.pickle_weights("base/unet"),
+        [],
+        "only pickled weights (.bin), which can run code in unet/",
+    ),
+    "pickled text encoder": (
+        lambda w: w.pickle_weights("base/text_encoder_2"),
+        [],
+        "only pickled weights (.bin), which can run code in text_encoder_2/",
+    ),
+    "no vae weights": (lambda w: w.empty("base/vae"), [], "no weights in vae/"),
+    "no unet folder": (lambda w: shutil.rmtree(w.root / "base/unet"), [], "no weights in unet/"),
+    "truncated unet": (lambda w: w.cut(UNET_WEIGHTS), [], "base: unet: cannot be loaded"),
+    "truncated text encoder": (
+        lambda w: w.cut("base/text_encoder/model.safetensors"),
+        [],
+        "base: text_encoder: cannot be loaded",
+    ),
+    "unet with the vae's weights": (
+        lambda w: shutil.copy(w.root / "base/vae/diffusion_pytorch_model.safetensors", w.root / UNET_WEIGHTS),
+        [],
+        "base: unet: ",
+    ),
+    "text encoder without its weights": (
+        lambda w: save_file({"x": torch.zeros(1)}, w.root / "base/text_encoder/model.safetensors"),
+        [],
+        "base: text_encoder: ",
+    ),
+    "unet configuration broken": (lambda w: w.cut("base/unet/config.json"), [], "base: unet: cannot be"),
+    "no unet configuration": (lambda w: (w.root / "base/unet/config.json").unlink(), [], "base: unet: "),
+    "no tokenizer": (lambda w: w.empty("base/tokenizer"), [], "tokenizer"),
+    "tokenizer without its vocabulary": (
+        lambda w: (w.root / "base/tokenizer/tokenizer.json").unlink(),
+        [],
+        "tokenizer",
+    ),
+    "base with too long a name": (
+        nothing,
+        ["--pretrained_model_name_or_path", "ROOT/" + "x" * 300],
+        "x" * 300,
+    ),
+    "variant that isn't there": (nothing, ["--variant", "fp8"], "fp8"),
+    "vae missing": (nothing, ["--pretrained_vae_model_name_or_path", "ROOT/gone"], "gone: cannot be loaded"),
+    "vae is a unet": (nothing, ["--pretrained_vae_model_name_or_path", "ROOT/base/unet"], "base/unet: "),
+}
+FLAGS = {
+    "rank 0": (nothing, ["--rank", 0], "--rank 0: must be greater than 0"),
+    "negative rank": (nothing, ["--rank", -3], "--rank -3: must be greater than 0"),
+    "rank in words": (nothing, ["--rank", "four"], "--rank: invalid int value: 'four'"),
+    "negative sigma": (nothing, ["--flat_sigma", -0.1], "--flat_sigma -0.1: must be 0 or more"),
+    "sigma nan": (nothing, ["--flat_sigma", "nan"], "--flat_sigma nan: must be a finite number"),
+    "sigma inf": (nothing, ["--flat_sigma", "inf"], "--flat_sigma inf: must be a finite number"),
+    "resolution 100": (nothing, ["--resolution", 100], "--resolution 100: must be a multiple of 8"),
+    "resolution 0": (nothing, ["--resolution", 0], "--resolution 0: must be greater than 0"),
+    "learning rate nan": (nothing, ["--learning_rate", "nan"], "--learning_rate nan: must be a finite"),
+    "fp8": (nothing, ["--mixed_precision", "fp8"], "--mixed_precision fp8: not one of no, fp16, bf16"),
+    "background": (nothing, ["--background", "purpleish"], "--background purpleish: not a colour"),
+    "unknown flag": (nothing, ["--rnk", 4], "unknown argument --rnk; did you mean --rank?"),
+    "compare without noise": (nothing, ["--compare", "--flat_sigma", 0], "--compare with --flat_sigma 0"),
+    "unknown tracker": (nothing, ["--report_to", "abacus"], "abacus"),
+    "flag without its value": (nothing, ["--instance_prompt"], "--instance_prompt: expected one argument"),
+}
+CONFIGS = {
+    "config missing": (nothing, ["--config", "ROOT/gone.yaml"], "gone.yaml: no such file"),
+    "config is no YAML": (lambda w: w.write("c.yaml", "a: ["), ["--config", "ROOT/c.yaml"], "not YAML"),
+    "config with an unknown key": (
+        lambda w: w.write("c.yaml", "flat_sigam: 0.1"),
+        ["--config", "ROOT/c.yaml"],
+        "c.yaml: unknown setting flat_sigam; did you mean flat_sigma?",
+    ),
+    "config with a bad type": (
+        lambda w: w.write("c.yaml", "rank: four"),
+        ["--config", "ROOT/c.yaml"],
+        "c.yaml: rank must be a whole number, not 'four'",
+    ),
+    "config out of range": (
+        lambda w: w.write("c.yaml", "rank: 0"),
+        ["--config", "ROOT/c.yaml"],
+        "--rank 0: must be greater than 0",
+    ),
+}
+OUTPUTS = {
+    "output under a file": (
+        nothing,
+        ["--output_dir", "ROOT/icons/red.png/out"],
+        "red.png is a file, not a folder",
+    ),
+    "output is a file": (
+        nothing,
+        ["--output_dir", "ROOT/icons/red.png"],
+        "red.png is a file, not a folder",
+    ),
+    "output is a link to nowhere": (
+        lambda w: w.output.symlink_to(w.root / "nowhere" / "at all"),
+        [],
+        "--output_dir",
+    ),
+    "output with too long a name": (nothing, ["--output_dir", "ROOT/" + "x" * 300], "x" * 300),
+    "no such checkpoint": (
+        nothing,
+        ["--resume_from_checkpoint", "checkpoint-7"],
+        "--resume_from_checkpoint checkpoint-7: not in",
+    ),
+    "no such checkpoint among others": (
+        lambda w: (w.output / "checkpoint-3").mkdir(parents=True),
+        ["--resume_from_checkpoint", "checkpoint-7"],
+        "(there: checkpoint-3)",
+    ),
+    "only damaged checkpoints": (
+        lambda w: (w.output / "checkpoint-3").mkdir(parents=True),
+        ["--resume_from_checkpoint", "latest"],
+        "no checkpoint is sound",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "fragment"),
+    [pytest.param(*case, id=name) for name, case in (IMAGES | BASES | FLAGS | CONFIGS | OUTPUTS).items()],
+)
+def test_bad_input(world, damage, flags, fragment):
+    damage(world)
+    assert_refused(world, flags, fragment)
+
+
+def test_what_an_earlier_run_left_stays(world):
+    world.output.mkdir()
+    save_file({"unet": torch.zeros(1)}, world.output / WEIGHTS_NAME)
+    world.cut(UNET_WEIGHTS)
+    assert_refused(world, [], "base: unet: cannot be loaded")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]], ids=["again", "resumed"])
+def test_a_damaged_adapter_of_an_earlier_run_is_replaced(world, resume):
+    world.write(f"out/{WEIGHTS_NAME}", b"damaged")
+    code, lines = world.run(*resume)
+    assert code == 0, lines
+    assert load_file(world.output / WEIGHTS_NAME)
+
+
+def test_the_script_itself_answers_bad_flags_at_once(world):
+    assert_refused(world, *FLAGS["unknown flag"][1:], run=world.run_script)
+
+
+def test_damage_found_while_loading_by_the_script_itself(world):
+    """The log has said by then what is about to be trained; the error is still the last line, and alone."""
+    world.cut(UNET_WEIGHTS)
+    before = world.contents()
+    code, lines = world.run_script()
+    assert "base: unet: cannot be loaded" in the_error(code, lines)
+    assert len(lines) <= 2, lines
+    assert world.contents() == before
+
+
+def test_a_compared_run_refuses_alike(world):
+    world.cut(UNET_WEIGHTS)
+    assert_refused(world, ["--compare"], "base: unet: cannot be loaded")
+
+
+# Disks.
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount a file system in memory with some options at `tmp_path/disk`, or skip the test."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = []
+
+    def mount_with(options):
+        if not sys.platform.startswith("linux") or not shutil.which("mount"):
+            pytest.skip("there is no mount here")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            pytest.skip(f"cannot mount: {result.stderr.strip()}")
+        done.append(folder)
+        return folder
+
+    yield mount_with
+    for mounted in done:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+@pytest.mark.parametrize("name", ["disk", "disk/out", "disk/out/deeper"])
+def test_an_output_folder_on_a_disk_that_is_read_only(world, mount, name):
+    mount("ro,size=64k")
+    assert_refused(world, ["--output_dir", f"ROOT/{name}"], "disk cannot be written to; give another folder")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_an_output_folder_without_permission(world):
+    world.output.mkdir()
+    world.output.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert_refused(world, [], "out cannot be written to; give another folder")
+
+
+FULL = ["--checkpointing_steps", 1, "--max_train_steps", 60, "--output_dir", "ROOT/disk"]
+
+
+def test_a_disk_that_fills_up_in_training(world, mount):
+    disk = mount("size=1m")
+    message = the_error(*world.run(*FULL))
+    left = sorted(disk.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in left)
+    assert steps == list(range(1, len(left) + 1))
+    assert len(left) >= 2, "some must fit"
+    assert (
+        f"checkpoint-{steps[-1] + 1}: the checkpoint cannot be written (No space left on device)" in message
+    )
+    for step in steps:
+        assert_sound(disk / f"checkpoint-{step}", step)
+
+
+def test_a_disk_that_fills_up_under_the_tracker(world, mount):
+    """TensorBoard writes to the same disk, and in a thread of its own."""
+    pytest.importorskip("tensorboard")
+    disk = mount("size=1m")
+    message = the_error(*world.run(*FULL, "--report_to", "tensorboard"))
+    assert "No space left on device" in message
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in disk.glob("checkpoint-*"))
+    assert len(steps) >= 2
+    for step in steps:
+        assert_sound(disk / f"checkpoint-{step}", step)
+
+
+def test_a_disk_with_no_room_for_the_adapter(world, mount):
+    disk = mount("size=8k")
+    message = the_error(*world.run("--output_dir", "ROOT/disk"))
+    assert f"{WEIGHTS_NAME}: cannot be written (No space left on device)" in message
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "flags"),
+    [
+        (flatlora_diffusion.train, "compare", ["--compare"]),
+        (
+            flatlora_diffusion.run,
+            "report_validation",
+            ["--validation_prompt", "a fox", "--max_train_steps", 2],
+        ),
+    ],
+    ids=["comparison", "validation"],
+)
+def test_a_disk_with_no_room_for_the_pictures(world, mount, monkeypatch, module, function, flags):
+    disk, original = mount("size=2m"), getattr(module, function)
+
+    def fill_up_and_go_on(*arguments, **settings):
+        with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(module, function, fill_up_and_go_on)
+    quick = ["--validation_inference_steps", 1, "--num_validation_images", 1, "--checkpointing_steps", 1]
+    message = the_error(*world.run("--output_dir", "ROOT/disk", *quick, *flags))
+    assert "No space left on device" in message
+    for folder in (disk / "lora", disk / "flat_lora") if function == "compare" else (disk / "checkpoint-2",):
+        assert load_file(folder / WEIGHTS_NAME), "what was trained is there"
+
+
+def assert_sound(folder, step):
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    stored = find_checkpoint(folder.parent, folder.name, settings)
+    assert (stored.folder, stored.step) == (folder, step)
+    for tensors in (stored.adapter(), stored.optimizer()):
+        assert tensors
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+# Training that diverges.
+
+
+def test_a_learning_rate_that_is_far_too_high(world):
+    message = the_error(*world.run("--learning_rate", 1e30, "--max_train_steps", 9))
+    assert "the loss became" in message
+    assert "at step 2 " in message
+    assert "no checkpoint had been written" in message
+    assert "--learning_rate" in message
+    assert not (world.output / WEIGHTS_NAME).exists()
+
+
+def test_a_learning_rate_that_no_float_holds(world):
+    assert_refused(world, ["--learning_rate", 1e300], "--learning_rate 1e+300: must be")
+
+
+def test_a_base_with_a_nan_in_it(world):
+    weights = load_file(world.root / UNET_WEIGHTS)
+    weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, world.root / UNET_WEIGHTS, metadata={"format": "pt"})
+    message = the_error(*world.run("--max_train_steps", 3))
+    assert "the loss became nan at step 1 " in message
+    assert not (world.output / WEIGHTS_NAME).exists()
+
+
+def diverging(monkeypatch, at_call, spoil):
+    """From one call on, the loss is spoilt."""
+    calls, original = itertools.count(1), sdxl.diffusion_loss
+
+    def diffusion_loss(*arguments):
+        loss = original(*arguments)
+        return spoil(loss) if next(calls) >= at_call else loss
+
+    monkeypatch.setattr(sdxl, "diffusion_loss", diffusion_loss)
+
+
+def test_a_loss_that_diverges_late_leaves_the_checkpoint(world, monkeypatch):
+    diverging(monkeypatch, 4, lambda loss: loss * float("inf"))
+    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2]
+    message = the_error(*world.run(*flags))
+    assert "the loss became inf at step 4 and nothing was updated with it" in message
+    assert f"{world.output / 'checkpoint-2'} is sound" in message
+    assert [path.name for path in world.output.iterdir()] == ["checkpoint-2"]
+    assert_sound(world.output / "checkpoint-2", 2)
+    monkeypatch.undo()
+    code, _ = world.run(*flags, "--resume_from_checkpoint", "latest")
+    assert code == 0
+    assert all(tensor.isfinite().all() for tensor in load_file(world.output / WEIGHTS_NAME).values())
+
+
+@pytest.mark.parametrize(("at", "last"), [(3, 5), (5, 5)], ids=["before the end", "in the last step"])
+def test_gradients_that_diverge_under_a_finite_loss(world, monkeypatch, at, last):
+    """Such a step turns every parameter into NaN; no file may hold that."""
+
+    def spoil(loss):
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    diverging(monkeypatch, at, spoil)
+    message = the_error(*world.run("--max_train_steps", last, "--checkpointing_steps", 1))
+    assert f"at step {at} " in message
+    assert sorted(path.name for path in world.output.iterdir()) == [
+        f"checkpoint-{step}" for step in range(1, at)
+    ]
+    for step in range(1, at):
+        assert_sound(world.output / f"checkpoint-{step}", step)
+
+
+def test_the_error_of_a_diverged_run_survives_strange_neighbours(world, monkeypatch):
+    for name in ("checkpoint-old", "checkpoint-12.zip"):
+        world.write(f"out/{name}", "mine")
+    diverging(monkeypatch, 1, lambda loss: loss * float("nan"))
+    message = the_error(*world.run())
+    assert "the loss became nan at step 1 " in message
+    assert "no checkpoint had been written" in message

@@ -1,0 +1,418 @@
+"""Flags, configuration files, defaults: everything between the command line and a validated `TrainConfig`."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.cli import parse_train_config
+from flatlora_diffusion.config import TrainConfig, nearest
+from flatlora_diffusion.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = {
+    "pretrained_model_name_or_path": "base",
+    "instance_data_dir": "icons",
+    "instance_prompt": "an icon",
+}
+REQUIRED_FLAGS = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]
+
+# Every flag of diffusers' train_dreambooth_lora_sdxl.py that this script has too, with its default there.
+# `seed` is the one that differs: None there, 0 here, so that every run can be repeated.
+DIFFUSERS_DEFAULTS = {
+    "pretrained_vae_model_name_or_path": None,
+    "revision": None,
+    "variant": None,
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "output_dir": "lora-dreambooth-model",
+    "resolution": 1024,
+    "center_crop": False,
+    "random_flip": False,
+    "train_text_encoder": False,
+    "train_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "text_encoder_lr": 5e-6,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-4,
+    "adam_weight_decay_text_encoder": 1e-3,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "logging_dir": "logs",
+    "allow_tf32": False,
+    "report_to": "tensorboard",
+    "mixed_precision": None,
+    "rank": 4,
+    "image_interpolation_mode": "lanczos",
+}
+DIFFUSERS_REQUIRED_OR_NONE = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
+OURS = {
+    "background": "white",
+    "lora_alpha": None,
+    "flat_sigma": 0.1,
+    "flat_schedule": "cosine",
+    "flat_noise": "table",
+    "compare": False,
+    "seed": 0,
+    "validation_inference_steps": 50,
+    "validation_guidance_scale": 5.0,
+}
+
+
+def config(**values):
+    return TrainConfig(**REQUIRED | values)
+
+
+def parse(*flags):
+    return parse_train_config([*REQUIRED_FLAGS, *map(str, flags)])
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# Defaults.
+
+
+def test_defaults_are_those_of_the_diffusers_script():
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for name in DIFFUSERS_REQUIRED_OR_NONE:
+        assert defaults.pop(name) is dataclasses.MISSING
+    assert defaults == DIFFUSERS_DEFAULTS | OURS
+    for name, value in (DIFFUSERS_DEFAULTS | OURS).items():
+        assert type(defaults[name]) is type(value), name
+
+
+def test_a_command_line_without_options_gives_the_defaults():
+    assert parse() == config()
+    assert dataclasses.asdict(parse()) == REQUIRED | DIFFUSERS_DEFAULTS | OURS
+
+
+def test_alpha_defaults_to_the_rank():
+    assert config(rank=16).alpha == 16
+    assert config(rank=16, lora_alpha=4.0).alpha == 4
+
+
+# Flags.
+
+
+def test_every_kind_of_flag():
+    parsed = parse(
+        *("--rank", 16, "--learning_rate", "3e-4", "--lora_alpha", 8, "--train_text_encoder"),
+        *("--no-center_crop", "--mixed_precision", "bf16", "--max_train_steps=12"),
+        *("--validation_prompt", "a fox", "an owl"),
+    )
+    assert parsed == config(
+        rank=16,
+        learning_rate=3e-4,
+        lora_alpha=8.0,
+        train_text_encoder=True,
+        mixed_precision="bf16",
+        max_train_steps=12,
+        validation_prompt=("a fox", "an owl"),
+    )
+    assert isinstance(parsed.lora_alpha, float)
+    assert isinstance(parsed.validation_prompt, tuple), "a frozen configuration holds nothing that can change"
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--rnk", "--rank"),
+        ("--flat_sigam=0.1", "--flat_sigma"),
+        ("--learning-rate", "--learning_rate"),
+        ("--no-compar", "--no-compare"),
+        ("--res", None),  # abbreviations aren't guessed at: a later option could change their meaning
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest_known_one(flag, meant):
+    with pytest.raises(UserError) as error:
+        parse(flag, 4)
+    message = str(error.value)
+    assert message.startswith(f"unknown argument {flag.partition('=')[0]}")
+    assert meant is None or message.endswith(f"; did you mean {meant}?")
+
+
+def test_nothing_is_suggested_where_nothing_is_near():
+    assert nearest("zzzzzzzz", ["rank", "seed"]) == ""
+    with pytest.raises(UserError, match=r"^unknown argument --qqqqqqqqqqqqq$"):
+        parse("--qqqqqqqqqqqqq")
+
+
+def test_a_stray_word_is_an_error():
+    with pytest.raises(UserError, match="stray"):
+        parse("stray")
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_missing_required_flag_is_named(missing):
+    flags = [word for name in REQUIRED if name != missing for word in (f"--{name}", "x")]
+    with pytest.raises(UserError, match=rf"^missing: --{missing}$"):
+        parse_train_config(flags)
+
+
+def test_all_missing_flags_are_named_at_once():
+    with pytest.raises(UserError, match=", ".join(f"--{name}" for name in REQUIRED)):
+        parse_train_config([])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank", "four"),
+        ("--rank", "4.0"),
+        ("--learning_rate", "fast"),
+        ("--rank",),
+        ("--validation_prompt",),
+        ("--seed", "1e3"),
+        ("--compare=yes",),
+    ],
+)
+def test_an_ill_typed_flag_is_named(flags):
+    with pytest.raises(UserError) as error:
+        parse(*flags)
+    message = str(error.value)
+    assert flags[0].partition("=")[0] in message
+    assert len(flags) == 1 or flags[1] in message
+    assert "\n" not in message
+    assert "usage" not in message
+
+
+# The configuration file.
+
+
+def test_a_file_with_every_kind_of_value(yaml_file):
+    path = yaml_file(
+        "pretrained_model_name_or_path: base\n"
+        "instance_data_dir: icons\n"
+        "instance_prompt: an icon\n"
+        "learning_rate: 1e-4\n"  # text to YAML 1.1
+        "text_encoder_lr: 0.5\n"
+        "lora_alpha: 8\n"
+        "rank: 16\n"
+        "train_text_encoder: true\n"
+        "center_crop: no\n"
+        "validation_prompt:\n  - a fox\n  - an owl\n"
+        "max_train_steps: null\n"
+        "mixed_precision: bf16\n"
+        "revision: 2\n"  # a number that is meant as text
+    )
+    parsed = parse_train_config(["--config", str(path)])
+    expected = config(
+        learning_rate=1e-4,
+        text_encoder_lr=0.5,
+        lora_alpha=8.0,
+        rank=16,
+        train_text_encoder=True,
+        center_crop=False,
+        validation_prompt=("a fox", "an owl"),
+        mixed_precision="bf16",
+        revision="2",
+    )
+    assert parsed == expected
+    for field in dataclasses.fields(TrainConfig):
+        assert type(getattr(parsed, field.name)) is type(getattr(expected, field.name)), field.name
+
+
+def test_flags_override_the_file(yaml_file):
+    path = yaml_file("rank: 16\ncompare: true\nvalidation_prompt: a fox\nmax_train_steps: 9\nseed: 3\n")
+    parsed = parse("--config", path, "--rank", 2, "--no-compare", "--validation_prompt", "an owl", "a cat")
+    assert parsed == config(rank=2, validation_prompt=("an owl", "a cat"), max_train_steps=9, seed=3)
+    assert parse("--rank", 2, "--config", path).rank == 2, "whatever the order"
+
+
+def test_a_flag_overrides_the_file_even_with_the_default(yaml_file):
+    assert parse("--config", yaml_file("rank: 16\n"), "--rank", 4).rank == 4
+
+
+def test_a_single_prompt_in_the_file_is_one_prompt(yaml_file):
+    assert parse("--config", yaml_file("validation_prompt: a fox\n")).validation_prompt == ("a fox",)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flat_sigam: 0.1", ["unknown setting flat_sigam", "did you mean flat_sigma?"]),
+        ("7: 0.1", ["unknown setting 7"]),
+        ("rank: four", ["rank must be a whole number, not 'four'"]),
+        ("rank: 4.5", ["rank must be a whole number, not 4.5"]),
+        ("rank: true", ["rank must be a whole number, not True"]),
+        ("rank:", ["rank must be a whole number, not None"]),
+        ("learning_rate: fast", ["learning_rate must be a number, not 'fast'"]),
+        ("learning_rate: true", ["learning_rate must be a number, not True"]),
+        ("learning_rate: [1e-4]", ["learning_rate must be a number"]),
+        ("compare: 1", ["compare must be true or false, not 1"]),
+        ("compare: maybe", ["compare must be true or false, not 'maybe'"]),
+        ("output_dir: [a, b]", ["output_dir must be text"]),
+        ("output_dir: false", ["output_dir must be text"]),
+        ("instance_prompt:", ["instance_prompt must be text"]),
+        ("validation_prompt: 7", ["validation_prompt must be text or a list, not 7"]),
+        ("rank: [", ["not YAML"]),
+        ("a: b: c", ["not YAML"]),
+        ("!!python/object/apply:os.system ['true']", ["not YAML"]),
+        ("- rank\n- 4", ["must hold lines of the form `name: value`"]),
+        ("", ["must hold lines of the form `name: value`"]),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(yaml_file, text, expected):
+    path = yaml_file(text)
+    with pytest.raises(UserError) as error:
+        parse("--config", path)
+    message = str(error.value)
+    assert message.startswith(f"--config {path}: ")
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_a_missing_file_a_folder_and_bytes_that_are_no_text(tmp_path):
+    for path, reason in [(tmp_path / "none.yaml", "no such file"), (tmp_path, "is a directory")]:
+        with pytest.raises(UserError, match=reason) as error:
+            parse("--config", path)
+        assert str(path) in str(error.value)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"rank: \xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml: not YAML"):
+        parse("--config", binary)
+
+
+# Ranges.
+
+POSITIVE = [
+    *("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"),
+    *("num_validation_images", "validation_epochs", "validation_inference_steps", "resolution"),
+    *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
+]
+NOT_NEGATIVE = [
+    *("flat_sigma", "learning_rate", "text_encoder_lr", "lr_warmup_steps", "adam_weight_decay", "seed"),
+    *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
+]
+
+
+def number(name, value):
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
+    return float(value) if kinds[name].startswith("float") else value
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_what_must_be_greater_than_0(name):
+    config(**{name: number(name, 8)})
+    for value in (0, -8):
+        with pytest.raises(UserError, match=rf"^--{name} {number(name, value)}: must be greater than 0$"):
+            config(**{name: number(name, value)})
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_what_must_be_0_or_more(name):
+    config(**{name: number(name, 0)})
+    with pytest.raises(UserError, match=rf"^--{name} {number(name, -1)}: must be 0 or more$"):
+        config(**{name: number(name, -1)})
+
+
+FLOATS = [field.name for field in dataclasses.fields(TrainConfig) if str(field.type).startswith("float")]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_must_be_finite(name, value):
+    with pytest.raises(UserError, match=rf"^--{name} {value}: must be a finite number$"):
+        config(**{name: float(value)})
+
+
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2"])
+def test_betas(name):
+    assert getattr(config(**{name: 0.0}), name) == 0
+    for value in (1.0, -0.1, 2.0):
+        with pytest.raises(UserError, match=rf"--{name} {value}: must be in \[0, 1\)"):
+            config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resolution": 100}, "--resolution 100: must be a multiple of 8"),
+        ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: not one of linear, cosine, "),
+        ({"mixed_precision": "fp8"}, "--mixed_precision fp8: not one of no, fp16, bf16"),
+        ({"flat_schedule": "step"}, "--flat_schedule step: not one of cosine, linear, constant"),
+        ({"flat_noise": "pink"}, "--flat_noise pink: not one of table, gaussian"),
+        ({"image_interpolation_mode": "best"}, "--image_interpolation_mode best: not one of nearest, "),
+        ({"compare": True, "flat_sigma": 0.0}, "--compare with --flat_sigma 0 would train plain LoRA twice"),
+    ],
+)
+def test_other_rules(values, message):
+    with pytest.raises(UserError) as error:
+        config(**values)
+    assert str(error.value).startswith(message)
+
+
+def test_a_seed_that_no_generator_takes():
+    """A torch generator takes 64 bits; pictures are drawn with seeds counted from --seed, after training."""
+    assert config(seed=2**32).seed == 2**32
+    with pytest.raises(UserError, match="--seed"):
+        config(seed=2**64)
+
+
+# What happens before torch is imported.
+
+
+def run_python(*arguments, timeout=60):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "numpy", "PIL")
+NAME_HEAVY = f"import sys; print(','.join(m for m in {HEAVY} if m in sys.modules), file=sys.stderr)"
+
+
+@pytest.mark.parametrize("module", ["flatlora_diffusion", "flatlora_diffusion.cli"])
+def test_importing_needs_no_heavy_library(module):
+    result = run_python("-c", f"import {module}\n{NAME_HEAVY}")
+    assert (result.returncode, result.stderr.strip()) == (0, "")
+
+
+def test_help_needs_no_heavy_library():
+    script = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: exec({NAME_HEAVY!r}))\n"
+        "sys.argv = ['train_dreambooth_flat.py', '--help']\n"
+        "runpy.run_path('train_dreambooth_flat.py', run_name='__main__')"
+    )
+    result = run_python("-c", script)
+    assert (result.returncode, result.stderr.strip()) == (0, "")
+    shown = " ".join(result.stdout.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in shown
+    assert "relative to each filter; 0 is plain LoRA. (default: 0.1)" in shown
+    assert shown.count("(required)") == len(REQUIRED)
+
+
+def test_the_package_exports_what_it_names():
+    import flatlora_diffusion
+
+    for name in flatlora_diffusion.__all__:
+        assert getattr(flatlora_diffusion, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'FlatLora'"):
+        flatlora_diffusion.FlatLora  # noqa: B018
