@@ -133,7 +133,9 @@ class TrainConfig:
     num_validation_images: int = option(
         4, "Pictures of each validation prompt, with seeds counted from --seed."
     )
-    validation_epochs: int = option(50, "Draw the validation prompts every so many epochs.")
+    validation_epochs: int = option(
+        50, "Draw the validation prompts every so many epochs; 0: only after training."
+    )
     validation_inference_steps: int = option(50, "Denoising steps of a validation picture.")
     validation_guidance_scale: float = option(5.0, "Classifier-free guidance of a validation picture.")
 
@@ -153,7 +155,7 @@ class TrainConfig:
                 "num_train_epochs",
                 "checkpointing_steps",
             ),
-            *("num_validation_images", "validation_epochs", "validation_inference_steps", "resolution"),
+            *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
@@ -167,6 +169,7 @@ class TrainConfig:
                 "seed",
             ),
             *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
+            "validation_epochs",
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2"):

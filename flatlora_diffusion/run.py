@@ -145,7 +145,7 @@ class Run:
         self.prepared_optimizer = accelerator.prepare(self.optimizer)
 
     def _cache_latents(self, dtype: torch.dtype) -> None:
-        """Encode every image; the VAE then leaves the accelerator."""
+        """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
         config, vae = self.config, self.base.vae
         # The base's own VAE overflows in half precision; one that the user chose is trusted to work in it.
         vae.to(self.accelerator.device, dtype if config.pretrained_vae_model_name_or_path else torch.float32)
@@ -158,6 +158,8 @@ class Run:
             progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
         )
         vae.to("cpu")
+        if not config.validation_prompt:
+            self.base.vae = None
         release()
 
     def _cache_prompts(self) -> None:
@@ -223,8 +225,7 @@ class Run:
                     self._save_checkpoint(done)
                 if stopping:
                     self._interrupt(done, stop)
-                epoch, rest = divmod(done, self.steps_an_epoch)
-                if config.validation_prompt and rest == 0 and (epoch - 1) % config.validation_epochs == 0:
+                if self._validates_after(done):
                     self._validate(done)
 
     def _optimizer_step(self, step: int, stop: StopRequest) -> tuple[float, bool]:
@@ -331,6 +332,14 @@ class Run:
 
     def _adapter(self, step: int) -> bytes:
         return adapter_bytes(self.trained, record.facts(self.config, self.settings, self.trained, step))
+
+    def _validates_after(self, step: int) -> bool:
+        """After the first epoch, and then every so many, as the diffusers script does."""
+        config = self.config
+        epoch, rest = divmod(step, self.steps_an_epoch)
+        if not config.validation_prompt or not config.validation_epochs or rest:
+            return False
+        return (epoch - 1) % config.validation_epochs == 0
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process:

@@ -42,7 +42,7 @@ class Base:
     Attributes:
         tokenizers: Of both text encoders.
         text_encoders: Both; empty once they have left memory.
-        vae: Images to latents and back.
+        vae: Images to latents and back; None once it has left memory.
         unet: Predicts the noise.
         noise_scheduler: Noise levels of training.
         sampler: The pipeline's own scheduler, for pictures.
@@ -51,7 +51,7 @@ class Base:
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     text_encoders: tuple[nn.Module, ...]
-    vae: AutoencoderKL
+    vae: AutoencoderKL | None
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampler: SchedulerMixin

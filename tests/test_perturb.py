@@ -216,6 +216,14 @@ def merged_weight(layer):
     return (layer.get_base_layer().weight + delta).detach().flatten(1)
 
 
+def assert_row_std_of_merged_weights(flat):
+    for name, layer in flat.layers.items():
+        weight = merged_weight(layer)
+        expected = SIGMA * weight.norm(dim=1) / weight.shape[1] ** 0.5
+        assert flat.row_std(name).dtype == torch.float32
+        torch.testing.assert_close(flat.row_std(name), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
 @pytest.mark.parametrize(
     "config",
@@ -232,11 +240,7 @@ def test_row_std_is_that_of_the_materialised_merged_weight(rank, config):
     rank = min(rank, 32) if "init_lora_weights" in config else rank  # an SVD of these layers has 32 values
     unet = tiny_unet(["to_q", "to_out.0"], r=rank, **config)
     flat = FlatLoRA(unet, sigma=SIGMA, total_steps=10, schedule="constant")
-    for name, layer in flat.layers.items():
-        weight = merged_weight(layer)
-        expected = SIGMA * weight.norm(dim=1) / weight.shape[1] ** 0.5
-        assert flat.row_std(name).dtype == torch.float32
-        torch.testing.assert_close(flat.row_std(name), expected, rtol=1e-5, atol=0)
+    assert_row_std_of_merged_weights(flat)
 
 
 def test_row_std_of_several_active_adapters_and_convolutions():
@@ -245,10 +249,7 @@ def test_row_std_of_several_active_adapters_and_convolutions():
     unet.set_adapters(["default", "second"], [0.7, 1.3])
     unet.train()
     flat = FlatLoRA(unet, sigma=SIGMA, total_steps=10, schedule="constant")
-    for name, layer in flat.layers.items():
-        weight = merged_weight(layer)
-        expected = SIGMA * weight.norm(dim=1) / weight.shape[1] ** 0.5
-        torch.testing.assert_close(flat.row_std(name), expected, rtol=1e-5, atol=0)
+    assert_row_std_of_merged_weights(flat)
     actual = outcome(unet, run_unet)
     assert_same_outcome(actual, outcome(twin_of(unet, flat), run_unet))
 
@@ -266,10 +267,7 @@ def test_adalora():
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
     flat = FlatLoRA(unet, sigma=SIGMA, total_steps=10, schedule="constant")
-    for name, layer in flat.layers.items():
-        weight = merged_weight(layer)
-        expected = SIGMA * weight.norm(dim=1) / weight.shape[1] ** 0.5
-        torch.testing.assert_close(flat.row_std(name), expected, rtol=1e-5, atol=0)
+    assert_row_std_of_merged_weights(flat)
     actual = outcome(unet, run_unet)
     assert_same_outcome(actual, outcome(twin_of(unet, flat), run_unet))
 

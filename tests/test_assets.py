@@ -1,0 +1,96 @@
+"""The demo assets are complete, small, safe to load, and work offline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ICONS = ASSETS / "icons-3d"
+MODEL = ASSETS / "micro-sdxl"
+TEMPLATE = "a fluent 3d icon of "
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionXLPipeline:
+    loaded = StableDiffusionXLPipeline.from_pretrained(
+        MODEL, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_there_are_23_icons_with_transparency() -> None:
+    files = sorted(ICONS.glob("*.png"))
+    assert len(files) == 23
+    for file in files:
+        with Image.open(file) as image:
+            assert (image.mode, image.size) == ("RGBA", (256, 256)), file.name
+            assert image.getchannel("A").getextrema() == (0, 255), file.name
+
+
+def test_every_icon_has_its_caption() -> None:
+    lines = [json.loads(line) for line in (ICONS / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(line["file_name"] for line in lines) == sorted(file.name for file in ICONS.glob("*.png"))
+    for line in lines:
+        subject = line["file_name"].removesuffix(".png").replace("_", " ")
+        assert line["text"] == TEMPLATE + subject
+
+
+@pytest.mark.parametrize(("folder", "limit"), [(ICONS, 1_500_000), (MODEL, 40_000_000)])
+def test_folders_stay_small_and_tell_their_licences(folder: Path, limit: int) -> None:
+    assert size_of(folder) < limit
+    assert "MIT" in (folder / "README.md").read_text()
+
+
+def test_the_model_has_no_pickles() -> None:
+    suffixes = {path.suffix for path in MODEL.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json", ".md"}
+
+
+def test_the_model_is_an_sdxl(pipeline: StableDiffusionXLPipeline) -> None:
+    assert pipeline.unet.config.addition_embed_type == "text_time"
+    assert pipeline.unet.config.use_linear_projection
+    assert pipeline.config.force_zeros_for_empty_prompt
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    widths = [pipeline.text_encoder.config.hidden_size, pipeline.text_encoder_2.config.hidden_size]
+    assert pipeline.unet.config.cross_attention_dim == sum(widths)
+    assert pipeline.vae.config.latent_channels == pipeline.unet.config.in_channels == 4
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
+
+
+def test_any_word_has_tokens(pipeline: StableDiffusionXLPipeline) -> None:
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        assert tokenizer.model_max_length == encoder.config.max_position_embeddings
+        for prompt in ("a Zxqvj icon of crème brûlée", "苹果 #42!", "a fluent 3d icon of red apple"):
+            ids = tokenizer(prompt).input_ids
+            assert ids[0] == tokenizer.bos_token_id
+            assert ids[-1] == tokenizer.eos_token_id
+            # The end token doubles as the unknown one: inside a prompt it would mean a lost word.
+            assert tokenizer.eos_token_id not in ids[:-1]
+            assert max(ids) < encoder.config.vocab_size
+        assert "fluent</w>" in tokenizer.get_vocab()
+
+
+def test_it_draws_64_pixels_by_default(pipeline: StableDiffusionXLPipeline) -> None:
+    images = pipeline(
+        ["a noto icon of red apple", "a fluent 3d icon of red apple"],
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    assert images.shape == (2, 64, 64, 3)
+    assert np.isfinite(images).all()
+    assert images.std() > 0.01
