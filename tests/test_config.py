@@ -302,11 +302,19 @@ def test_a_missing_file_a_folder_and_bytes_that_are_no_text(tmp_path):
 
 POSITIVE = [
     *("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"),
-    *("num_validation_images", "validation_epochs", "validation_inference_steps", "resolution"),
+    *("num_validation_images", "validation_inference_steps", "resolution"),
     *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
 ]
 NOT_NEGATIVE = [
-    *("flat_sigma", "learning_rate", "text_encoder_lr", "lr_warmup_steps", "adam_weight_decay", "seed"),
+    *(
+        "flat_sigma",
+        "validation_epochs",
+        "learning_rate",
+        "text_encoder_lr",
+        "lr_warmup_steps",
+        "adam_weight_decay",
+        "seed",
+    ),
     *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
 ]
 
