@@ -1,0 +1,36 @@
+"""`make demo` on the shipped base and icons, cut short."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from flatlora_diffusion.cli import parse_train_config
+from flatlora_diffusion.data import find_samples
+from flatlora_diffusion.train import train
+
+PROJECT = Path(__file__).parents[1]
+
+
+def demo_config(monkeypatch, *flags):
+    monkeypatch.chdir(PROJECT)  # as make runs it
+    return parse_train_config(["--config", "assets/demo.yaml", *map(str, flags)])
+
+
+def test_the_demo_compares_trained_and_untrained_subjects_and_the_styles_of_the_base(monkeypatch):
+    config = demo_config(monkeypatch)
+    assert config.compare
+    trained = {sample.caption for sample in find_samples(Path(config.instance_data_dir), "")}
+    assert len(trained) == 23
+    prompts = set(config.validation_prompt)
+    new_style = {prompt for prompt in prompts if "fluent 3d" in prompt}
+    assert new_style & trained and new_style - trained and prompts - new_style
+
+
+def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
+    short = ["--max_train_steps", 2, "--validation_inference_steps", 2, "--report_to", "none"]
+    caplog.set_level("INFO")
+    train(demo_config(monkeypatch, *short, "--output_dir", tmp_path))
+    picture = tmp_path / "comparison.png"
+    assert caplog.messages[-1] == f"the comparison is in {picture}"
+    with Image.open(picture) as sheet:
+        assert sheet.width > 600 and sheet.height > 600

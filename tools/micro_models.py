@@ -1,0 +1,139 @@
+"""The shapes of the micro SDXL: every part has the real class and block types, only the widths are small."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+IMAGE_SIZE = 64
+LATENT_SIZE = 16
+TOKENS = 24  # the longest captions are cut; 77 would triple the cost of cross-attention
+WIDTHS = (128, 192)  # hidden sizes of the two text encoders
+POOLED = 192
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """The autoencoder: 64 px to 16 x 16 x 4, 0.7 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        # SDXL's VAE overflows in float16 and is upcast; this one is trained in float32 at tiny activations.
+        force_upcast=False,
+    )
+
+
+def build_tokenizer(texts: Iterable[str], words: Iterable[str]) -> CLIPTokenizer:
+    """Train CLIP's byte-level BPE on captions, so that a word never met still has tokens.
+
+    Args:
+        texts: the captions.
+        words: words that must be one token each although no caption has them (the style to be learnt later).
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    clip = CLIPTokenizer().backend_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=2, show_progress=False, end_of_word_suffix="</w>"
+    )
+    # Repeating the reserved words makes their merges the most frequent ones.
+    bpe.train_from_iterator([*texts, *(word for word in words for _ in range(10_000))], trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    # As in CLIP: every byte, inside a word and at its end, before the merges; so nothing is unknown.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [
+        *alphabet,
+        *(byte + "</w>" for byte in alphabet),
+        *(left + right for left, right in merges),
+        START,
+        END,
+    ]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """The two CLIP text encoders, three layers each; the second one gives the pooled embedding."""
+    configs = [
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=3,
+            num_attention_heads=width // 32,
+            max_position_embeddings=TOKENS,
+            projection_dim=POOLED,
+            hidden_act=activation,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for width, activation in zip(WIDTHS, ("quick_gelu", "gelu"), strict=True)
+    ]
+    return CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The UNet: SDXL's pattern (no attention at full size, deepest transformer lowest), heads of 32."""
+    widths = (48, 96, 192)
+    time_ids_dim = 8
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=widths,
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=tuple(
+            max(width // 32, 1) for width in widths
+        ),  # the number of heads, despite its name
+        cross_attention_dim=sum(WIDTHS),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_ids_dim,
+        projection_class_embeddings_input_dim=POOLED + 6 * time_ids_dim,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's scheduler and noise schedule."""
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids (n, TOKENS), padded and cut as the pipeline does."""
+    batch = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return batch.input_ids
+
+
+def encode(
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection], ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What SDXL's pipeline feeds the UNet, and one more.
+
+    Returns:
+        The context (n, TOKENS, 128 + 192), penultimate layers of both; the pooled embedding (n, 192) of the
+        second; the pooled output (n, 128) of the first, which only the text encoders' own training uses.
+    """
+    first = encoders[0](ids, output_hidden_states=True)
+    second = encoders[1](ids, output_hidden_states=True)
+    context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return context, second.text_embeds, first.pooler_output
