@@ -213,9 +213,7 @@ class PerturbedLayer:
 
     def _low_rank(self) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r) in float32 with `dW = B @ A`, over all active adapters."""
-        weight = self.weight.flatten(1)
-        none = torch.empty(0, device=weight.device)
-        factors_a, factors_b = [none.view(0, weight.shape[1])], [none.view(weight.shape[0], 0)]
+        factors_a, factors_b = [], []
         for name in self.active_adapters():
             a, b, scaling = self.layer.lora_A[name], self.layer.lora_B[name], self.layer.scaling[name]
             if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
@@ -225,7 +223,14 @@ class PerturbedLayer:
                 a, b = a.weight.flatten(1), b.weight.flatten(1)
             factors_a.append(a.float())
             factors_b.append(b.float() * scaling)
-        return torch.cat(factors_a), torch.cat(factors_b, dim=1)
+        if len(factors_a) == 1:
+            return factors_a[0], factors_b[0]
+        weight = self.weight.flatten(1)
+        none = torch.empty(0, device=weight.device)  # there may be no active adapter
+        return (
+            torch.cat([none.view(0, weight.shape[1]), *factors_a]),
+            torch.cat([none.view(weight.shape[0], 0), *factors_b], dim=1),
+        )
 
     def _state(self) -> list[object]:
         """All that the merged weight depends on."""

@@ -149,6 +149,9 @@ class TableDraw:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
+_SMALLEST_TABLE, _LARGEST_TABLE = 1 << 20, 1 << 24
+
+
 class TableSource:
     """Windows into one fixed table of unit normals, each at a hashed offset with a hashed sign per row.
 
@@ -159,12 +162,14 @@ class TableSource:
 
     Args:
         seed: Decides the table's content.
-        size: Number of normals; the default is 32 MiB in half precision.
+        elements: Number of weights that are perturbed in a step. The table has as many normals, rounded up
+            to a power of two, but at least 2^20 (so that windows have many offsets) and at most 2^24 (32 MiB
+            in half precision).
     """
 
-    def __init__(self, seed: int, size: int = 1 << 24) -> None:
+    def __init__(self, seed: int, elements: int = _LARGEST_TABLE) -> None:
         self._seed = seed
-        self._size = size
+        self._size = min(max(1 << (elements - 1).bit_length(), _SMALLEST_TABLE), _LARGEST_TABLE)
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -185,8 +190,9 @@ class TableSource:
         for start in range(0, m, rows_at_once):
             std = row_std[start : start + rows_at_once]
             count = len(std) * inputs
-            offset = hash64(key, start, "window") % (self._size - count + 1)
-            sign_offset = hash64(key, start, "signs") % (self._size - len(std) + 1)
+            window_hash, sign_hash = divmod(hash64(key, start), 1 << 32)
+            offset = window_hash % (self._size - count + 1)
+            sign_offset = sign_hash % (self._size - len(std) + 1)
             signs = table[sign_offset : sign_offset + len(std)]
             window = table[offset : offset + count].view(len(std), inputs)
             windows.append((window, torch.copysign(std, signs)[:, None]))

@@ -11,7 +11,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from flatlora_diffusion.layers import PerturbedLayer, refresh_row_norms
-from flatlora_diffusion.noise import SCHEDULES, Draw, GaussianSource, TableSource, hash64, sigma_at
+from flatlora_diffusion.noise import (
+    SCHEDULES,
+    Draw,
+    GaussianSource,
+    NoiseSource,
+    TableSource,
+    hash64,
+    sigma_at,
+)
 from flatlora_diffusion.processors import (
     Detach,
     attach_to_attention,
@@ -78,6 +86,7 @@ class FlatLoRA:
         except BaseException:
             self.remove()
             raise
+        self._source = self._make_source()
 
     @property
     def layers(self) -> dict[str, LoraLayer]:
@@ -158,6 +167,7 @@ class FlatLoRA:
         """Continue where `state_dict` was taken; its settings replace those given at construction."""
         settings = {key: value for key, value in state.items() if key != "global_step"}
         self._configure(**settings)
+        self._source = self._make_source()
         self.global_step = state["global_step"]
 
     def on(self, layers: Sequence[PerturbedLayer]) -> None:
@@ -196,7 +206,11 @@ class FlatLoRA:
         self._schedule = schedule
         self._seed = seed
         self._noise_name = noise
-        self._source = TableSource(seed) if noise == "table" else GaussianSource()
+
+    def _make_source(self) -> NoiseSource:
+        if self._noise_name == "gaussian":
+            return GaussianSource()
+        return TableSource(self._seed, sum(layer.weight.numel() for layer in self._perturbed.values()))
 
     def _attach(self, model: nn.Module, prefix: str) -> None:
         modules = dict(model.named_modules())
