@@ -26,6 +26,9 @@ from peft import LoraConfig
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from flatlora_diffusion import sdxl
+from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
+
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -184,3 +187,21 @@ def clean_copy(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Two adapters far from zero."""
+    paths = {}
+    for index, label in enumerate(("LoRA", "Flat-LoRA")):
+        unet = build_unet()
+        unet.requires_grad_(False)
+        sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=index)
+        generator = torch.Generator().manual_seed(index)
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        paths[label] = tmp_path / label / WEIGHTS_NAME
+        paths[label].parent.mkdir()
+        paths[label].write_bytes(adapter_bytes({"unet": unet}, {}))
+    return paths

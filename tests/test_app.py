@@ -10,13 +10,12 @@ from PIL import Image
 
 import app
 from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from tests.test_generate import adapters  # noqa: F401  a fixture
 
 PROJECT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def client(base_path, adapters):  # noqa: F811
+def client(base_path, adapters):
     studio = app.Studio(str(base_path), adapters, resolution=16, device="cpu", dtype="fp32")
     page = app.build(studio, "a icon", steps=2, guidance=3.0)
     page.queue(api_open=False)
@@ -25,7 +24,7 @@ def client(base_path, adapters):  # noqa: F811
     page.close()
 
 
-def test_three_pictures_are_those_of_lone_requests(client, base_path, adapters):  # noqa: F811
+def test_three_pictures_are_those_of_lone_requests(client, base_path, adapters):
     shown = client.predict("a red icon", 5, 2, 3.0, api_name="/compare")
     pipeline = load_pipeline(str(base_path))
     for path, (label, adapter) in zip(shown, [("base", None), *adapters.items()], strict=True):

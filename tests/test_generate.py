@@ -6,31 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlora_diffusion import sdxl
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.generate import Drawing, compare, draw_with, load_adapter, load_pipeline, main
-from tests.conftest import build_unet, global_rng_state
+from tests.conftest import global_rng_state
 
 DRAWING = Drawing(resolution=16, steps=2, guidance=3.0)
-
-
-@pytest.fixture
-def adapters(tmp_path):
-    """Two adapters far from zero."""
-    paths = {}
-    for index, label in enumerate(("LoRA", "Flat-LoRA")):
-        unet = build_unet()
-        unet.requires_grad_(False)
-        sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=index)
-        generator = torch.Generator().manual_seed(index)
-        for parameter in unet.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        paths[label] = tmp_path / label / WEIGHTS_NAME
-        paths[label].parent.mkdir()
-        paths[label].write_bytes(adapter_bytes({"unet": unet}, {}))
-    return paths
 
 
 @pytest.fixture
