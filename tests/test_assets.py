@@ -11,6 +11,7 @@ from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ICONS = ASSETS / "icons-3d"
+HELDOUT = ASSETS / "icons-3d-heldout"
 MODEL = ASSETS / "micro-sdxl"
 TEMPLATE = "a fluent 3d icon of "
 
@@ -28,24 +29,29 @@ def pipeline() -> StableDiffusionXLPipeline:
     return loaded
 
 
-def test_there_are_23_icons_with_transparency() -> None:
-    files = sorted(ICONS.glob("*.png"))
-    assert len(files) == 23
+def captions_of(folder: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return {line["file_name"]: line["text"] for line in lines}
+
+
+@pytest.mark.parametrize(("folder", "count"), [(ICONS, 23), (HELDOUT, 64)])
+def test_icons_have_transparency_and_captions(folder: Path, count: int) -> None:
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == count
+    captions = captions_of(folder)
+    assert sorted(captions) == [file.name for file in files]
     for file in files:
+        assert captions[file.name] == TEMPLATE + file.stem.replace("_", " ")
         with Image.open(file) as image:
             assert (image.mode, image.size) == ("RGBA", (256, 256)), file.name
             assert image.getchannel("A").getextrema() == (0, 255), file.name
 
 
-def test_every_icon_has_its_caption() -> None:
-    lines = [json.loads(line) for line in (ICONS / "metadata.jsonl").read_text().splitlines()]
-    assert sorted(line["file_name"] for line in lines) == sorted(file.name for file in ICONS.glob("*.png"))
-    for line in lines:
-        subject = line["file_name"].removesuffix(".png").replace("_", " ")
-        assert line["text"] == TEMPLATE + subject
+def test_held_out_subjects_are_not_trained() -> None:
+    assert not set(captions_of(ICONS)) & set(captions_of(HELDOUT))
 
 
-@pytest.mark.parametrize(("folder", "limit"), [(ICONS, 1_500_000), (MODEL, 40_000_000)])
+@pytest.mark.parametrize(("folder", "limit"), [(ICONS, 1_500_000), (HELDOUT, 4_000_000), (MODEL, 40_000_000)])
 def test_folders_stay_small_and_tell_their_licences(folder: Path, limit: int) -> None:
     assert size_of(folder) < limit
     assert "MIT" in (folder / "README.md").read_text()

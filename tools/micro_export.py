@@ -1,40 +1,35 @@
-"""Last stage: a complete diffusers pipeline in float16, and a sheet of what it draws."""
+"""Last stages' common ground: the trained parts as a diffusers pipeline and a CLIP, and their folders."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from micro_data import BASE_STYLES, caption
-from micro_models import build_autoencoder, build_scheduler, build_unet
-from micro_text import Captions, load_text
-from PIL import Image
+from micro_autoencoder import load_autoencoder
+from micro_captions import Captions
+from micro_clip import load_clip
+from micro_data import load_icons
+from micro_models import IMAGE_SIZE, build_scheduler, build_unet
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-SHEET_SUBJECTS = (
-    *("red apple", "banana", "hamburger", "grinning face", "dog face", "frog face"),
-    *("rocket", "sunflower", "red heart", "wrapped present", "octopus", "fire engine"),
-)
+CARDS = Path(__file__).resolve().parent / "cards"
 
 
-def export(work: Path, output: Path) -> None:
-    """Write the running averages of all stages, finished or not, as a pipeline folder."""
-
-    def average(name: str) -> dict[str, torch.Tensor]:
-        return torch.load(work / f"{name}.ckpt", weights_only=True)["average"]
-
-    tokenizer, text = load_text(work, Captions(work))
-    autoencoder, unet = build_autoencoder(), build_unet()
-    autoencoder.load_state_dict(average("autoencoder"))
+def assemble_pipeline(work: Path) -> StableDiffusionXLPipeline:
+    """The running averages of all stages, finished or not, in half precision as they are shipped."""
+    tokenizer, modules = load_clip(work, Captions(load_icons(work).subjects))
+    autoencoder, unet = load_autoencoder(work), build_unet()
     autoencoder.register_to_config(
         scaling_factor=torch.load(work / "latents.pt", weights_only=True)["scaling_factor"]
     )
-    unet.load_state_dict(average("unet"))
+    unet.load_state_dict(torch.load(work / "unet.ckpt", weights_only=True)["average"])
     pipeline = StableDiffusionXLPipeline(
         vae=autoencoder,
-        text_encoder=text["one"],
-        text_encoder_2=text["two"],
+        text_encoder=modules["one"],
+        text_encoder_2=modules["two"],
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -42,36 +37,52 @@ def export(work: Path, output: Path) -> None:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    readme = (output / "README.md").read_bytes() if (output / "README.md").exists() else None
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
-    if readme is not None:
-        (partial / "README.md").write_bytes(readme)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"[export] {output}: {size / 2**20:.1f} MiB", flush=True)
+    return pipeline.to(torch.float16)
 
 
-def draw_sheet(folder: Path, path: Path, guidance: float = 4.0, steps: int = 30) -> None:
-    """Draw each of `SHEET_SUBJECTS` in each base style, one style a row, to judge the model by eye."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True
+def assemble_clip(work: Path) -> tuple[CLIPModel, CLIPProcessor]:
+    """The image tower with the second text encoder, which it was trained with, in half precision."""
+    tokenizer, modules = load_clip(work, Captions(load_icons(work).subjects))
+    text, vision = modules["two"], modules["vision"]
+    config = CLIPConfig(
+        text_config=text.config.to_dict(),
+        vision_config=vision.config.to_dict(),
+        projection_dim=vision.config.projection_dim,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    scale = 2
-    sheet = None
-    for row, style in enumerate(BASE_STYLES):
-        images = pipeline(
-            [caption(style, subject) for subject in SHEET_SUBJECTS],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(row),
-        ).images
-        side = images[0].width * scale
-        sheet = sheet or Image.new("RGB", (side * len(images), side * len(BASE_STYLES)), "white")
-        for column, image in enumerate(images):
-            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
-    sheet.save(path)
-    print(f"[export] {path}", flush=True)
+    model = CLIPModel(config)
+    scale = modules["log_scales"][1].detach()
+    model.load_state_dict({**text.state_dict(), **vision.state_dict(), "logit_scale": scale})
+    images = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return model.half().eval(), CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def folder_size(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def export(work: Path, assets: Path) -> None:
+    """Write ``micro-sdxl`` and ``micro-clip`` with their model cards, filled in from ``scores.json``.
+
+    Args:
+        work: the folder of checkpoints, scores and the sheet.
+        assets: the folder that holds both.
+    """
+    pipeline, clip = assets / "micro-sdxl.partial", assets / "micro-clip.partial"
+    for partial in (pipeline, clip):
+        shutil.rmtree(partial, ignore_errors=True)
+    assemble_pipeline(work).save_pretrained(pipeline, safe_serialization=True)
+    shutil.copy(work / "sheet.png", pipeline / "sheet.png")
+    for part in assemble_clip(work):
+        part.save_pretrained(clip)
+    facts = json.loads((work / "scores.json").read_text())
+    facts |= {"pipeline_megabytes": folder_size(pipeline) / 1e6, "clip_megabytes": folder_size(clip) / 1e6}
+    for partial in (pipeline, clip):
+        output = partial.with_suffix("")
+        card = (CARDS / f"{output.name}.md").read_text(encoding="utf-8")
+        (partial / "README.md").write_text(card.format_map(facts), encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+        print(f"[export] {output}: {folder_size(output) / 1e6:.1f} MB", flush=True)

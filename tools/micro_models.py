@@ -8,7 +8,14 @@ from collections.abc import Iterable
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -83,9 +90,24 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTe
     return CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
 
 
+def build_vision_tower() -> CLIPVisionModelWithProjection:
+    """The image tower of the contrastive training: a ViT on patches of 8 pixels."""
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=POOLED,
+        )
+    )
+
+
 def build_unet() -> UNet2DConditionModel:
     """The UNet: SDXL's pattern (no attention at full size, deepest transformer lowest), heads of 32."""
-    widths = (48, 96, 192)
+    widths = (32, 96, 192)
     time_ids_dim = 8
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from micro_data import BASE_STYLES
+from micro_captions import Captions
+from micro_data import BASE_STYLES, load_icons
 from micro_models import IMAGE_SIZE, build_scheduler, build_unet
-from micro_text import Captions
-from micro_training import Stage
+from micro_training import Stage, fast_autocast
 from torch.nn import functional as F
 
-BATCH = 16
+BATCH = 32
 DROPOUT = 0.1  # share of pictures without any caption, for classifier-free guidance
 
 
@@ -30,38 +30,40 @@ def loss_weights(signal: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def train_unet(work: Path, minutes: float, lr: float = 1e-3) -> None:
+def train_unet(work: Path, steps: int, device: torch.device, lr: float = 1e-3) -> None:
     """Train on epsilon prediction; the text encoders stay as they are."""
     torch.manual_seed(4)
-    captions = Captions(work)
-    latents = torch.load(work / "latents.pt", weights_only=True)["latents"]
+    captions = Captions(load_icons(work).subjects)
+    latents = torch.load(work / "latents.pt", weights_only=True)["latents"].to(device)
     embeddings = torch.load(work / "embeddings.pt", weights_only=True)
-    contexts, pooled = embeddings["contexts"], embeddings["pooled"]
+    contexts, pooled = embeddings["contexts"].to(device), embeddings["pooled"].to(device)
     signal = build_scheduler().alphas_cumprod
-    weights = loss_weights(signal)
+    weights = loss_weights(signal).to(device)
     # (original size, crop's corner, target size), each (height, width), as the pipeline passes them.
     time_ids = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE], dtype=torch.float32)
-    time_ids = time_ids.repeat(BATCH, 1)
+    time_ids = time_ids.repeat(BATCH, 1).to(device)
 
-    unet = build_unet().to(memory_format=torch.channels_last)
-    stage = Stage("unet", unet, work, minutes, lr=lr, seed=5)
+    unet = build_unet().to(device, memory_format=torch.channels_last)
+    stage = Stage("unet", unet, work, steps, lr=lr, seed=5, decay=0.9985, muon=False)
+    draw = stage.generator
     for _ in stage.steps():
-        draw = stage.generator
         styles = torch.randint(len(BASE_STYLES), (BATCH,), generator=draw)
         subjects = torch.randint(latents.shape[1], (BATCH,), generator=draw)
         rows = captions.sample(styles, subjects, draw)
         # An empty prompt is all zeros in SDXL (force_zeros_for_empty_prompt), so a dropped caption is, too.
-        kept = (torch.rand(BATCH, generator=draw) >= DROPOUT).float()
+        kept = (torch.rand(BATCH, generator=draw) >= DROPOUT).float().to(device)
         conditions = {"text_embeds": pooled[rows] * kept[:, None], "time_ids": time_ids}
+        context = contexts[rows].float() * kept[:, None, None]
         clean = latents[styles, subjects]
-        noise = torch.randn(clean.shape, generator=draw)
+        noise = torch.randn(clean.shape, generator=draw).to(device)
         # One timestep in each of BATCH equal parts: the loss varies less than with independent draws.
         timesteps = (torch.arange(BATCH) + torch.rand(BATCH, generator=draw)) * (len(signal) / BATCH)
         timesteps = timesteps.long().clamp(max=len(signal) - 1)
-        scale = signal[timesteps].view(-1, 1, 1, 1)
+        scale = signal[timesteps].view(-1, 1, 1, 1).to(device)
         noisy = scale.sqrt() * clean + (1 - scale).sqrt() * noise
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        context = contexts[rows] * kept[:, None, None]
-        predicted = unet(noisy, timesteps, context, added_cond_kwargs=conditions).sample
-        errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        timesteps = timesteps.to(device)
+        with fast_autocast(device):
+            predicted = unet(noisy, timesteps, context, added_cond_kwargs=conditions).sample
+        errors = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
         stage.update((weights[timesteps] * errors).mean())

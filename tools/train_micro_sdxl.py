@@ -1,7 +1,8 @@
-"""Train the micro SDXL of ``assets/micro-sdxl`` from scratch on a CPU: ``tools/train_micro_sdxl.py all``.
+"""Train the demo base (``assets/micro-sdxl``, ``assets/micro-clip``) from scratch, on a CPU or a GPU.
 
-Every stage can be killed at any time and run again: it resumes from its last checkpoint, and ends when its
-budget of training time is spent. ``export`` writes the weights as they are, also in the middle of a stage.
+Each stage is one command; ``all`` runs them in their order. A stage can be killed at any time: run again, it
+goes on from its last checkpoint, and one that is finished is left alone. ``score`` and ``export`` take the
+weights as they are, also in the middle of a stage.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import torch
 from micro_autoencoder import cache_latents, train_autoencoder
+from micro_clip import cache_embeddings, train_clip
 from micro_data import build
-from micro_export import draw_sheet, export
-from micro_text import cache_embeddings, train_text
+from micro_export import export
+from micro_score import score
 from micro_unet import train_unet
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-STAGES = ("data", "autoencoder", "text", "unet", "export")
+STEPS = {"autoencoder": 2000, "clip": 680, "unet": 7000}
+STAGES = ("data", *STEPS, "score", "export")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,17 +33,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "micro-sdxl", metavar="DIR"
     )
-    parser.add_argument("--output", type=Path, default=ASSETS / "micro-sdxl", metavar="DIR")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        nargs=3,
-        default=(30, 10, 120),
-        metavar=("AUTOENCODER", "TEXT", "UNET"),
-        help="training time of the three stages (default: %(default)s)",
-    )
+    parser.add_argument("--assets", type=Path, default=ASSETS, metavar="DIR", help="where to export to")
+    parser.add_argument("--steps", type=int, help=f"length of a training stage (default: of {STEPS})")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def run_stage(stage: str, work: Path, assets: Path, steps: int | None, device: torch.device) -> None:
+    """Run one stage.
+
+    Args:
+        stage: one of `STAGES`.
+        work: the folder of downloads, checkpoints and caches.
+        assets: where ``export`` writes.
+        steps: the length of a training stage; None for the one in `STEPS`.
+        device: where training runs.
+    """
+    if stage == "data":
+        build(work / "raw", work)
+    elif stage == "autoencoder":
+        train_autoencoder(work, steps or STEPS[stage], device)
+        cache_latents(work)
+    elif stage == "clip":
+        train_clip(work, steps or STEPS[stage], device)
+        cache_embeddings(work)
+    elif stage == "unet":
+        train_unet(work, steps or STEPS[stage], device)
+    elif stage == "score":
+        score(work)
+    else:
+        export(work, assets)
 
 
 def main() -> None:
@@ -49,20 +72,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     # Tiny moments of Adam become denormal numbers, with which some CPUs compute twenty times slower.
     torch.set_flush_denormal(True)
-    work, (autoencoder_minutes, text_minutes, unet_minutes) = arguments.work, arguments.minutes
     for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
-        if stage == "data":
-            build(work / "raw", work)
-        elif stage == "autoencoder":
-            cache_latents(train_autoencoder(work, autoencoder_minutes), work)
-        elif stage == "text":
-            train_text(work, text_minutes)
-            cache_embeddings(work)
-        elif stage == "unet":
-            train_unet(work, unet_minutes)
-        else:
-            export(work, arguments.output)
-            draw_sheet(arguments.output, work / "sheet.png")
+        run_stage(stage, arguments.work, arguments.assets, arguments.steps, arguments.device)
 
 
 if __name__ == "__main__":

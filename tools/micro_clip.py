@@ -1,0 +1,182 @@
+"""Stage two: both text encoders, trained contrastively against one image tower, as CLIP was.
+
+The tower and the second text encoder are a complete CLIP; the first text encoder is trained beside it with a
+projection of its own. Afterwards all are frozen, and the UNet learns on their cached outputs.
+
+The tower alone also sees pictures in the new style: two distorted views of each must find each other among
+all pictures of the batch. No caption takes part, so the text encoders learn nothing of that style, but CLIP-I
+is fit to compare pictures in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from micro_captions import Captions
+from micro_data import BASE_STYLES, NEW_STYLE, Icons, load_icons, to_pixels
+from micro_models import (
+    POOLED,
+    WIDTHS,
+    build_text_encoders,
+    build_tokenizer,
+    build_vision_tower,
+    encode,
+    tokenize,
+)
+from micro_training import Stage, save_atomically
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+PAIRS = 128  # of picture and caption in a batch
+NEW_STYLE_PICTURES = 16
+RETRIEVAL_POOL = 500
+
+
+def make_tokenizer(captions: Captions) -> CLIPTokenizer:
+    """The tokenizer of both text encoders; each word of the new style, which no caption has, is a token."""
+    return build_tokenizer(captions.texts, NEW_STYLE.split())
+
+
+def build_clip_modules(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """Text encoders, tower, and what only the contrastive training uses."""
+    first, second = build_text_encoders(tokenizer)
+    return nn.ModuleDict(
+        {
+            "one": first,
+            "two": second,
+            "vision": build_vision_tower(),
+            "head_one": nn.Linear(WIDTHS[0], POOLED, bias=False),
+            "log_scales": nn.ParameterList([torch.tensor(2.7) for _ in range(2)]),
+        }
+    )
+
+
+def distort(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Move, scale, blur and re-colour pictures a little, so that a drawing of an icon is near the icon.
+
+    Args:
+        pixels: (n, 3, h, w) in -1 to 1.
+        generator: the source of randomness, on the CPU.
+    """
+    n, device = len(pixels), pixels.device
+    draws = torch.rand(n, 6, generator=generator).to(device)
+    zoom = 1 + 0.24 * (draws[:, 0] - 0.5)
+    shift = 0.24 * (draws[:, 1:3] - 0.5)
+    theta = torch.zeros(n, 2, 3, device=device)
+    theta[:, 0, 0] = theta[:, 1, 1] = zoom
+    theta[:, :, 2] = shift
+    # The background is white, so sampling outside must give white: shift the range, pad with zeros.
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
+    blur = (draws[:, 3] < 0.5).float() * draws[:, 4]
+    mixed = torch.lerp(moved, blurred, blur.view(-1, 1, 1, 1))
+    gain = 1 + 0.2 * (draws[:, 5] - 0.5)
+    noise = torch.randn(mixed.shape, generator=generator).to(device)
+    return ((mixed - 1) * gain.view(-1, 1, 1, 1) + 1 + 0.04 * noise).clamp(-1, 1)
+
+
+def _contrast(left: torch.Tensor, right: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss: each row's own column among all, and each column's own row."""
+    logits = log_scale.exp().clamp(max=100) * F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
+    own = torch.arange(len(left), device=left.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _draw_pairs(icons: Icons, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Style and subject indices of `PAIRS` different pictures."""
+    chosen = torch.randperm(len(BASE_STYLES) * len(icons.subjects), generator=generator)[:PAIRS]
+    return chosen // len(icons.subjects), chosen % len(icons.subjects)
+
+
+def train_clip(work: Path, steps: int, device: torch.device, lr: float = 2.5e-3) -> None:
+    """Train text encoders and image tower."""
+    torch.manual_seed(2)
+    icons = load_icons(work)
+    captions = Captions(icons.subjects)
+    tokenizer = make_tokenizer(captions)
+    ids = tokenize(tokenizer, captions.texts)
+    lengths = (ids != tokenizer.pad_token_id).sum(dim=1) + 1  # with the end token, which is also the padding
+    flat = torch.stack([icons.images[style] for style in BASE_STYLES])
+    new, new_rows = icons.images[NEW_STYLE], icons.free_3d
+    modules = build_clip_modules(tokenizer).to(device)
+    stage = Stage("clip", modules, work, steps, lr=lr, seed=3)
+    draw = stage.generator
+    for _ in stage.steps():
+        styles, subjects = _draw_pairs(icons, draw)
+        rows = captions.sample(styles, subjects, draw)
+        # Attention is causal, so padding after the longest caption changes nothing and can be cut off.
+        tokens = ids[rows, : lengths[rows].max()].to(device)
+        extra = new[new_rows[torch.randperm(len(new_rows), generator=draw)[:NEW_STYLE_PICTURES]]]
+        pixels = to_pixels(torch.cat([flat[styles, subjects], extra, extra])).to(device)
+        features = modules["vision"](pixel_values=distort(pixels, draw)).image_embeds
+        pictures, views = features[:PAIRS], F.normalize(features, dim=-1)
+        _, second, first = encode((modules["one"], modules["two"]), tokens)
+        scales = modules["log_scales"]
+        loss = _contrast(pictures, modules["head_one"](first), scales[0])
+        loss = loss + _contrast(pictures, second, scales[1])
+        # Each view in the new style must find its twin among all other pictures.
+        similar = 10 * views[PAIRS:] @ views.T
+        index = torch.arange(2 * NEW_STYLE_PICTURES, device=device)
+        similar[index, PAIRS + index] = -torch.inf
+        twin = PAIRS + index.roll(NEW_STYLE_PICTURES)
+        stage.update(loss + F.cross_entropy(similar, twin))
+
+
+def load_clip(work: Path, captions: Captions) -> tuple[CLIPTokenizer, nn.ModuleDict]:
+    """The tokenizer and the trained modules (running average)."""
+    tokenizer = make_tokenizer(captions)
+    modules = build_clip_modules(tokenizer)
+    modules.load_state_dict(torch.load(work / "clip.ckpt", weights_only=True)["average"])
+    return tokenizer, modules.eval()
+
+
+@torch.no_grad()
+def image_features(vision: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Unit features (n, POOLED) of uint8 pictures (n, h, w, 3)."""
+    parts = [vision(pixel_values=to_pixels(part)).image_embeds for part in images.split(256)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+@torch.no_grad()
+def cache_embeddings(work: Path) -> None:
+    """Write ``embeddings.pt``: context (half precision) and pooled embedding of every caption row."""
+    captions = Captions(load_icons(work).subjects)
+    tokenizer, modules = load_clip(work, captions)
+    contexts, pooled = [], []
+    for ids in tokenize(tokenizer, captions.texts).split(256):
+        context, embeds, _ = encode((modules["one"], modules["two"]), ids)
+        contexts.append(context.half())
+        pooled.append(embeds)
+    contexts, pooled = torch.cat(contexts), torch.cat(pooled)
+    save_atomically({"contexts": contexts, "pooled": pooled}, work / "embeddings.pt")
+    print(f"[clip] std of context {contexts.float().std():.2f}, of pooled {pooled.std():.2f}", flush=True)
+
+
+@torch.no_grad()
+def score_retrieval(work: Path) -> dict[str, float]:
+    """How often a picture is among the five nearest of its caption, out of 500 pairs, and the reverse."""
+    icons = load_icons(work)
+    captions = Captions(icons.subjects)
+    tokenizer, modules = load_clip(work, captions)
+    chosen = torch.randperm(
+        len(BASE_STYLES) * len(icons.subjects), generator=torch.Generator().manual_seed(11)
+    )[:RETRIEVAL_POOL]
+    styles, subjects = chosen // len(icons.subjects), chosen % len(icons.subjects)
+    flat = torch.stack([icons.images[style] for style in BASE_STYLES])
+    pictures = image_features(modules["vision"], flat[styles, subjects])
+    ids = tokenize(tokenizer, [captions.texts[row] for row in captions.first[styles, subjects]])
+    _, second, first = encode((modules["one"], modules["two"]), ids)
+    scores = {}
+    for name, texts in (("text_encoder", modules["head_one"](first)), ("text_encoder_2", second)):
+        similar = F.normalize(texts, dim=-1) @ pictures.T
+        own = torch.arange(RETRIEVAL_POOL)[:, None]
+        scores[f"{name}_to_icon"] = _top(similar, own)
+        scores[f"icon_to_{name}"] = _top(similar.T, own)
+    return scores
+
+
+def _top(similar: torch.Tensor, own: torch.Tensor, k: int = 5) -> float:
+    return (similar.topk(k, dim=1).indices == own).any(dim=1).float().mean().item()
