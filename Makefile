@@ -1,6 +1,6 @@
 # make demo   set up, train LoRA and Flat-LoRA on 23 icons, draw them side by side
 # make test   set up, run all tests
-# make app    set up, serve a page that compares the two (after make demo)
+# make app    set up, serve a page that compares the two
 # make quality  lint and formatting
 
 PYTHON ?= python3

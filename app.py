@@ -89,6 +89,15 @@ def build(studio: Studio, prompt: str, steps: int, guidance: float) -> gr.Blocks
     return page
 
 
+def demo_adapters(project: Path) -> dict[str, Path]:
+    """The adapters that `make demo` has trained, else those that come with the project."""
+    for folder in (project / "demo-output", project / "assets" / "adapters"):
+        adapters = {label: folder / name for label, name in ADAPTERS.items()}
+        if all((path / "pytorch_lora_weights.safetensors").is_file() for path in adapters.values()):
+            return adapters
+    raise UserError(f"no adapters in {folder}: restore that folder, or give --adapter NAME=PATH")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the app."""
     parser = OneLineParser(prog="app.py", description=__doc__)
@@ -98,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=parse_adapter,
         action="append",
         metavar="NAME=PATH",
-        help="An adapter to show; may be given several times. Default: those of `make demo`.",
+        help="An adapter to show; may be given several times. Default: those of `make demo`, else of assets.",
     )
     parser.add_argument("--resolution", type=int, default=64, help="Height and width (default: 64).")
     parser.add_argument("--prompt", default="a fluent 3d icon of red apple", help="First prompt.")
@@ -108,12 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument("--port", type=int, help="Default: the first free one from 7860.")
     given = parser.parse_all(arguments)
-    adapters = dict(given.adapter or ())
-    if not adapters:
-        run = PROJECT / "demo-output"
-        adapters = {label: run / folder for label, folder in ADAPTERS.items()}
-        if not all(path.is_dir() for path in adapters.values()):
-            raise UserError(f"no adapters in {run}: run `make demo` first, or give --adapter NAME=PATH")
+    adapters = dict(given.adapter or ()) or demo_adapters(PROJECT)
     studio = Studio(given.base, adapters, given.resolution, given.device, given.dtype)
     page = build(studio, given.prompt, given.steps, given.guidance)
     page.queue(max_size=8, default_concurrency_limit=1, api_open=False)

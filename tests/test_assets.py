@@ -8,11 +8,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from flatlora_diffusion.cli import parse_train_config
+from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ICONS = ASSETS / "icons-3d"
 HELDOUT = ASSETS / "icons-3d-heldout"
 MODEL = ASSETS / "micro-sdxl"
+CLIP = ASSETS / "micro-clip"
+ADAPTERS = ASSETS / "adapters"
 TEMPLATE = "a fluent 3d icon of "
 
 
@@ -51,15 +58,25 @@ def test_held_out_subjects_are_not_trained() -> None:
     assert not set(captions_of(ICONS)) & set(captions_of(HELDOUT))
 
 
-@pytest.mark.parametrize(("folder", "limit"), [(ICONS, 1_500_000), (HELDOUT, 4_000_000), (MODEL, 40_000_000)])
+@pytest.mark.parametrize(
+    ("folder", "limit"),
+    [
+        (ICONS, 1_500_000),
+        (HELDOUT, 4_000_000),
+        (MODEL, 40_000_000),
+        (CLIP, 10_000_000),
+        (ADAPTERS, 2_000_000),
+    ],
+)
 def test_folders_stay_small_and_tell_their_licences(folder: Path, limit: int) -> None:
     assert size_of(folder) < limit
     assert "MIT" in (folder / "README.md").read_text()
 
 
-def test_the_model_has_no_pickles() -> None:
-    suffixes = {path.suffix for path in MODEL.rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md"}
+@pytest.mark.parametrize("folder", [MODEL, CLIP, ADAPTERS])
+def test_there_are_no_pickles(folder: Path) -> None:
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert {".safetensors", ".md"} <= suffixes <= {".safetensors", ".json", ".md", ".png"}
 
 
 def test_the_model_is_an_sdxl(pipeline: StableDiffusionXLPipeline) -> None:
@@ -100,3 +117,59 @@ def test_it_draws_64_pixels_by_default(pipeline: StableDiffusionXLPipeline) -> N
     assert images.shape == (2, 64, 64, 3)
     assert np.isfinite(images).all()
     assert images.std() > 0.01
+
+
+def test_clip_recognises_what_the_model_draws(pipeline: StableDiffusionXLPipeline) -> None:
+    """CLIP-T: for most drawings the nearest of all held-out captions of the style is their own."""
+    clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32, use_safetensors=True)
+    processor = CLIPProcessor.from_pretrained(CLIP)
+    subjects = [text.removeprefix(TEMPLATE) for text in captions_of(HELDOUT).values()]
+    hits = []
+    for style in ("noto", "twemoji"):
+        prompts = [f"a {style} icon of {subject}" for subject in subjects]
+        asked = prompts[::8]
+        images = pipeline(
+            asked,
+            num_inference_steps=30,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(asked))],
+        ).images
+        inputs = processor(text=prompts, images=images, return_tensors="pt", padding="max_length")
+        with torch.no_grad():
+            nearest = clip(**inputs).logits_per_image.argmax(dim=1)
+        hits += [prompts[index] == prompt for index, prompt in zip(nearest, asked, strict=True)]
+    assert sum(hits) / len(hits) > 0.5
+
+
+def test_both_encoders_of_clip_are_those_of_the_model(pipeline: StableDiffusionXLPipeline) -> None:
+    clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32, use_safetensors=True)
+    shipped = pipeline.text_encoder_2.state_dict()
+    own = clip.state_dict()
+    assert shipped
+    assert all(torch.equal(own[name], tensor) for name, tensor in shipped.items())
+
+
+@pytest.mark.parametrize(("name", "method"), [("lora", "LoRA"), ("flat_lora", "Flat-LoRA")])
+def test_the_adapters_are_what_the_demo_trains(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ASSETS.parent)
+    config = parse_train_config(["--config", "assets/demo.yaml"])
+    facts = read_facts(ADAPTERS / name / WEIGHTS_NAME)
+    assert facts["method"] == method
+    assert facts["flat_sigma"] == (config.flat_sigma if name == "flat_lora" else 0)
+    assert (facts["rank"], facts["steps"]) == (config.rank, config.max_train_steps)
+    assert (facts["base"], facts["seed"]) == (config.pretrained_model_name_or_path, config.seed)
+
+
+def test_the_adapters_change_what_is_drawn() -> None:
+    pipeline = load_pipeline(str(MODEL))
+    drawing = Drawing(resolution=64, steps=5, guidance=3.0)
+    for name in ("lora", "flat_lora"):
+        load_adapter(pipeline, name, ADAPTERS / name)
+    pictures = [
+        np.asarray(draw_with(pipeline, adapter, "a fluent 3d icon of red heart", 0, drawing), dtype=float)
+        for adapter in (None, "lora", "flat_lora")
+    ]
+    assert np.abs(pictures[1] - pictures[0]).mean() > 1
+    assert np.abs(pictures[2] - pictures[0]).mean() > 1

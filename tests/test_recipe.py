@@ -11,6 +11,7 @@ import micro_clip
 import micro_data
 import micro_muon
 import micro_score
+import micro_text
 import micro_training
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from torch import nn
 from train_micro_sdxl import run_stage
 from transformers import CLIPModel, CLIPProcessor
 
-OTHERS = tuple(f"thing number {'abcdefghijklmnopqrstuvwxyz'[i % 26] * (1 + i // 26)}" for i in range(40))
+OTHERS = tuple(f"thing number {'abcdefghijklmnopqrstuvwxyz'[i % 26] * (1 + i // 26)}" for i in range(50))
 NAMES = (*DEMO_SUBJECTS, *HELDOUT_SUBJECTS, *OTHERS)
 HELDOUT_COLOUR = (1, 2, 3)
 
@@ -173,12 +174,12 @@ def test_every_stage_runs_and_the_export_loads(work: Path, tmp_path: Path, monke
     monkeypatch.setattr(micro_score, "SHEET_SUBJECTS", 3)
     monkeypatch.setattr(micro_score, "SPEED_REPEATS", 1)
     monkeypatch.setattr(micro_score, "STEPS", 2)
-    monkeypatch.setattr(micro_clip, "RETRIEVAL_POOL", 50)
-    for stage in ("autoencoder", "clip", "unet", "score", "export"):
+    monkeypatch.setattr(micro_text, "RETRIEVAL_POOL", 50)
+    for stage in ("autoencoder", "clip", "text", "unet", "score", "export"):
         run_stage(stage, work, tmp_path, steps=2, device=torch.device("cpu"))
 
     scores = json.loads((work / "scores.json").read_text())
-    assert scores["unet_steps"] == scores["clip_steps"] == scores["autoencoder_steps"] == 2
+    assert all(scores[f"{name}_steps"] == 2 for name in ("autoencoder", "clip", "text", "unet"))
     assert 0 <= scores["unet_top1"] <= scores["unet_top5"] <= 1
     icons = micro_data.load_icons(work)
     model = micro_autoencoder.load_autoencoder(work)

@@ -1,7 +1,7 @@
 """Stage two: both text encoders, trained contrastively against one image tower, as CLIP was.
 
 The tower and the second text encoder are a complete CLIP; the first text encoder is trained beside it with a
-projection of its own. Afterwards all are frozen, and the UNet learns on their cached outputs.
+projection of its own. The next stage goes on with the text encoders; the tower stays as it is.
 
 The tower alone also sees pictures in the new style: two distorted views of each must find each other among
 all pictures of the batch. No caption takes part, so the text encoders learn nothing of that style, but CLIP-I
@@ -24,14 +24,13 @@ from micro_models import (
     encode,
     tokenize,
 )
-from micro_training import Stage, save_atomically
+from micro_training import Stage
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 PAIRS = 128  # of picture and caption in a batch
 NEW_STYLE_PICTURES = 16
-RETRIEVAL_POOL = 500
 
 
 def make_tokenizer(captions: Captions) -> CLIPTokenizer:
@@ -78,7 +77,7 @@ def distort(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return ((mixed - 1) * gain.view(-1, 1, 1, 1) + 1 + 0.04 * noise).clamp(-1, 1)
 
 
-def _contrast(left: torch.Tensor, right: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+def contrast(left: torch.Tensor, right: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """CLIP's loss: each row's own column among all, and each column's own row."""
     logits = log_scale.exp().clamp(max=100) * F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
     own = torch.arange(len(left), device=left.device)
@@ -115,8 +114,8 @@ def train_clip(work: Path, steps: int, device: torch.device, lr: float = 2.5e-3)
         pictures, views = features[:PAIRS], F.normalize(features, dim=-1)
         _, second, first = encode((modules["one"], modules["two"]), tokens)
         scales = modules["log_scales"]
-        loss = _contrast(pictures, modules["head_one"](first), scales[0])
-        loss = loss + _contrast(pictures, second, scales[1])
+        loss = contrast(pictures, modules["head_one"](first), scales[0])
+        loss = loss + contrast(pictures, second, scales[1])
         # Each view in the new style must find its twin among all other pictures.
         similar = 10 * views[PAIRS:] @ views.T
         index = torch.arange(2 * NEW_STYLE_PICTURES, device=device)
@@ -138,45 +137,3 @@ def image_features(vision: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Unit features (n, POOLED) of uint8 pictures (n, h, w, 3)."""
     parts = [vision(pixel_values=to_pixels(part)).image_embeds for part in images.split(256)]
     return F.normalize(torch.cat(parts), dim=-1)
-
-
-@torch.no_grad()
-def cache_embeddings(work: Path) -> None:
-    """Write ``embeddings.pt``: context (half precision) and pooled embedding of every caption row."""
-    captions = Captions(load_icons(work).subjects)
-    tokenizer, modules = load_clip(work, captions)
-    contexts, pooled = [], []
-    for ids in tokenize(tokenizer, captions.texts).split(256):
-        context, embeds, _ = encode((modules["one"], modules["two"]), ids)
-        contexts.append(context.half())
-        pooled.append(embeds)
-    contexts, pooled = torch.cat(contexts), torch.cat(pooled)
-    save_atomically({"contexts": contexts, "pooled": pooled}, work / "embeddings.pt")
-    print(f"[clip] std of context {contexts.float().std():.2f}, of pooled {pooled.std():.2f}", flush=True)
-
-
-@torch.no_grad()
-def score_retrieval(work: Path) -> dict[str, float]:
-    """How often a picture is among the five nearest of its caption, out of 500 pairs, and the reverse."""
-    icons = load_icons(work)
-    captions = Captions(icons.subjects)
-    tokenizer, modules = load_clip(work, captions)
-    chosen = torch.randperm(
-        len(BASE_STYLES) * len(icons.subjects), generator=torch.Generator().manual_seed(11)
-    )[:RETRIEVAL_POOL]
-    styles, subjects = chosen // len(icons.subjects), chosen % len(icons.subjects)
-    flat = torch.stack([icons.images[style] for style in BASE_STYLES])
-    pictures = image_features(modules["vision"], flat[styles, subjects])
-    ids = tokenize(tokenizer, [captions.texts[row] for row in captions.first[styles, subjects]])
-    _, second, first = encode((modules["one"], modules["two"]), ids)
-    scores = {}
-    for name, texts in (("text_encoder", modules["head_one"](first)), ("text_encoder_2", second)):
-        similar = F.normalize(texts, dim=-1) @ pictures.T
-        own = torch.arange(RETRIEVAL_POOL)[:, None]
-        scores[f"{name}_to_icon"] = _top(similar, own)
-        scores[f"icon_to_{name}"] = _top(similar.T, own)
-    return scores
-
-
-def _top(similar: torch.Tensor, own: torch.Tensor, k: int = 5) -> float:
-    return (similar.topk(k, dim=1).indices == own).any(dim=1).float().mean().item()

@@ -13,6 +13,7 @@ from micro_captions import Captions
 from micro_clip import load_clip
 from micro_data import load_icons
 from micro_models import IMAGE_SIZE, build_scheduler, build_unet
+from micro_text import load_text
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 CARDS = Path(__file__).resolve().parent / "cards"
@@ -20,7 +21,7 @@ CARDS = Path(__file__).resolve().parent / "cards"
 
 def assemble_pipeline(work: Path) -> StableDiffusionXLPipeline:
     """The running averages of all stages, finished or not, in half precision as they are shipped."""
-    tokenizer, modules = load_clip(work, Captions(load_icons(work).subjects))
+    tokenizer, modules = load_text(work, Captions(load_icons(work).subjects))
     autoencoder, unet = load_autoencoder(work), build_unet()
     autoencoder.register_to_config(
         scaling_factor=torch.load(work / "latents.pt", weights_only=True)["scaling_factor"]
@@ -42,15 +43,17 @@ def assemble_pipeline(work: Path) -> StableDiffusionXLPipeline:
 
 def assemble_clip(work: Path) -> tuple[CLIPModel, CLIPProcessor]:
     """The image tower with the second text encoder, which it was trained with, in half precision."""
-    tokenizer, modules = load_clip(work, Captions(load_icons(work).subjects))
-    text, vision = modules["two"], modules["vision"]
+    captions = Captions(load_icons(work).subjects)
+    tokenizer, modules = load_text(work, captions)
+    clip = load_clip(work, captions)[1]
+    text, vision = modules["two"], clip["vision"]
     config = CLIPConfig(
         text_config=text.config.to_dict(),
         vision_config=vision.config.to_dict(),
         projection_dim=vision.config.projection_dim,
     )
     model = CLIPModel(config)
-    scale = modules["log_scales"][1].detach()
+    scale = clip["log_scales"][1].detach()
     model.load_state_dict({**text.state_dict(), **vision.state_dict(), "logit_scale": scale})
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3

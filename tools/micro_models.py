@@ -121,6 +121,7 @@ def build_unet() -> UNet2DConditionModel:
         ),  # the number of heads, despite its name
         cross_attention_dim=sum(WIDTHS),
         use_linear_projection=True,
+        time_embedding_dim=256,  # four times the first width would be narrower than the pooled embedding
         addition_embed_type="text_time",
         addition_time_embed_dim=time_ids_dim,
         projection_class_embeddings_input_dim=POOLED + 6 * time_ids_dim,

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import micro_autoencoder
 import micro_clip
+import micro_text
 import micro_unet
 import torch
 from diffusers import StableDiffusionXLPipeline
 from micro_autoencoder import score_autoencoder
 from micro_captions import Captions
-from micro_clip import image_features, load_clip, score_retrieval
+from micro_clip import image_features, load_clip
 from micro_data import BASE_STYLES, DEMO_SUBJECTS, Icons, caption, load_icons
 from micro_export import assemble_pipeline
+from micro_text import score_retrieval
 from micro_training import read_progress
 from PIL import Image
 from torch import nn
@@ -98,6 +100,7 @@ def training_facts(work: Path, subjects: int) -> dict[str, float]:
     for name, batch in (
         ("autoencoder", micro_autoencoder.BATCH),
         ("clip", micro_clip.PAIRS),
+        ("text", micro_text.BATCH),
         ("unet", micro_unet.BATCH),
     ):
         steps, minutes = read_progress(work, name)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 from micro_autoencoder import cache_latents, train_autoencoder
-from micro_clip import cache_embeddings, train_clip
+from micro_clip import train_clip
 from micro_data import build
 from micro_export import export
 from micro_score import score
+from micro_text import cache_embeddings, train_text
 from micro_unet import train_unet
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-STEPS = {"autoencoder": 2000, "clip": 680, "unet": 7000}
+STEPS = {"autoencoder": 2000, "clip": 680, "text": 1300, "unet": 7000}
 STAGES = ("data", *STEPS, "score", "export")
 
 
@@ -57,6 +58,8 @@ def run_stage(stage: str, work: Path, assets: Path, steps: int | None, device: t
         cache_latents(work)
     elif stage == "clip":
         train_clip(work, steps or STEPS[stage], device)
+    elif stage == "text":
+        train_text(work, steps or STEPS[stage], device)
         cache_embeddings(work)
     elif stage == "unet":
         train_unet(work, steps or STEPS[stage], device)
