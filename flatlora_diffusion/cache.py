@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         captions: One for each sample.
         latents: (N, channels, height, width), drawn from the VAE's posterior.
-        noise: The same shape, unit normals.
+        noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
         time_ids: (N, 6), see `sdxl.diffusion_loss`.
     """
@@ -54,6 +54,7 @@ class LatentCache:
         self._captions = [sample.caption for sample in samples]
         self._seed = config.seed
         self._noise_levels = noise_levels
+        self._noise_offset = config.noise_offset
         self._variants: list[list[tuple[sdxl.Latents, Tensor]]] = []
         target = (config.resolution, config.resolution)
         for sample in progress(samples):
@@ -86,6 +87,8 @@ class LatentCache:
             latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
             noise.append(torch.randn(shape, generator=draws))
             timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
+            if self._noise_offset:
+                noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
             time_ids.append(ids)
         return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
 

@@ -72,6 +72,14 @@ class TrainConfig:
     lora_alpha: float | None = option(
         None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank."
     )
+    lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.")
+    use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
+    use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
+    lora_layers: tuple[str, ...] | None = option(
+        None,
+        "Ends of the names of the UNet's layers that get a LoRA, such as to_k to_q to_v to_out.0 (these are "
+        "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2.",
+    )
     train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
 
     # Flat-LoRA.
@@ -85,6 +93,14 @@ class TrainConfig:
         False,
         "Train plain LoRA and then Flat-LoRA from the same initial adapter, data order, timesteps and noise, "
         "into lora/ and flat_lora/ under the output folder, and draw both beside the base.",
+    )
+
+    # The objective.
+    snr_gamma: float | None = option(
+        None, "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it."
+    )
+    noise_offset: float = option(
+        0.0, "Adds this times one normal a channel to the noise, so that whole images can be dark or bright."
     )
 
     # The optimisation.
@@ -157,6 +173,7 @@ class TrainConfig:
             ),
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
+            "snr_gamma",
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -169,10 +186,10 @@ class TrainConfig:
                 "seed",
             ),
             *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
-            "validation_epochs",
+            *("validation_epochs", "noise_offset"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
         for name in ("learning_rate", "text_encoder_lr"):
             self._require(name, "must be at most 1e30", lambda value: value <= 1e30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, load_adapter_tensors, write_atomically
 from flatlora_diffusion.generate import release
 from flatlora_diffusion.interrupt import StopRequest, stop_request
+from flatlora_diffusion.noise import hash64
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.validate import draw_validation, report_validation
 
@@ -117,7 +120,16 @@ class Run:
             self.trained |= dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
         else:
             self._cache_prompts()
-        sdxl.add_lora(self.trained, rank=config.rank, alpha=config.alpha, seed=config.seed)
+        sdxl.add_lora(
+            self.trained,
+            rank=config.rank,
+            alpha=config.alpha,
+            seed=config.seed,
+            unet_targets=config.lora_layers or sdxl.UNET_TARGETS,
+            lora_dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
         for model in self.trained.values():
             if config.gradient_checkpointing:
                 sdxl.enable_gradient_checkpointing(model)
@@ -234,7 +246,9 @@ class Run:
         total = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(*self.prepared.values()):
-                loss = self._loss(step * config.gradient_accumulation_steps + micro)
+                micro_step = step * config.gradient_accumulation_steps + micro
+                with self._dropout_randomness(micro_step):
+                    loss = self._loss(micro_step)
                 accelerator.backward(loss)
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -273,7 +287,20 @@ class Run:
             batch.timesteps.to(device),
             sdxl.PromptEmbeds(prompts.tokens.to(device), prompts.pooled.to(device)),
             batch.time_ids.to(device),
+            self.config.snr_gamma,
         )
+
+    @contextlib.contextmanager
+    def _dropout_randomness(self, micro_step: int) -> Iterator[None]:
+        """LoRA dropout draws from the global RNG: give it a state that is a function of the micro-batch."""
+        if not self.config.lora_dropout:
+            yield
+            return
+        device = self.accelerator.device
+        key = hash64(self.config.seed, "dropout", micro_step, self.accelerator.process_index)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(key)
+            yield
 
     def _divergence(self, step: int, what: str) -> str:
         newest = newest_checkpoint(self.output)
