@@ -22,7 +22,7 @@ class Batch:
         latents: (N, channels, height, width), drawn from the VAE's posterior.
         noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
-        time_ids: (N, 6), see `sdxl.diffusion_loss`.
+        time_ids: (N, 6), see `sdxl.diffusion_losses`.
     """
 
     captions: list[str]
@@ -31,6 +31,16 @@ class Batch:
     timesteps: Tensor
     time_ids: Tensor
 
+    def joined(self, other: Batch) -> Batch:
+        """These samples, then the other ones."""
+        return Batch(
+            self.captions + other.captions,
+            torch.cat([self.latents, other.latents]),
+            torch.cat([self.noise, other.noise]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.time_ids, other.time_ids]),
+        )
+
 
 class LatentCache:
     """The latents of every variant of every image, and the endless stream of samples made of them.
@@ -38,7 +48,8 @@ class LatentCache:
     Args:
         samples: The training images.
         encode: Images (1, 3, height, width) -> their latents.
-        config: Resolution, crops, flips, background, seed.
+        config: Resolution, crops, flips, background, noise offset.
+        seed: Decides crops, order and draws.
         noise_levels: Timesteps of the noise schedule.
         progress: Wraps the samples while they are encoded.
     """
@@ -48,11 +59,12 @@ class LatentCache:
         samples: Sequence[data.Sample],
         encode: Callable[[Tensor], sdxl.Latents],
         config: TrainConfig,
+        seed: int,
         noise_levels: int,
         progress: Callable[[Sequence[data.Sample]], Iterable[data.Sample]] = iter,
     ) -> None:
         self._captions = [sample.caption for sample in samples]
-        self._seed = config.seed
+        self._seed = seed
         self._noise_levels = noise_levels
         self._noise_offset = config.noise_offset
         self._variants: list[list[tuple[sdxl.Latents, Tensor]]] = []
@@ -65,7 +77,7 @@ class LatentCache:
                 random_flip=config.random_flip,
                 interpolation=config.image_interpolation_mode,
                 background=data.parse_background(config.background),
-                seed=config.seed,
+                seed=seed,
             )
             encoded = []
             for variant in shown:

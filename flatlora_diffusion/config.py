@@ -59,6 +59,7 @@ class TrainConfig:
         "Prompt of every image that has no caption of its own. Captions come from metadata.jsonl (file_name, "
         "text) or from .txt files beside the images, and may say {instance_prompt}.",
     )
+    repeats: int = option(1, "How often an epoch passes over the training images.")
     resolution: int = option(
         1024, "Images are resized to this many pixels on their shorter side, and cropped."
     )
@@ -66,6 +67,23 @@ class TrainConfig:
     random_flip: bool = option(False, "Mirror images at random.")
     image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)
     background: str = option("white", "Colour under the transparent parts of images: a name or #rrggbb.")
+
+    # Prior preservation.
+    with_prior_preservation: bool = option(
+        False, "Add the loss of class images, so that the class stays what it was."
+    )
+    class_data_dir: str | None = option(
+        None, "Folder of class images; the base draws those that are missing."
+    )
+    class_prompt: str | None = option(None, "Prompt of the class images.")
+    prior_loss_weight: float = option(1.0, "Weight of the class images' loss.")
+    num_class_images: int = option(100, "How many class images there should be.")
+    sample_batch_size: int = option(4, "Class images drawn at once.")
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which class images are drawn. Default: fp16 on a GPU, else fp32.",
+        ("no", "fp32", "fp16", "bf16"),
+    )
 
     # The adapter.
     rank: int = option(4, "Rank of the LoRA.")
@@ -173,7 +191,7 @@ class TrainConfig:
             ),
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
-            "snr_gamma",
+            *("snr_gamma", "repeats", "num_class_images", "sample_batch_size"),
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -186,7 +204,7 @@ class TrainConfig:
                 "seed",
             ),
             *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
-            *("validation_epochs", "noise_offset"),
+            *("validation_epochs", "noise_offset", "prior_loss_weight"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
@@ -196,6 +214,9 @@ class TrainConfig:
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
         self._require("seed", f"must be at most {last}", lambda value: value <= last)
         self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
+        for name in ("class_data_dir", "class_prompt"):
+            if self.with_prior_preservation and getattr(self, name) is None:
+                raise UserError(f"--with_prior_preservation needs --{name}")
         if self.compare and self.flat_sigma == 0:
             raise UserError(
                 "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"

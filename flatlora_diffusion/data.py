@@ -50,24 +50,32 @@ class Variant:
     crop_top_left: tuple[int, int]
 
 
-def find_samples(folder: Path, instance_prompt: str) -> list[Sample]:
+def image_files(folder: Path) -> set[Path]:
+    """The files of a folder that are images by their names."""
+    return {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
+
+
+def find_samples(folder: Path, instance_prompt: str, flag: str | None = None) -> list[Sample]:
     """The images of a folder with their captions, by name.
 
     Captions come from `metadata.jsonl` (lines with file_name and text), else from a `.txt` file beside the
     image, else the instance prompt stands in. Files that aren't images are passed over.
 
+    Args:
+        folder: Where the images are.
+        instance_prompt: The caption of images without one.
+        flag: How the user named the folder, for errors; --instance_data_dir by default.
+
     Raises:
         UserError: A missing folder, no image, a damaged image or metadata file, a caption without its image.
     """
+    flag = flag or f"--instance_data_dir {folder}"
     if not folder.is_dir():
-        raise UserError(
-            f"--instance_data_dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}"
-        )
+        raise UserError(f"{flag}: {'not a folder' if folder.exists() else 'no such folder'}")
     captions = _read_metadata(folder / METADATA)
-    paths = {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
-    paths = sorted(paths | captions.keys())
+    paths = sorted(image_files(folder) | captions.keys())
     if not paths:
-        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{flag}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     samples = []
     for path in paths:
         open_image(path)  # a damaged file is reported before anything is loaded or written

@@ -27,7 +27,8 @@ _WITHOUT_EFFECT = {
     *("instance_data_dir", "compare", "gradient_checkpointing", "max_train_steps", "num_train_epochs"),
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("logging_dir", "report_to", "validation_prompt", "num_validation_images", "validation_epochs"),
-    *("validation_inference_steps", "validation_guidance_scale"),
+    *("validation_inference_steps", "validation_guidance_scale", "repeats"),
+    *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
 }
 
 

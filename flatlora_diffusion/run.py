@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,20 +53,25 @@ class Run:
     Args:
         config: Its settings.
         samples: The training images.
+        class_samples: The images of the class, for prior preservation.
     """
 
-    def __init__(self, config: TrainConfig, samples: list[data.Sample]) -> None:
+    def __init__(
+        self, config: TrainConfig, samples: list[data.Sample], class_samples: Sequence[data.Sample] = ()
+    ) -> None:
         self.config = config
         self.samples = samples
+        self.class_samples = class_samples
         self.output = Path(config.output_dir)
         self.accelerator = _make_accelerator(config)
         world = self.accelerator.num_processes
         self.global_batch = config.train_batch_size * world
         samples_a_step = self.global_batch * config.gradient_accumulation_steps
-        self.steps_an_epoch = math.ceil(len(samples) / samples_a_step)
+        samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
+        self.steps_an_epoch = math.ceil(samples_an_epoch / samples_a_step)
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
         self.settings = record.deciding_settings(
-            config, self.total_steps, data.digest(samples), self.accelerator
+            config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -162,13 +167,21 @@ class Run:
         # The base's own VAE overflows in half precision; one that the user chose is trusted to work in it.
         vae.to(self.accelerator.device, dtype if config.pretrained_vae_model_name_or_path else torch.float32)
         hidden = not self.accelerator.is_local_main_process
-        self.latents = LatentCache(
-            self.samples,
-            lambda pixels: sdxl.encode_images(vae, pixels),
-            config,
-            self.base.noise_scheduler.config.num_train_timesteps,
-            progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
-        )
+
+        def cache(samples: Sequence[data.Sample], seed: int) -> LatentCache:
+            return LatentCache(
+                samples,
+                lambda pixels: sdxl.encode_images(vae, pixels),
+                config,
+                seed,
+                self.base.noise_scheduler.config.num_train_timesteps,
+                progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
+            )
+
+        self.latents = cache(self.samples, config.seed)
+        self.class_latents = None
+        if self.class_samples:
+            self.class_latents = cache(self.class_samples, hash64(config.seed, "class"))
         vae.to("cpu")
         if not config.validation_prompt:
             self.base.vae = None
@@ -179,7 +192,7 @@ class Run:
         base = self.base
         for text_encoder in base.text_encoders:
             text_encoder.to(self.accelerator.device)
-        captions = [sample.caption for sample in self.samples]
+        captions = [sample.caption for sample in [*self.samples, *self.class_samples]]
         prompts = [*captions, *(self.config.validation_prompt or ()), ""]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
@@ -272,14 +285,17 @@ class Run:
         """The loss of this process's share of a micro-batch."""
         size = self.config.train_batch_size
         first = micro_step * self.global_batch + self.accelerator.process_index * size
-        batch = self.latents.batch(range(first, first + size))
+        positions = range(first, first + size)
+        batch = self.latents.batch(positions)
+        if self.class_latents is not None:
+            batch = batch.joined(self.class_latents.batch(positions))
         if self.prompts is not None:
             prompts = self.prompts.embed(batch.captions)
         else:
             encoders = [self.prepared[name] for name in sdxl.TEXT_ENCODERS]
             prompts = sdxl.encode_prompts(self.base.tokenizers, encoders, batch.captions)
         device = self.accelerator.device
-        return sdxl.diffusion_loss(
+        losses = sdxl.diffusion_losses(
             self.prepared["unet"],
             self.base.noise_scheduler,
             batch.latents.to(device),
@@ -289,6 +305,10 @@ class Run:
             batch.time_ids.to(device),
             self.config.snr_gamma,
         )
+        loss = losses[:size].mean()
+        if self.class_latents is not None:
+            loss = loss + self.config.prior_loss_weight * losses[size:].mean()
+        return loss
 
     @contextlib.contextmanager
     def _dropout_randomness(self, micro_step: int) -> Iterator[None]:

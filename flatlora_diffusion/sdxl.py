@@ -243,7 +243,7 @@ def encode_prompts(
     return PromptEmbeds(torch.cat(hidden, dim=-1), output.text_embeds)
 
 
-def diffusion_loss(
+def diffusion_losses(
     unet: nn.Module,
     noise_scheduler: DDPMScheduler,
     latents: Tensor,
@@ -253,7 +253,7 @@ def diffusion_loss(
     time_ids: Tensor,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), a scalar.
+    """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), (N,) float32.
 
     Args:
         unet: SDXL's UNet, wrapped or not.
@@ -281,7 +281,7 @@ def diffusion_loss(
     errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
-    return errors.mean()
+    return errors
 
 
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
