@@ -18,6 +18,7 @@ from typing import Any
 from flatlora_diffusion.errors import UserError
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -135,8 +136,20 @@ class TrainConfig:
     lr_warmup_steps: int = option(500, "Warm-up steps, for the schedules that have a warm-up.")
     lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.")
     lr_power: float = option(1.0, "Power of the polynomial schedule.")
-    adam_beta1: float = option(0.9, "First beta of AdamW.")
-    adam_beta2: float = option(0.999, "Second beta of AdamW.")
+    text_encoder_2_lr: float | None = option(
+        None, "Learning rate of the second text encoder. Default: that of --text_encoder_lr."
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio."
+    )
+    optimizer: str = option("adamw", "The optimizer.", OPTIMIZERS)
+    use_8bit_adam: bool = option(False, "Keep AdamW's moments in 8 bits (needs bitsandbytes).")
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.")
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.")
+    prodigy_beta3: float | None = option(None, "Third beta of Prodigy. Default: the root of the second.")
+    prodigy_decouple: bool = option(True, "Prodigy with AdamW's kind of weight decay.")
+    prodigy_use_bias_correction: bool = option(True, "Prodigy with Adam's bias correction.")
+    prodigy_safeguard_warmup: bool = option(True, "Prodigy that does not take warm-up for progress.")
     adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.")
     adam_weight_decay_text_encoder: float = option(1e-3, "Weight decay of the text encoders' LoRA.")
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
@@ -175,6 +188,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every value by itself, and those that depend on each other."""
+        # The diffusers script takes them in any case, and has AdamW for its default.
+        object.__setattr__(self, "optimizer", self.optimizer.lower())
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -191,7 +206,7 @@ class TrainConfig:
             ),
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
-            *("snr_gamma", "repeats", "num_class_images", "sample_batch_size"),
+            *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -199,6 +214,7 @@ class TrainConfig:
                 "flat_sigma",
                 "learning_rate",
                 "text_encoder_lr",
+                "text_encoder_2_lr",
                 "lr_warmup_steps",
                 "adam_weight_decay",
                 "seed",
@@ -207,13 +223,17 @@ class TrainConfig:
             *("validation_epochs", "noise_offset", "prior_loss_weight"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
-        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
-        for name in ("learning_rate", "text_encoder_lr"):
+        for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
             self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
         self._require("seed", f"must be at most {last}", lambda value: value <= last)
         self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {self.optimizer}; leave it out")
+        if self.optimizer == "prodigy" and self.loraplus_lr_ratio:
+            raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
         for name in ("class_data_dir", "class_prompt"):
             if self.with_prior_preservation and getattr(self, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}")
@@ -226,6 +246,11 @@ class TrainConfig:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}")
+
+    @property
+    def second_text_encoder_lr(self) -> float:
+        """Learning rate of the second text encoder: that of the first where none is given."""
+        return self.text_encoder_lr if self.text_encoder_2_lr is None else self.text_encoder_2_lr
 
     @property
     def alpha(self) -> float:

@@ -30,6 +30,7 @@ from flatlora_diffusion.checkpoint import (
     find_checkpoint,
     flatten_optimizer,
     newest_checkpoint,
+    optimizer_numbers,
     restore_optimizer,
     write_checkpoint,
 )
@@ -39,6 +40,7 @@ from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, load_adapter_
 from flatlora_diffusion.generate import release
 from flatlora_diffusion.interrupt import StopRequest, stop_request
 from flatlora_diffusion.noise import hash64
+from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.validate import draw_validation, report_validation
 
@@ -147,7 +149,8 @@ class Run:
             noise=config.flat_noise,
             seed=config.seed,
         )
-        self.optimizer = self._make_optimizer()
+        lr_factor = self.global_batch * config.gradient_accumulation_steps if config.scale_lr else 1
+        self.optimizer = make_optimizer(parameter_groups(self.trained, config, lr_factor), config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=self.optimizer,
@@ -197,23 +200,6 @@ class Run:
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
         release()
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        config = self.config
-        scale = self.global_batch * config.gradient_accumulation_steps if config.scale_lr else 1
-        groups = [
-            {
-                "params": [p for p in model.parameters() if p.requires_grad],
-                "lr": scale * (config.learning_rate if name == "unet" else config.text_encoder_lr),
-                "weight_decay": (
-                    config.adam_weight_decay if name == "unet" else config.adam_weight_decay_text_encoder
-                ),
-            }
-            for name, model in self.trained.items()
-        ]
-        return torch.optim.AdamW(
-            groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
-        )
 
     def _start_trackers(self) -> None:
         settings = {
@@ -337,6 +323,7 @@ class Run:
             scalars = {"lr_scheduler": self.lr_scheduler.state_dict(), "losses": self.losses}
             if self.accelerator.scaler is not None:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
+            scalars["optimizer"] = optimizer_numbers(self.optimizer)
             optimizer = flatten_optimizer(self.optimizer)
             checkpoint = Checkpoint(step, self._adapter(step), optimizer, self.settings, scalars)
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
@@ -344,7 +331,7 @@ class Run:
 
     def _resume(self, stored: Stored) -> int:
         load_adapter_tensors(self.trained, stored.adapter())
-        restore_optimizer(self.optimizer, stored.optimizer())
+        restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
