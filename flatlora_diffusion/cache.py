@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.buckets import BatchSequence, bucket_sizes
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.noise import hash64
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LatentCache:
     Args:
         samples: The training images.
         encode: Images (1, 3, height, width) -> their latents.
-        config: Resolution, crops, flips, background, noise offset.
+        config: Resolution, buckets, crops, flips, background, batch size, noise offset.
         seed: Decides crops, order and draws.
         noise_levels: Timesteps of the noise schedule.
         progress: Wraps the samples while they are encoded.
@@ -68,11 +70,12 @@ class LatentCache:
         self._noise_levels = noise_levels
         self._noise_offset = config.noise_offset
         self._variants: list[list[tuple[sdxl.Latents, Tensor]]] = []
-        target = (config.resolution, config.resolution)
+        square = (config.resolution, config.resolution)
+        sizes = bucket_sizes(config.resolution) if config.aspect_buckets else [square]
         for sample in progress(samples):
             shown = data.variants(
                 sample,
-                resolution=config.resolution,
+                sizes=sizes,
                 center_crop=config.center_crop,
                 random_flip=config.random_flip,
                 interpolation=config.image_interpolation_mode,
@@ -82,15 +85,34 @@ class LatentCache:
             encoded = []
             for variant in shown:
                 latents = encode(variant.pixels[None])
-                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + target)
+                size = tuple(variant.pixels.shape[-2:])
+                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + size)
                 encoded.append((sdxl.Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
             self._variants.append(encoded)
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, encoded in enumerate(self._variants):
+            members.setdefault(encoded[0][0].mean.shape, []).append(index)
+        self._buckets = [members[shape] for shape in sorted(members)]
+        self._batch_size = config.train_batch_size
+        self._sequence = BatchSequence([len(b) for b in self._buckets], config.train_batch_size, seed)
+
+    def _index(self, position: int) -> int:
+        """Which image is at a position of the stream."""
+        number, place = divmod(position, self._batch_size)
+        bucket, first = self._sequence.locate(number)
+        # A bucket's order is its own; that of the only bucket is the seed's.
+        seed = self._seed if len(self._buckets) == 1 else hash64(self._seed, "bucket", bucket)
+        members = self._buckets[bucket]
+        return members[data.sample_index(seed, first + place, len(members))]
 
     def batch(self, positions: Iterable[int]) -> Batch:
-        """The samples at these positions of the stream."""
+        """The samples at these positions of the stream.
+
+        With aspect buckets, positions `n * batch_size` to `(n + 1) * batch_size - 1` have images of one size.
+        """
         captions, latents, noise, timesteps, time_ids = [], [], [], [], []
         for position in positions:
-            index = data.sample_index(self._seed, position, len(self._captions))
+            index = self._index(position)
             draws = data.keyed_generator(self._seed, "draws", position)
             variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
             posterior, ids = self._variants[index][variant]

@@ -64,6 +64,9 @@ class TrainConfig:
     resolution: int = option(
         1024, "Images are resized to this many pixels on their shorter side, and cropped."
     )
+    aspect_buckets: bool = option(
+        False, "Keep the shape of images: batches of one size each, all of about resolution x resolution."
+    )
     center_crop: bool = option(False, "Crop in the centre, not at random.")
     random_flip: bool = option(False, "Mirror images at random.")
     image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)

@@ -83,6 +83,7 @@ OURS = {
     "background": "white",
     "lora_alpha": None,
     "use_rslora": False,
+    "aspect_buckets": False,
     "lora_layers": None,
     "noise_offset": 0.0,
     "text_encoder_2_lr": None,

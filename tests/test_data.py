@@ -369,7 +369,7 @@ def show(path, resolution, **settings):
         **settings,
     }
     sample = data.Sample(path, PROMPT)
-    return list(data.variants(sample, resolution=resolution, **settings))
+    return list(data.variants(sample, sizes=[(resolution, resolution)], **settings))
 
 
 def pil_pixels(image, resolution, size, top, left, resample=Image.Resampling.LANCZOS, mirror=False):
