@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,20 @@ class LatentCache:
                 noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
             time_ids.append(ids)
         return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
+
+    def fixed_batches(self, timesteps: Sequence[int]) -> Iterator[Batch]:
+        """Every image once at each of these timesteps, one batch an image, always with the same noise."""
+        for index, encoded in enumerate(self._variants):
+            posterior, ids = encoded[0]
+            draws = data.keyed_generator(self._seed, "fixed", index)
+            shape = (len(timesteps), *posterior.mean.shape)
+            yield Batch(
+                [self._captions[index]] * len(timesteps),
+                posterior.mean.expand(shape),
+                torch.randn(shape, generator=draws),
+                torch.tensor(timesteps),
+                ids.expand(len(timesteps), -1),
+            )
 
 
 class PromptCache:

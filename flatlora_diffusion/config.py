@@ -89,6 +89,12 @@ class TrainConfig:
         ("no", "fp32", "fp16", "bf16"),
     )
 
+    # Held-out images.
+    heldout_data_dir: str | None = option(
+        None, "Folder of images that are not trained; their loss is logged at fixed timesteps and noise."
+    )
+    heldout_steps: int = option(50, "Measure the held-out loss every so many steps, and at the end.")
+
     # The adapter.
     rank: int = option(4, "Rank of the LoRA.")
     lora_alpha: float | None = option(
@@ -210,6 +216,7 @@ class TrainConfig:
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
             *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
+            "heldout_steps",
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora_diffusion import data, record, sdxl
-from flatlora_diffusion.cache import LatentCache, PromptCache
+from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.checkpoint import (
     Checkpoint,
     Stored,
@@ -47,6 +47,7 @@ from flatlora_diffusion.validate import draw_validation, report_validation
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+HELDOUT_TIMESTEPS = 8
 
 
 class Run:
@@ -56,14 +57,20 @@ class Run:
         config: Its settings.
         samples: The training images.
         class_samples: The images of the class, for prior preservation.
+        heldout_samples: The images that are not trained, whose loss is logged.
     """
 
     def __init__(
-        self, config: TrainConfig, samples: list[data.Sample], class_samples: Sequence[data.Sample] = ()
+        self,
+        config: TrainConfig,
+        samples: list[data.Sample],
+        class_samples: Sequence[data.Sample] = (),
+        heldout_samples: Sequence[data.Sample] = (),
     ) -> None:
         self.config = config
         self.samples = samples
         self.class_samples = class_samples
+        self.heldout_samples = heldout_samples
         self.output = Path(config.output_dir)
         self.accelerator = _make_accelerator(config)
         world = self.accelerator.num_processes
@@ -77,6 +84,7 @@ class Run:
         )
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.heldout_losses: dict[int, float] = {}
 
     def train(self) -> None:
         """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
@@ -171,7 +179,7 @@ class Run:
         vae.to(self.accelerator.device, dtype if config.pretrained_vae_model_name_or_path else torch.float32)
         hidden = not self.accelerator.is_local_main_process
 
-        def cache(samples: Sequence[data.Sample], seed: int) -> LatentCache:
+        def cache(samples: Sequence[data.Sample], seed: int, config: TrainConfig = config) -> LatentCache:
             return LatentCache(
                 samples,
                 lambda pixels: sdxl.encode_images(vae, pixels),
@@ -185,6 +193,10 @@ class Run:
         self.class_latents = None
         if self.class_samples:
             self.class_latents = cache(self.class_samples, hash64(config.seed, "class"))
+        if self.heldout_samples:
+            whole = dataclasses.replace(config, center_crop=True, random_flip=False)
+            # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
+            self.heldout_latents = cache(self.heldout_samples, 0, whole)
         vae.to("cpu")
         if not config.validation_prompt:
             self.base.vae = None
@@ -195,7 +207,8 @@ class Run:
         base = self.base
         for text_encoder in base.text_encoders:
             text_encoder.to(self.accelerator.device)
-        captions = [sample.caption for sample in [*self.samples, *self.class_samples]]
+        samples = [*self.samples, *self.class_samples, *self.heldout_samples]
+        captions = [sample.caption for sample in samples]
         prompts = [*captions, *(self.config.validation_prompt or ()), ""]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
@@ -232,6 +245,8 @@ class Run:
                 progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
                 progress.update()
                 accelerator.log({"loss": loss, "sigma": sigma, "lr": lr}, step=done)
+                if self.heldout_samples and (done % config.heldout_steps == 0 or done == self.total_steps):
+                    self._measure_heldout(done)
                 if done % config.checkpointing_steps == 0:
                     self._save_checkpoint(done)
                 if stopping:
@@ -273,15 +288,20 @@ class Run:
         first = micro_step * self.global_batch + self.accelerator.process_index * size
         positions = range(first, first + size)
         batch = self.latents.batch(positions)
-        if self.class_latents is not None:
-            batch = batch.joined(self.class_latents.batch(positions))
+        if self.class_latents is None:
+            return self._losses(batch).mean()
+        losses = self._losses(batch.joined(self.class_latents.batch(positions)))
+        return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample with the models as they are."""
         if self.prompts is not None:
             prompts = self.prompts.embed(batch.captions)
         else:
             encoders = [self.prepared[name] for name in sdxl.TEXT_ENCODERS]
             prompts = sdxl.encode_prompts(self.base.tokenizers, encoders, batch.captions)
         device = self.accelerator.device
-        losses = sdxl.diffusion_losses(
+        return sdxl.diffusion_losses(
             self.prepared["unet"],
             self.base.noise_scheduler,
             batch.latents.to(device),
@@ -291,10 +311,20 @@ class Run:
             batch.time_ids.to(device),
             self.config.snr_gamma,
         )
-        loss = losses[:size].mean()
-        if self.class_latents is not None:
-            loss = loss + self.config.prior_loss_weight * losses[size:].mean()
-        return loss
+
+    def _measure_heldout(self, step: int) -> None:
+        """The mean loss of the held-out images at fixed timesteps and noise, with the adapter as it is."""
+        if self.accelerator.is_main_process:
+            levels = self.base.noise_scheduler.config.num_train_timesteps
+            timesteps = [round((k + 0.5) * levels / HELDOUT_TIMESTEPS) for k in range(HELDOUT_TIMESTEPS)]
+            with sdxl.evaluating(self.trained.values()):
+                losses = [
+                    self._losses(batch).mean().item()
+                    for batch in self.heldout_latents.fixed_batches(timesteps)
+                ]
+            self.heldout_losses[step] = sum(losses) / len(losses)
+            self.accelerator.log({"heldout_loss": self.heldout_losses[step]}, step=step)
+        self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def _dropout_randomness(self, micro_step: int) -> Iterator[None]:
@@ -320,7 +350,11 @@ class Run:
 
     def _save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            scalars = {"lr_scheduler": self.lr_scheduler.state_dict(), "losses": self.losses}
+            scalars = {
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "losses": self.losses,
+                "heldout_losses": self.heldout_losses,
+            }
             if self.accelerator.scaler is not None:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
             scalars["optimizer"] = optimizer_numbers(self.optimizer)
@@ -339,6 +373,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(stored.scalars["scaler"])
         self.flat.global_step = stored.step
         self.losses = list(stored.scalars["losses"])
+        self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
         logger.info("resuming from %s at step %d of %d", stored.folder, stored.step, self.total_steps)
         return stored.step
 
@@ -358,7 +393,12 @@ class Run:
         if self.accelerator.is_main_process:
             write_atomically(self.output / WEIGHTS_NAME, self._adapter(self.total_steps))
             report = record.summary(
-                self.config, self.accelerator, len(self.samples), self.losses, self.seconds
+                self.config,
+                self.accelerator,
+                len(self.samples),
+                self.losses,
+                self.seconds,
+                self.heldout_losses,
             )
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
             logger.info("saved %s", self.output / WEIGHTS_NAME)

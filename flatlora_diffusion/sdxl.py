@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,20 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: fl
     if noise_scheduler.config.prediction_type == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
     return torch.where(snr < gamma, 1.0, gamma / snr)  # also where the last timestep has no signal at all
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Models as at inference: no noise, no dropout, no gradients; afterwards they are in training again."""
+    models = list(models)
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model in models:
+            model.train()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -40,15 +40,23 @@ def train(config: TrainConfig) -> None:
     sdxl.check_base(config.pretrained_model_name_or_path)
     _check_writable(Path(config.output_dir))
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    heldout_samples = _heldout_samples(config)
     class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
     adapters = {}
     for arm in _arms(config):
         logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
-        Run(arm, samples, class_samples).train()
+        Run(arm, samples, class_samples, heldout_samples).train()
         adapters[record.method(arm)] = Path(arm.output_dir)
         release()
     if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
         _draw_comparison(config, samples, adapters)
+
+
+def _heldout_samples(config: TrainConfig) -> list[data.Sample]:
+    if config.heldout_data_dir is None:
+        return []
+    flag = f"--heldout_data_dir {config.heldout_data_dir}"
+    return data.find_samples(Path(config.heldout_data_dir), config.instance_prompt, flag)
 
 
 def _arms(config: TrainConfig) -> list[TrainConfig]:

@@ -83,6 +83,8 @@ OURS = {
     "background": "white",
     "lora_alpha": None,
     "use_rslora": False,
+    "heldout_data_dir": None,
+    "heldout_steps": 50,
     "aspect_buckets": False,
     "lora_layers": None,
     "noise_offset": 0.0,
