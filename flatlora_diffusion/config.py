@@ -174,6 +174,7 @@ class TrainConfig:
 
     # Output, checkpoints, tracking.
     output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
+    output_kohya_format: bool = option(False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.")
     checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
     resume_from_checkpoint: str | None = option(

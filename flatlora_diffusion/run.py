@@ -22,7 +22,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion import data, record, sdxl
+from flatlora_diffusion import data, kohya, record, sdxl
 from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.checkpoint import (
     Checkpoint,
@@ -47,6 +47,7 @@ from flatlora_diffusion.validate import draw_validation, report_validation
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
 HELDOUT_TIMESTEPS = 8
 
 
@@ -392,6 +393,9 @@ class Run:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
             write_atomically(self.output / WEIGHTS_NAME, self._adapter(self.total_steps))
+            if self.config.output_kohya_format:
+                layers = self.base.unet.config.layers_per_block
+                kohya.convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
             report = record.summary(
                 self.config,
                 self.accelerator,

@@ -73,6 +73,7 @@ DIFFUSERS_DEFAULTS = {
     "use_dora": False,
     "optimizer": "adamw",
     "use_8bit_adam": False,
+    "output_kohya_format": False,
     "prodigy_beta3": None,
     "prodigy_decouple": True,
     "prodigy_use_bias_correction": True,

@@ -15,7 +15,7 @@ from flatlora_diffusion.cache import LatentCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.run import Run
+from flatlora_diffusion.run import KOHYA_NAME, Run
 from flatlora_diffusion.train import train
 from tests.conftest import global_rng_state
 
@@ -151,8 +151,8 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch
     monkeypatch.setattr(Run, "_finish", keep)
     tensors = run(config, learning_rate=1e-2, **settings)
     assert any("magnitude" in name for name in tensors) == settings.get("use_dora", False)
-    if "lora_layers" in settings:
-        assert all(".ff.net.2." in name for name in tensors)
+    for layer in settings.get("lora_layers", ()):
+        assert any(f".{layer}." in name for name in tensors)
     pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
     plain = {name: parameter.clone() for name, parameter in pipeline.unet.state_dict().items()}
     pipeline.load_lora_weights(config.output_dir)
@@ -170,6 +170,23 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch
     assert torch.equal(actual, expected)
     assert not torch.equal(actual, without)
     assert plain.keys() == pipeline.unet.state_dict().keys()
+
+
+def test_the_kohya_file_draws_the_same(config, base_path):
+    settings = {"output_kohya_format": True, "train_text_encoder": True, "lora_alpha": 2.0}
+    run(config, learning_rate=1e-2, text_encoder_lr=1e-2, **settings)
+    pictures = []
+    for name in (None, WEIGHTS_NAME, KOHYA_NAME):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        if name:
+            pipeline.load_lora_weights(config.output_dir, weight_name=name)
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
+        pictures.append(pipeline("a icon", generator=generator, **settings).images)
+    base, ours, kohya = pictures
+    torch.testing.assert_close(kohya, ours, rtol=1e-4, atol=1e-4)
+    assert (ours - base).abs().max() > 1e-2
 
 
 def test_rslora_scales_by_the_root_of_the_rank(config):
