@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.buckets import BatchSequence, bucket_sizes
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.noise import hash64
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class Batch:
     Attributes:
         captions: One for each sample.
         latents: (N, channels, height, width), drawn from the VAE's posterior.
-        noise: The same shape, unit normals.
+        noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
-        time_ids: (N, 6), see `sdxl.diffusion_loss`.
+        time_ids: (N, 6), see `sdxl.diffusion_losses`.
     """
 
     captions: list[str]
@@ -31,6 +33,16 @@ class Batch:
     timesteps: Tensor
     time_ids: Tensor
 
+    def joined(self, other: Batch) -> Batch:
+        """These samples, then the other ones."""
+        return Batch(
+            self.captions + other.captions,
+            torch.cat([self.latents, other.latents]),
+            torch.cat([self.noise, other.noise]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.time_ids, other.time_ids]),
+        )
+
 
 class LatentCache:
     """The latents of every variant of every image, and the endless stream of samples made of them.
@@ -38,7 +50,8 @@ class LatentCache:
     Args:
         samples: The training images.
         encode: Images (1, 3, height, width) -> their latents.
-        config: Resolution, crops, flips, background, seed.
+        config: Resolution, buckets, crops, flips, background, batch size, noise offset.
+        seed: Decides crops, order and draws.
         noise_levels: Timesteps of the noise schedule.
         progress: Wraps the samples while they are encoded.
     """
@@ -48,36 +61,58 @@ class LatentCache:
         samples: Sequence[data.Sample],
         encode: Callable[[Tensor], sdxl.Latents],
         config: TrainConfig,
+        seed: int,
         noise_levels: int,
         progress: Callable[[Sequence[data.Sample]], Iterable[data.Sample]] = iter,
     ) -> None:
         self._captions = [sample.caption for sample in samples]
-        self._seed = config.seed
+        self._seed = seed
         self._noise_levels = noise_levels
+        self._noise_offset = config.noise_offset
         self._variants: list[list[tuple[sdxl.Latents, Tensor]]] = []
-        target = (config.resolution, config.resolution)
+        square = (config.resolution, config.resolution)
+        sizes = bucket_sizes(config.resolution) if config.aspect_buckets else [square]
         for sample in progress(samples):
             shown = data.variants(
                 sample,
-                resolution=config.resolution,
+                sizes=sizes,
                 center_crop=config.center_crop,
                 random_flip=config.random_flip,
                 interpolation=config.image_interpolation_mode,
                 background=data.parse_background(config.background),
-                seed=config.seed,
+                seed=seed,
             )
             encoded = []
             for variant in shown:
                 latents = encode(variant.pixels[None])
-                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + target)
+                size = tuple(variant.pixels.shape[-2:])
+                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + size)
                 encoded.append((sdxl.Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
             self._variants.append(encoded)
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, encoded in enumerate(self._variants):
+            members.setdefault(encoded[0][0].mean.shape, []).append(index)
+        self._buckets = [members[shape] for shape in sorted(members)]
+        self._batch_size = config.train_batch_size
+        self._sequence = BatchSequence([len(b) for b in self._buckets], config.train_batch_size, seed)
+
+    def _index(self, position: int) -> int:
+        """Which image is at a position of the stream."""
+        number, place = divmod(position, self._batch_size)
+        bucket, first = self._sequence.locate(number)
+        # A bucket's order is its own; that of the only bucket is the seed's.
+        seed = self._seed if len(self._buckets) == 1 else hash64(self._seed, "bucket", bucket)
+        members = self._buckets[bucket]
+        return members[data.sample_index(seed, first + place, len(members))]
 
     def batch(self, positions: Iterable[int]) -> Batch:
-        """The samples at these positions of the stream."""
+        """The samples at these positions of the stream.
+
+        With aspect buckets, positions `n * batch_size` to `(n + 1) * batch_size - 1` have images of one size.
+        """
         captions, latents, noise, timesteps, time_ids = [], [], [], [], []
         for position in positions:
-            index = data.sample_index(self._seed, position, len(self._captions))
+            index = self._index(position)
             draws = data.keyed_generator(self._seed, "draws", position)
             variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
             posterior, ids = self._variants[index][variant]
@@ -86,8 +121,24 @@ class LatentCache:
             latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
             noise.append(torch.randn(shape, generator=draws))
             timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
+            if self._noise_offset:
+                noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
             time_ids.append(ids)
         return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
+
+    def fixed_batches(self, timesteps: Sequence[int]) -> Iterator[Batch]:
+        """Every image once at each of these timesteps, one batch an image, always with the same noise."""
+        for index, encoded in enumerate(self._variants):
+            posterior, ids = encoded[0]
+            draws = data.keyed_generator(self._seed, "fixed", index)
+            shape = (len(timesteps), *posterior.mean.shape)
+            yield Batch(
+                [self._captions[index]] * len(timesteps),
+                posterior.mean.expand(shape),
+                torch.randn(shape, generator=draws),
+                torch.tensor(timesteps),
+                ids.expand(len(timesteps), -1),
+            )
 
 
 class PromptCache:

@@ -164,18 +164,40 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors: `INDEX.NAME`, where the index counts its parameters."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+    """The tensors in the state of an optimizer: `INDEX.NAME`, where the index counts its parameters."""
+    return {
+        f"{index}.{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo `flatten_optimizer`; the settings of the parameter groups stay as they are."""
-    state: dict[int, dict[str, Tensor]] = {}
+def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The numbers beside the tensors in the state of an optimizer: Prodigy keeps its estimates there."""
+    state = optimizer.state_dict()
+
+    def numbers(entry: dict[str, Any]) -> dict[str, float]:
+        return {name: value for name, value in entry.items() if type(value) in (int, float)}
+
+    return {
+        "state": {str(index): numbers(entry) for index, entry in state["state"].items()},
+        "groups": [numbers(group) for group in state["param_groups"]],
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """Undo `flatten_optimizer` and `optimizer_numbers`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["state"].items()}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, numbers["groups"], strict=True):
+        group.update(saved)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _steps(output_dir: Path) -> Iterator[int]:

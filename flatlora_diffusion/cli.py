@@ -10,16 +10,31 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
 from flatlora_diffusion.config import TrainConfig, field_kind, nearest
 from flatlora_diffusion.errors import RunInterruptedError, UserError
 
+logger = logging.getLogger(__name__)
+
 # What a disk or a name may do to a run without any mistake of ours.
 _SURROUNDINGS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+# Flags of the diffusers script that mean nothing here, and why.
+WITHOUT_EFFECT = {
+    "dataloader_num_workers": "the images are encoded once before training, so no step waits for them",
+    "local_rank": "the launcher tells each process its rank",
+}
+# Flags of the diffusers script that are refused: why, and what to do.
+REFUSED = {
+    "do_edm_style_training": "is for Playground v2.5; SDXL is trained on epsilon or velocity; leave it out",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used, which is as lean; "
+    "leave it out",
 }
 
 
@@ -87,11 +102,22 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
     for field in dataclasses.fields(TrainConfig):
         parser.add_argument(f"--{field.name}", **_argument(field))
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name in REFUSED:
+        parser.add_argument(
+            f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     given = vars(parser.parse_all(arguments))
+    for name, reason in REFUSED.items():
+        if name in given:
+            raise UserError(f"--{name}: {reason}")
+    for name, reason in WITHOUT_EFFECT.items():
+        if given.pop(name, None) is not None:
+            logger.info("--%s has no effect here: %s", name, reason)
     config_file = given.pop("config", None)
     values = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
-    if values.get("validation_prompt") is not None:
-        values["validation_prompt"] = tuple(values["validation_prompt"])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     missing = [f.name for f in dataclasses.fields(TrainConfig) if _is_required(f) and f.name not in values]
     if missing:
         raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
@@ -110,10 +136,39 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
         "help": f"{field.metadata['help']} ({default})".replace("%", "%%"),
     }
     if kind is bool:
-        return settings | {"action": argparse.BooleanOptionalAction}
+        return settings | {"action": _Switch}
     if kind is tuple:
         return settings | {"nargs": "+", "metavar": "TEXT"}
     return settings | {"type": kind, "metavar": _metavar(field, kind)}
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """A flag that is switched on by itself, off with `--no-`, and either way by a word after it.
+
+    The diffusers script has switches that take a word (`--prodigy_decouple False`, which it reads as true).
+    """
+
+    WORDS: ClassVar[dict[str, bool]] = {
+        **dict.fromkeys(("true", "yes", "1", "on"), True),
+        **dict.fromkeys(("false", "no", "0", "off"), False),
+    }
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.nargs = "?"
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store true or false."""
+        word = "true" if values is None else values.lower()
+        if word not in self.WORDS or (values is not None and option_string.startswith("--no-")):
+            parser.error(f"{option_string} {values}: the word after it must be true or false")
+        setattr(namespace, self.dest, self.WORDS[word] != option_string.startswith("--no-"))
 
 
 def _metavar(field: dataclasses.Field, kind: type) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from flatlora_diffusion.errors import UserError
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -59,18 +60,53 @@ class TrainConfig:
         "Prompt of every image that has no caption of its own. Captions come from metadata.jsonl (file_name, "
         "text) or from .txt files beside the images, and may say {instance_prompt}.",
     )
+    repeats: int = option(1, "How often an epoch passes over the training images.")
     resolution: int = option(
         1024, "Images are resized to this many pixels on their shorter side, and cropped."
+    )
+    aspect_buckets: bool = option(
+        False, "Keep the shape of images: batches of one size each, all of about resolution x resolution."
     )
     center_crop: bool = option(False, "Crop in the centre, not at random.")
     random_flip: bool = option(False, "Mirror images at random.")
     image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)
     background: str = option("white", "Colour under the transparent parts of images: a name or #rrggbb.")
 
+    # Prior preservation.
+    with_prior_preservation: bool = option(
+        False, "Add the loss of class images, so that the class stays what it was."
+    )
+    class_data_dir: str | None = option(
+        None, "Folder of class images; the base draws those that are missing."
+    )
+    class_prompt: str | None = option(None, "Prompt of the class images.")
+    prior_loss_weight: float = option(1.0, "Weight of the class images' loss.")
+    num_class_images: int = option(100, "How many class images there should be.")
+    sample_batch_size: int = option(4, "Class images drawn at once.")
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which class images are drawn. Default: fp16 on a GPU, else fp32.",
+        ("no", "fp32", "fp16", "bf16"),
+    )
+
+    # Held-out images.
+    heldout_data_dir: str | None = option(
+        None, "Folder of images that are not trained; their loss is logged at fixed timesteps and noise."
+    )
+    heldout_steps: int = option(50, "Measure the held-out loss every so many steps, and at the end.")
+
     # The adapter.
     rank: int = option(4, "Rank of the LoRA.")
     lora_alpha: float | None = option(
         None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank."
+    )
+    lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.")
+    use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
+    use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
+    lora_layers: tuple[str, ...] | None = option(
+        None,
+        "Ends of the names of the UNet's layers that get a LoRA, such as to_k to_q to_v to_out.0 (these are "
+        "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2.",
     )
     train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
 
@@ -87,6 +123,14 @@ class TrainConfig:
         "into lora/ and flat_lora/ under the output folder, and draw both beside the base.",
     )
 
+    # The objective.
+    snr_gamma: float | None = option(
+        None, "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it."
+    )
+    noise_offset: float = option(
+        0.0, "Adds this times one normal a channel to the noise, so that whole images can be dark or bright."
+    )
+
     # The optimisation.
     train_batch_size: int = option(4, "Images a step, on each device.")
     gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.")
@@ -101,8 +145,20 @@ class TrainConfig:
     lr_warmup_steps: int = option(500, "Warm-up steps, for the schedules that have a warm-up.")
     lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.")
     lr_power: float = option(1.0, "Power of the polynomial schedule.")
-    adam_beta1: float = option(0.9, "First beta of AdamW.")
-    adam_beta2: float = option(0.999, "Second beta of AdamW.")
+    text_encoder_2_lr: float | None = option(
+        None, "Learning rate of the second text encoder. Default: that of --text_encoder_lr."
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio."
+    )
+    optimizer: str = option("adamw", "The optimizer.", OPTIMIZERS)
+    use_8bit_adam: bool = option(False, "Keep AdamW's moments in 8 bits (needs bitsandbytes).")
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.")
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.")
+    prodigy_beta3: float | None = option(None, "Third beta of Prodigy. Default: the root of the second.")
+    prodigy_decouple: bool = option(True, "Prodigy with AdamW's kind of weight decay.")
+    prodigy_use_bias_correction: bool = option(True, "Prodigy with Adam's bias correction.")
+    prodigy_safeguard_warmup: bool = option(True, "Prodigy that does not take warm-up for progress.")
     adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.")
     adam_weight_decay_text_encoder: float = option(1e-3, "Weight decay of the text encoders' LoRA.")
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
@@ -118,6 +174,7 @@ class TrainConfig:
 
     # Output, checkpoints, tracking.
     output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
+    output_kohya_format: bool = option(False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.")
     checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
     resume_from_checkpoint: str | None = option(
@@ -141,6 +198,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every value by itself, and those that depend on each other."""
+        # The diffusers script takes them in any case, and has AdamW for its default.
+        object.__setattr__(self, "optimizer", self.optimizer.lower())
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -157,6 +216,8 @@ class TrainConfig:
             ),
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
+            *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
+            "heldout_steps",
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -164,21 +225,29 @@ class TrainConfig:
                 "flat_sigma",
                 "learning_rate",
                 "text_encoder_lr",
+                "text_encoder_2_lr",
                 "lr_warmup_steps",
                 "adam_weight_decay",
                 "seed",
             ),
             *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
-            "validation_epochs",
+            *("validation_epochs", "noise_offset", "prior_loss_weight"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
-        for name in ("learning_rate", "text_encoder_lr"):
+        for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
             self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
         self._require("seed", f"must be at most {last}", lambda value: value <= last)
         self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {self.optimizer}; leave it out")
+        if self.optimizer == "prodigy" and self.loraplus_lr_ratio:
+            raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
+        for name in ("class_data_dir", "class_prompt"):
+            if self.with_prior_preservation and getattr(self, name) is None:
+                raise UserError(f"--with_prior_preservation needs --{name}")
         if self.compare and self.flat_sigma == 0:
             raise UserError(
                 "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
@@ -188,6 +257,11 @@ class TrainConfig:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}")
+
+    @property
+    def second_text_encoder_lr(self) -> float:
+        """Learning rate of the second text encoder: that of the first where none is given."""
+        return self.text_encoder_lr if self.text_encoder_2_lr is None else self.text_encoder_2_lr
 
     @property
     def alpha(self) -> float:

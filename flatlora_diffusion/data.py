@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
+from flatlora_diffusion.buckets import nearest_size
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.noise import hash64
 
@@ -23,7 +24,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 METADATA = "metadata.jsonl"
 PROMPT_PLACEHOLDER = "{instance_prompt}"
 
-# Images that aren't square are cached with this many crops when crops are random.
+# Images that don't fit are cached with this many crops when crops are random.
 _RANDOM_CROPS = 4
 
 
@@ -40,7 +41,7 @@ class Variant:
     """One way a training image is shown: a crop, mirrored or not.
 
     Attributes:
-        pixels: (3, resolution, resolution), float32 in [-1, 1].
+        pixels: (3, height, width), float32 in [-1, 1].
         original_size: (height, width) of the file's image.
         crop_top_left: (top, left) of the crop in the resized image.
     """
@@ -50,24 +51,32 @@ class Variant:
     crop_top_left: tuple[int, int]
 
 
-def find_samples(folder: Path, instance_prompt: str) -> list[Sample]:
+def image_files(folder: Path) -> set[Path]:
+    """The files of a folder that are images by their names."""
+    return {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
+
+
+def find_samples(folder: Path, instance_prompt: str, flag: str | None = None) -> list[Sample]:
     """The images of a folder with their captions, by name.
 
     Captions come from `metadata.jsonl` (lines with file_name and text), else from a `.txt` file beside the
     image, else the instance prompt stands in. Files that aren't images are passed over.
 
+    Args:
+        folder: Where the images are.
+        instance_prompt: The caption of images without one.
+        flag: How the user named the folder, for errors; --instance_data_dir by default.
+
     Raises:
         UserError: A missing folder, no image, a damaged image or metadata file, a caption without its image.
     """
+    flag = flag or f"--instance_data_dir {folder}"
     if not folder.is_dir():
-        raise UserError(
-            f"--instance_data_dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}"
-        )
+        raise UserError(f"{flag}: {'not a folder' if folder.exists() else 'no such folder'}")
     captions = _read_metadata(folder / METADATA)
-    paths = {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
-    paths = sorted(paths | captions.keys())
+    paths = sorted(image_files(folder) | captions.keys())
     if not paths:
-        raise UserError(f"--instance_data_dir {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{flag}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     samples = []
     for path in paths:
         open_image(path)  # a damaged file is reported before anything is loaded or written
@@ -127,7 +136,7 @@ def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Ima
 def variants(
     sample: Sample,
     *,
-    resolution: int,
+    sizes: Sequence[tuple[int, int]],
     center_crop: bool,
     random_flip: bool,
     interpolation: str,
@@ -136,15 +145,17 @@ def variants(
 ) -> Iterator[Variant]:
     """All the ways in which a training image is shown; which of them a step sees is drawn anew each time.
 
-    The shorter side is resized to `resolution` and a square is cropped: in the centre, or at a few places
-    that (seed, file name) decides. Flips double the variants.
+    Of the sizes (height, width) the one is taken whose aspect ratio is nearest. The image is resized until it
+    covers it, and what sticks out is cropped: around the centre, or at a few places that (seed, file name)
+    decides. Flips double the variants.
     """
     image = composite(open_image(sample.path), background)
     original_size = (image.height, image.width)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    shown = nearest_size(original_size, sizes)
+    scale = max(to / side for to, side in zip(shown, original_size, strict=True))
+    height, width = (max(to, round(side * scale)) for to, side in zip(shown, original_size, strict=True))
     image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    spare_height, spare_width = height - resolution, width - resolution
+    spare_height, spare_width = height - shown[0], width - shown[1]
     if center_crop or (spare_height == 0 and spare_width == 0):
         corners = [(round(spare_height / 2), round(spare_width / 2))]
     else:
@@ -154,7 +165,7 @@ def variants(
             for _ in range(_RANDOM_CROPS)
         ]
     for top, left in corners:
-        crop = image.crop((left, top, left + resolution, top + resolution))
+        crop = image.crop((left, top, left + shown[1], top + shown[0]))
         pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
         yield Variant(pixels, original_size, (top, left))
         if random_flip:

@@ -56,7 +56,11 @@ def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     tensors = {}
     for part, model in models.items():
         own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-        for key, tensor in convert_state_dict_to_diffusers(own).items():
+        renamed = convert_state_dict_to_diffusers(own)
+        # It renames attention layers alone; a reader that meets both kinds of names passes over one of them.
+        if not any(".lora_A." in key for key in renamed):
+            own = renamed
+        for key, tensor in own.items():
             # Newer transformers dropped this level from CLIPTextModel; every reader knows the longer name.
             if part != "unet" and not key.startswith("text_model."):
                 key = f"text_model.{key}"

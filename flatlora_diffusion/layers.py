@@ -138,6 +138,10 @@ class PerturbedLayer:
         self._row_norms = self._state(), row_norms
         self._draw = None
 
+    def forget_row_norms(self) -> None:
+        """The adapter may have changed in a way that `row_norms_are_current` cannot notice."""
+        self._row_norms = None
+
     def reject_mixed_dora(self) -> None:
         """Raise ValueError where DoRA is active together with other adapters."""
         active = self.active_adapters()

@@ -103,6 +103,9 @@ class FlatLoRA:
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"global_step={step!r} must be an integer >= 0")
         self._global_step = step
+        # Some optimizers write through `parameter.data`, which no version counter sees.
+        for layer in self._perturbed.values():
+            layer.forget_row_norms()
 
     @property
     def sigma_t(self) -> float:

@@ -27,7 +27,9 @@ _WITHOUT_EFFECT = {
     *("instance_data_dir", "compare", "gradient_checkpointing", "max_train_steps", "num_train_epochs"),
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("logging_dir", "report_to", "validation_prompt", "num_validation_images", "validation_epochs"),
-    *("validation_inference_steps", "validation_guidance_scale"),
+    *("validation_inference_steps", "validation_guidance_scale", "repeats"),
+    *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
+    *("heldout_data_dir", "heldout_steps", "output_kohya_format"),
 }
 
 
@@ -93,6 +95,7 @@ def summary(
     images: int,
     losses: Sequence[float],
     seconds: Sequence[float],
+    heldout: dict[int, float],
 ) -> dict[str, Any]:
     """Settings, losses, time and memory of a finished run.
 
@@ -102,6 +105,7 @@ def summary(
         images: Number of training images.
         losses: Of every step since the first, also those before a resume.
         seconds: Of every step since the last resume.
+        heldout: Step -> loss of the held-out images.
     """
     last_tenth = losses[-max(1, len(losses) // 10) :]
     on_gpu = accelerator.device.type == "cuda"
@@ -119,6 +123,7 @@ def summary(
         "processes": accelerator.num_processes,
         "versions": versions(),
         "losses": list(losses),
+        "heldout_losses": heldout,
     }
 
 

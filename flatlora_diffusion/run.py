@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +22,15 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion import data, record, sdxl
-from flatlora_diffusion.cache import LatentCache, PromptCache
+from flatlora_diffusion import data, kohya, record, sdxl
+from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.checkpoint import (
     Checkpoint,
     Stored,
     find_checkpoint,
     flatten_optimizer,
     newest_checkpoint,
+    optimizer_numbers,
     restore_optimizer,
     write_checkpoint,
 )
@@ -36,12 +39,16 @@ from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, load_adapter_tensors, write_atomically
 from flatlora_diffusion.generate import release
 from flatlora_diffusion.interrupt import StopRequest, stop_request
+from flatlora_diffusion.noise import hash64
+from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.validate import draw_validation, report_validation
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
+HELDOUT_TIMESTEPS = 8
 
 
 class Run:
@@ -50,23 +57,35 @@ class Run:
     Args:
         config: Its settings.
         samples: The training images.
+        class_samples: The images of the class, for prior preservation.
+        heldout_samples: The images that are not trained, whose loss is logged.
     """
 
-    def __init__(self, config: TrainConfig, samples: list[data.Sample]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        samples: list[data.Sample],
+        class_samples: Sequence[data.Sample] = (),
+        heldout_samples: Sequence[data.Sample] = (),
+    ) -> None:
         self.config = config
         self.samples = samples
+        self.class_samples = class_samples
+        self.heldout_samples = heldout_samples
         self.output = Path(config.output_dir)
         self.accelerator = _make_accelerator(config)
         world = self.accelerator.num_processes
         self.global_batch = config.train_batch_size * world
         samples_a_step = self.global_batch * config.gradient_accumulation_steps
-        self.steps_an_epoch = math.ceil(len(samples) / samples_a_step)
+        samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
+        self.steps_an_epoch = math.ceil(samples_an_epoch / samples_a_step)
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
         self.settings = record.deciding_settings(
-            config, self.total_steps, data.digest(samples), self.accelerator
+            config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.heldout_losses: dict[int, float] = {}
 
     def train(self) -> None:
         """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
@@ -117,7 +136,16 @@ class Run:
             self.trained |= dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
         else:
             self._cache_prompts()
-        sdxl.add_lora(self.trained, rank=config.rank, alpha=config.alpha, seed=config.seed)
+        sdxl.add_lora(
+            self.trained,
+            rank=config.rank,
+            alpha=config.alpha,
+            seed=config.seed,
+            unet_targets=config.lora_layers or sdxl.UNET_TARGETS,
+            lora_dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
         for model in self.trained.values():
             if config.gradient_checkpointing:
                 sdxl.enable_gradient_checkpointing(model)
@@ -130,7 +158,8 @@ class Run:
             noise=config.flat_noise,
             seed=config.seed,
         )
-        self.optimizer = self._make_optimizer()
+        lr_factor = self.global_batch * config.gradient_accumulation_steps if config.scale_lr else 1
+        self.optimizer = make_optimizer(parameter_groups(self.trained, config, lr_factor), config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=self.optimizer,
@@ -150,13 +179,25 @@ class Run:
         # The base's own VAE overflows in half precision; one that the user chose is trusted to work in it.
         vae.to(self.accelerator.device, dtype if config.pretrained_vae_model_name_or_path else torch.float32)
         hidden = not self.accelerator.is_local_main_process
-        self.latents = LatentCache(
-            self.samples,
-            lambda pixels: sdxl.encode_images(vae, pixels),
-            config,
-            self.base.noise_scheduler.config.num_train_timesteps,
-            progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
-        )
+
+        def cache(samples: Sequence[data.Sample], seed: int, config: TrainConfig = config) -> LatentCache:
+            return LatentCache(
+                samples,
+                lambda pixels: sdxl.encode_images(vae, pixels),
+                config,
+                seed,
+                self.base.noise_scheduler.config.num_train_timesteps,
+                progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
+            )
+
+        self.latents = cache(self.samples, config.seed)
+        self.class_latents = None
+        if self.class_samples:
+            self.class_latents = cache(self.class_samples, hash64(config.seed, "class"))
+        if self.heldout_samples:
+            whole = dataclasses.replace(config, center_crop=True, random_flip=False)
+            # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
+            self.heldout_latents = cache(self.heldout_samples, 0, whole)
         vae.to("cpu")
         if not config.validation_prompt:
             self.base.vae = None
@@ -167,28 +208,12 @@ class Run:
         base = self.base
         for text_encoder in base.text_encoders:
             text_encoder.to(self.accelerator.device)
-        captions = [sample.caption for sample in self.samples]
+        samples = [*self.samples, *self.class_samples, *self.heldout_samples]
+        captions = [sample.caption for sample in samples]
         prompts = [*captions, *(self.config.validation_prompt or ()), ""]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
         release()
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        config = self.config
-        scale = self.global_batch * config.gradient_accumulation_steps if config.scale_lr else 1
-        groups = [
-            {
-                "params": [p for p in model.parameters() if p.requires_grad],
-                "lr": scale * (config.learning_rate if name == "unet" else config.text_encoder_lr),
-                "weight_decay": (
-                    config.adam_weight_decay if name == "unet" else config.adam_weight_decay_text_encoder
-                ),
-            }
-            for name, model in self.trained.items()
-        ]
-        return torch.optim.AdamW(
-            groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
-        )
 
     def _start_trackers(self) -> None:
         settings = {
@@ -221,6 +246,8 @@ class Run:
                 progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
                 progress.update()
                 accelerator.log({"loss": loss, "sigma": sigma, "lr": lr}, step=done)
+                if self.heldout_samples and (done % config.heldout_steps == 0 or done == self.total_steps):
+                    self._measure_heldout(done)
                 if done % config.checkpointing_steps == 0:
                     self._save_checkpoint(done)
                 if stopping:
@@ -234,7 +261,9 @@ class Run:
         total = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(*self.prepared.values()):
-                loss = self._loss(step * config.gradient_accumulation_steps + micro)
+                micro_step = step * config.gradient_accumulation_steps + micro
+                with self._dropout_randomness(micro_step):
+                    loss = self._loss(micro_step)
                 accelerator.backward(loss)
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -258,14 +287,22 @@ class Run:
         """The loss of this process's share of a micro-batch."""
         size = self.config.train_batch_size
         first = micro_step * self.global_batch + self.accelerator.process_index * size
-        batch = self.latents.batch(range(first, first + size))
+        positions = range(first, first + size)
+        batch = self.latents.batch(positions)
+        if self.class_latents is None:
+            return self._losses(batch).mean()
+        losses = self._losses(batch.joined(self.class_latents.batch(positions)))
+        return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample with the models as they are."""
         if self.prompts is not None:
             prompts = self.prompts.embed(batch.captions)
         else:
             encoders = [self.prepared[name] for name in sdxl.TEXT_ENCODERS]
             prompts = sdxl.encode_prompts(self.base.tokenizers, encoders, batch.captions)
         device = self.accelerator.device
-        return sdxl.diffusion_loss(
+        return sdxl.diffusion_losses(
             self.prepared["unet"],
             self.base.noise_scheduler,
             batch.latents.to(device),
@@ -273,7 +310,34 @@ class Run:
             batch.timesteps.to(device),
             sdxl.PromptEmbeds(prompts.tokens.to(device), prompts.pooled.to(device)),
             batch.time_ids.to(device),
+            self.config.snr_gamma,
         )
+
+    def _measure_heldout(self, step: int) -> None:
+        """The mean loss of the held-out images at fixed timesteps and noise, with the adapter as it is."""
+        if self.accelerator.is_main_process:
+            levels = self.base.noise_scheduler.config.num_train_timesteps
+            timesteps = [round((k + 0.5) * levels / HELDOUT_TIMESTEPS) for k in range(HELDOUT_TIMESTEPS)]
+            with sdxl.evaluating(self.trained.values()):
+                losses = [
+                    self._losses(batch).mean().item()
+                    for batch in self.heldout_latents.fixed_batches(timesteps)
+                ]
+            self.heldout_losses[step] = sum(losses) / len(losses)
+            self.accelerator.log({"heldout_loss": self.heldout_losses[step]}, step=step)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _dropout_randomness(self, micro_step: int) -> Iterator[None]:
+        """LoRA dropout draws from the global RNG: give it a state that is a function of the micro-batch."""
+        if not self.config.lora_dropout:
+            yield
+            return
+        device = self.accelerator.device
+        key = hash64(self.config.seed, "dropout", micro_step, self.accelerator.process_index)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(key)
+            yield
 
     def _divergence(self, step: int, what: str) -> str:
         newest = newest_checkpoint(self.output)
@@ -287,9 +351,14 @@ class Run:
 
     def _save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            scalars = {"lr_scheduler": self.lr_scheduler.state_dict(), "losses": self.losses}
+            scalars = {
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "losses": self.losses,
+                "heldout_losses": self.heldout_losses,
+            }
             if self.accelerator.scaler is not None:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
+            scalars["optimizer"] = optimizer_numbers(self.optimizer)
             optimizer = flatten_optimizer(self.optimizer)
             checkpoint = Checkpoint(step, self._adapter(step), optimizer, self.settings, scalars)
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
@@ -297,7 +366,7 @@ class Run:
 
     def _resume(self, stored: Stored) -> int:
         load_adapter_tensors(self.trained, stored.adapter())
-        restore_optimizer(self.optimizer, stored.optimizer())
+        restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -305,6 +374,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(stored.scalars["scaler"])
         self.flat.global_step = stored.step
         self.losses = list(stored.scalars["losses"])
+        self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
         logger.info("resuming from %s at step %d of %d", stored.folder, stored.step, self.total_steps)
         return stored.step
 
@@ -323,8 +393,16 @@ class Run:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
             write_atomically(self.output / WEIGHTS_NAME, self._adapter(self.total_steps))
+            if self.config.output_kohya_format:
+                layers = self.base.unet.config.layers_per_block
+                kohya.convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
             report = record.summary(
-                self.config, self.accelerator, len(self.samples), self.losses, self.seconds
+                self.config,
+                self.accelerator,
+                len(self.samples),
+                self.losses,
+                self.seconds,
+                self.heldout_losses,
             )
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
             logger.info("saved %s", self.output / WEIGHTS_NAME)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def encode_prompts(
     return PromptEmbeds(torch.cat(hidden, dim=-1), output.text_embeds)
 
 
-def diffusion_loss(
+def diffusion_losses(
     unet: nn.Module,
     noise_scheduler: DDPMScheduler,
     latents: Tensor,
@@ -251,8 +252,9 @@ def diffusion_loss(
     timesteps: Tensor,
     prompts: PromptEmbeds,
     time_ids: Tensor,
+    snr_gamma: float | None = None,
 ) -> Tensor:
-    """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), a scalar.
+    """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), (N,) float32.
 
     Args:
         unet: SDXL's UNet, wrapped or not.
@@ -262,6 +264,7 @@ def diffusion_loss(
         timesteps: (N,), whole numbers.
         prompts: Embeddings of N prompts.
         time_ids: (N, 6): original height and width, top and left of the crop, target height and width.
+        snr_gamma: Weight each sample's error by `min_snr_weights`.
     """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     conditions = {"text_embeds": prompts.pooled, "time_ids": time_ids}
@@ -276,7 +279,37 @@ def diffusion_loss(
         raise UserError(
             f"the base's scheduler predicts {kind!r}; only epsilon and v_prediction can be trained"
         )
-    return F.mse_loss(predicted.float(), target.float())
+    errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        errors = errors * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
+    return errors
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR loss weights (arXiv 2303.09556, section 3.4) of samples at these timesteps, (N,) float32.
+
+    The weight of the denoised image's squared error is `min(SNR, gamma)`. An error of epsilon counts
+    `1 / SNR` of that, an error of the velocity `1 / (SNR + 1)`.
+    """
+    signal = noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    snr = signal / (1 - signal)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return torch.where(snr < gamma, 1.0, gamma / snr)  # also where the last timestep has no signal at all
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Models as at inference: no noise, no dropout, no gradients; afterwards they are in training again."""
+    models = list(models)
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model in models:
+            model.train()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
@@ -289,7 +322,15 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def add_lora(models: dict[str, nn.Module], *, rank: int, alpha: float, seed: int) -> None:
+def add_lora(
+    models: dict[str, nn.Module],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    unet_targets: Sequence[str] = UNET_TARGETS,
+    **settings: Any,
+) -> None:
     """Add a LoRA adapter with float32 parameters to the UNet and, where given, the text encoders.
 
     Args:
@@ -297,11 +338,17 @@ def add_lora(models: dict[str, nn.Module], *, rank: int, alpha: float, seed: int
         rank: Rank of every layer.
         alpha: The update is scaled by alpha / rank.
         seed: Decides the initial A (B is zero); the global RNG is left as it was.
+        unet_targets: Ends of the names of the UNet's layers to adapt.
+        settings: Further settings of PEFT's `LoraConfig`, such as `use_dora`.
+
+    Raises:
+        UserError: A name fits no layer.
     """
     for name, model in models.items():
-        targets = UNET_TARGETS if name == "unet" else TEXT_ENCODER_TARGETS
+        targets = unet_targets if name == "unet" else TEXT_ENCODER_TARGETS
+        _check_targets(model, targets)
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
+            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets), **settings
         )
         # PEFT draws from the global RNG. The model is on the CPU: adapters start the same on every device.
         with torch.random.fork_rng(devices=[]):
@@ -310,3 +357,14 @@ def add_lora(models: dict[str, nn.Module], *, rank: int, alpha: float, seed: int
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    adaptable = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in adaptable):
+            known = sorted({name.rsplit(".", 1)[-1] for name in adaptable} - set("0123456789"))
+            raise UserError(
+                f"--lora_layers {target}: no linear or convolutional layer of the UNet is called so; "
+                f"there are {', '.join(known)}"
+            )

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers.utils.logging import disable_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from flatlora_diffusion import data, record, sdxl
+from flatlora_diffusion import data, prior, record, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
@@ -40,14 +40,23 @@ def train(config: TrainConfig) -> None:
     sdxl.check_base(config.pretrained_model_name_or_path)
     _check_writable(Path(config.output_dir))
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    heldout_samples = _heldout_samples(config)
+    class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
     adapters = {}
     for arm in _arms(config):
         logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
-        Run(arm, samples).train()
+        Run(arm, samples, class_samples, heldout_samples).train()
         adapters[record.method(arm)] = Path(arm.output_dir)
         release()
     if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
         _draw_comparison(config, samples, adapters)
+
+
+def _heldout_samples(config: TrainConfig) -> list[data.Sample]:
+    if config.heldout_data_dir is None:
+        return []
+    flag = f"--heldout_data_dir {config.heldout_data_dir}"
+    return data.find_samples(Path(config.heldout_data_dir), config.instance_prompt, flag)
 
 
 def _arms(config: TrainConfig) -> list[TrainConfig]:

@@ -16,7 +16,7 @@ from torch import nn
 from flatlora_diffusion.cache import PromptCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.generate import Drawing, draw, release
-from flatlora_diffusion.sdxl import Base, PromptEmbeds
+from flatlora_diffusion.sdxl import Base, PromptEmbeds, evaluating
 
 
 def draw_validation(
@@ -65,17 +65,13 @@ def draw_validation(
 
     base.vae.to(accelerator.device)
     try:
-        for model in trained:
-            model.eval()
-        with torch.no_grad(), accelerator.autocast():
+        with evaluating(trained), accelerator.autocast():
             return [
                 draw(pipeline, config.seed + offset, drawing, **conditions(prompt))
                 for prompt in config.validation_prompt or ()
                 for offset in range(config.num_validation_images)
             ]
     finally:
-        for model in trained:
-            model.train()
         base.vae.to("cpu")
         release()
 

@@ -523,13 +523,13 @@ def test_a_base_with_a_nan_in_it(world):
 
 def diverging(monkeypatch, at_call, spoil):
     """From one call on, the loss is spoilt."""
-    calls, original = itertools.count(1), sdxl.diffusion_loss
+    calls, original = itertools.count(1), sdxl.diffusion_losses
 
-    def diffusion_loss(*arguments):
+    def diffusion_losses(*arguments):
         loss = original(*arguments)
         return spoil(loss) if next(calls) >= at_call else loss
 
-    monkeypatch.setattr(sdxl, "diffusion_loss", diffusion_loss)
+    monkeypatch.setattr(sdxl, "diffusion_losses", diffusion_losses)
 
 
 def test_a_loss_that_diverges_late_leaves_the_checkpoint(world, monkeypatch):

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
@@ -23,6 +24,7 @@ from flatlora_diffusion.checkpoint import (
     Checkpoint,
     find_checkpoint,
     flatten_optimizer,
+    optimizer_numbers,
     restore_optimizer,
     write_checkpoint,
 )
@@ -591,13 +593,19 @@ def advance(parameters, optimizer, steps):
         optimizer.step()
 
 
-def test_the_optimizer_goes_on_bit_for_bit(tmp_path):
+def make_prodigy(parameters):
+    return Prodigy([{"params": parameters, "weight_decay": 1e-2}], safeguard_warmup=True)
+
+
+@pytest.mark.parametrize("make_optimizer", [make_optimizer, make_prodigy])
+def test_the_optimizer_goes_on_bit_for_bit(tmp_path, make_optimizer):
     expected = make_parameters()
     optimizer = make_optimizer(expected)
     advance(expected, optimizer, range(7))
     state = {name: tensor.clone() for name, tensor in flatten_optimizer(optimizer).items()}
     saved = [parameter.detach().clone() for parameter in expected]
-    write_checkpoint(tmp_path, Checkpoint(7, save({}), state, SETTINGS, {}), None)
+    numbers = {"optimizer": optimizer_numbers(optimizer)}
+    write_checkpoint(tmp_path, Checkpoint(7, save({}), state, SETTINGS, numbers), None)
     advance(expected, optimizer, range(7, 15))
 
     resumed = make_parameters(seed=1)
@@ -608,12 +616,14 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path):
     for parameter, value in zip(resumed, saved, strict=True):
         parameter.data.copy_(value)
     other.param_groups[0]["lr"] = 1e-2
-    restore_optimizer(other, find(tmp_path).optimizer())
+    stored = find(tmp_path)
+    restore_optimizer(other, stored.optimizer(), stored.scalars["optimizer"])
     assert_same_tensors(flatten_optimizer(other), state)
     advance(resumed, other, range(7, 15))
     for actual, wanted in zip(resumed, expected, strict=True):
         assert torch.equal(actual, wanted)
     assert_same_tensors(flatten_optimizer(other), flatten_optimizer(optimizer))
+    assert optimizer_numbers(other) == optimizer_numbers(optimizer)
 
 
 def test_the_optimizer_by_name():
@@ -628,15 +638,14 @@ def test_the_optimizer_by_name():
     torch.testing.assert_close(flat["1.exp_avg_sq"], 0.05 * parameters[1].grad.square())
 
 
-def test_restoring_keeps_the_settings_of_the_groups():
+def test_restoring_brings_back_the_numbers_of_each_group():
     parameters = make_parameters()
     optimizer = make_optimizer(parameters)
     advance(parameters, optimizer, [0])
-    state = flatten_optimizer(optimizer)
     other = make_optimizer(parameters)
     other.param_groups[0]["lr"] = 0.5
-    restore_optimizer(other, state)
-    assert [group["lr"] for group in other.param_groups] == [0.5, 1e-3]
+    restore_optimizer(other, flatten_optimizer(optimizer), optimizer_numbers(optimizer))
+    assert [group["lr"] for group in other.param_groups] == [group["lr"] for group in optimizer.param_groups]
     assert [group["weight_decay"] for group in other.param_groups] == [1e-2, 0.1]
 
 

@@ -60,11 +60,37 @@ DIFFUSERS_DEFAULTS = {
     "mixed_precision": None,
     "rank": 4,
     "image_interpolation_mode": "lanczos",
+    "repeats": 1,
+    "class_data_dir": None,
+    "class_prompt": None,
+    "with_prior_preservation": False,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "sample_batch_size": 4,
+    "prior_generation_precision": None,
+    "snr_gamma": None,
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "optimizer": "adamw",
+    "use_8bit_adam": False,
+    "output_kohya_format": False,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
 }
 DIFFUSERS_REQUIRED_OR_NONE = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
 OURS = {
     "background": "white",
     "lora_alpha": None,
+    "use_rslora": False,
+    "heldout_data_dir": None,
+    "heldout_steps": 50,
+    "aspect_buckets": False,
+    "lora_layers": None,
+    "noise_offset": 0.0,
+    "text_encoder_2_lr": None,
+    "loraplus_lr_ratio": None,
     "flat_sigma": 0.1,
     "flat_schedule": "cosine",
     "flat_noise": "table",
@@ -116,6 +142,48 @@ def test_alpha_defaults_to_the_rank():
 
 
 # Flags.
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--center_crop"], True),
+        (["--center_crop", "true"], True),
+        (["--center_crop=False"], False),
+        (["--center_crop", "0"], False),
+        (["--no-center_crop"], False),
+        (["--center_crop", "--no-center_crop"], False),
+    ],
+)
+def test_switches_are_turned_on_and_off(flags, expected):
+    assert parse(*flags).center_crop is expected
+
+
+def test_switches_that_are_on_by_default_can_be_turned_off():
+    assert parse("--prodigy_decouple", "False").prodigy_decouple is False
+    assert parse("--no-prodigy_decouple").prodigy_decouple is False
+    assert parse().prodigy_decouple is True
+
+
+@pytest.mark.parametrize("flags", [["--center_crop", "perhaps"], ["--no-center_crop", "true"]])
+def test_other_words_after_a_switch_are_refused(flags):
+    with pytest.raises(UserError, match=rf"{flags[0]} {flags[1]}: the word after it must be true or false"):
+        parse(*flags)
+
+
+def test_flags_that_mean_nothing_here_are_taken_and_said(caplog):
+    caplog.set_level("INFO")
+    assert parse("--dataloader_num_workers", 4, "--local_rank", -1) == config()
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "--dataloader_num_workers has no effect here",
+        "--local_rank has no effect here",
+    ]
+
+
+@pytest.mark.parametrize("name", ["do_edm_style_training", "enable_xformers_memory_efficient_attention"])
+def test_flags_of_the_diffusers_script_that_are_not_here_are_refused_with_the_reason(name):
+    with pytest.raises(UserError, match=rf"^--{name}: .*leave it out$"):
+        parse(f"--{name}")
 
 
 def test_every_kind_of_flag():
@@ -187,7 +255,7 @@ def test_all_missing_flags_are_named_at_once():
         ("--rank",),
         ("--validation_prompt",),
         ("--seed", "1e3"),
-        ("--compare=yes",),
+        ("--compare=perhaps",),
     ],
 )
 def test_an_ill_typed_flag_is_named(flags):

@@ -369,7 +369,7 @@ def show(path, resolution, **settings):
         **settings,
     }
     sample = data.Sample(path, PROMPT)
-    return list(data.variants(sample, resolution=resolution, **settings))
+    return list(data.variants(sample, sizes=[(resolution, resolution)], **settings))
 
 
 def pil_pixels(image, resolution, size, top, left, resample=Image.Resampling.LANCZOS, mirror=False):
@@ -514,7 +514,8 @@ def fake_encode(pixels):
 
 def make_cache(folder, encode=fake_encode, noise_levels=1000, **values):
     samples = data.find_samples(folder, PROMPT)
-    return LatentCache(samples, encode, make_config(**values), noise_levels)
+    config = make_config(**values)
+    return LatentCache(samples, encode, config, config.seed, noise_levels)
 
 
 def assert_same_batch(one, other):

@@ -50,7 +50,9 @@ def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor
     """The same run without accelerate, caches of prompts, or hooks: noise is added to the real weights."""
     base = sdxl.load_base(str(base_path))
     samples = data.find_samples(data.Path(config.instance_data_dir), config.instance_prompt)
-    cache = LatentCache(samples, lambda pixels: sdxl.encode_images(base.vae, pixels), config, 1000)
+    cache = LatentCache(
+        samples, lambda pixels: sdxl.encode_images(base.vae, pixels), config, config.seed, 1000
+    )
     sdxl.add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
     flat = FlatLoRA(base.unet, sigma=config.flat_sigma, total_steps=config.max_train_steps, seed=config.seed)
     base.unet.train()

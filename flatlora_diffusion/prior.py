@@ -1,0 +1,80 @@
+"""Prior preservation (DreamBooth, arXiv 2208.12242, section 4.2): pictures of the class, given or drawn."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from flatlora_diffusion import data
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import write_atomically
+from flatlora_diffusion.generate import DTYPES, load_pipeline, release
+from flatlora_diffusion.noise import hash64
+
+logger = logging.getLogger(__name__)
+
+
+def class_samples(config: TrainConfig) -> list[data.Sample]:
+    """The class images with their captions; the base draws those that the folder lacks.
+
+    Raises:
+        UserError: The folder cannot be made or holds a damaged image.
+    """
+    folder = Path(config.class_data_dir)
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            _draw_missing(config, folder, state.device)
+    flag = f"--class_data_dir {folder}"
+    return data.find_samples(folder, config.class_prompt, flag)[: config.num_class_images]
+
+
+def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> None:
+    """Draw class images until there are enough; each is a function of the seed and its number."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--class_data_dir {folder}: not a folder")
+    missing = config.num_class_images - (len(data.image_files(folder)) if folder.is_dir() else 0)
+    if missing <= 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
+    default = "fp16" if device.type == "cuda" else "fp32"
+    precision = {"no": "fp32", None: default}.get(
+        config.prior_generation_precision, config.prior_generation_precision
+    )
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        device=device,
+        dtype=DTYPES[precision],
+        vae=config.pretrained_vae_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    numbers = [n for n in range(config.num_class_images) if not _class_image(folder, n).exists()][:missing]
+    logger.info("drawing %d class images into %s", missing, folder)
+    for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
+        part = numbers[start : start + config.sample_batch_size]
+        pictures = pipeline(
+            [config.class_prompt] * len(part),
+            height=config.resolution,
+            width=config.resolution,
+            generator=[torch.Generator().manual_seed(hash64(config.seed, "class image", n)) for n in part],
+        ).images
+        for number, picture in zip(part, pictures, strict=True):
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            write_atomically(_class_image(folder, number), content.getvalue())
+    del pipeline
+    release()
+
+
+def _class_image(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:05d}.png"

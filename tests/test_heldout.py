@@ -1,0 +1,127 @@
+"""The held-out loss: fixed samples, no noise on the weights, kept over a resume."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.run import Run
+from flatlora_diffusion.train import train
+
+
+@pytest.fixture
+def config(base_path, icons, tmp_path) -> TrainConfig:
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    for index, colour in enumerate(("red", "green", "navy")):
+        Image.new("RGB", (20, 20 + 8 * index), colour).save(heldout / f"{index}.png")
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(icons),
+        instance_prompt="a icon",
+        heldout_data_dir=str(heldout),
+        heldout_steps=2,
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        train_batch_size=2,
+        max_train_steps=5,
+        learning_rate=1e-2,
+        flat_sigma=5.0,
+        flat_schedule="constant",
+        report_to="none",
+        seed=3,
+    )
+
+
+def losses_of(config, **changes) -> dict[str, float]:
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return json.loads((data.Path(config.output_dir) / "summary.json").read_text())["heldout_losses"]
+
+
+@pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
+def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, text_encoders):
+    measured = losses_of(config, train_text_encoder=text_encoders, text_encoder_lr=1e-2)
+    assert list(measured) == ["2", "4", "5"]
+    base = sdxl.load_base(str(base_path))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
+    pipeline.load_lora_weights(config.output_dir)
+    total = []
+    samples = data.find_samples(data.Path(config.heldout_data_dir), "a icon")
+    for index, sample in enumerate(samples):
+        (shown,) = data.variants(
+            sample,
+            sizes=[(16, 16)],
+            center_crop=True,
+            random_flip=False,
+            interpolation="lanczos",
+            background=(255, 255, 255),
+            seed=0,
+        )
+        latents = sdxl.encode_images(base.vae, shown.pixels[None]).mean
+        noise = torch.randn(8, *latents.shape[1:], generator=data.keyed_generator(0, "fixed", index))
+        embeds = sdxl.encode_prompts(
+            base.tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), [sample.caption]
+        )
+        time_ids = torch.tensor([*shown.original_size, *shown.crop_top_left, 16, 16])
+        for k in range(8):
+            with torch.no_grad():
+                loss = sdxl.diffusion_losses(
+                    pipeline.unet.eval(),
+                    base.noise_scheduler,
+                    latents,
+                    noise[k : k + 1],
+                    torch.tensor([round((k + 0.5) * 125)]),
+                    embeds,
+                    time_ids[None],
+                )
+            total.append(loss.item())
+    assert measured["5"] == pytest.approx(sum(total) / len(total), rel=1e-4)
+
+
+def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_path):
+    def weights(**changes):
+        run = dataclasses.replace(config, **changes)
+        train(run)
+        return load_file(data.Path(run.output_dir) / WEIGHTS_NAME)
+
+    measured = weights()
+    plain = weights(heldout_data_dir=None, output_dir=str(tmp_path / "plain"))
+    assert all(torch.equal(measured[name], plain[name]) for name in measured)
+    frozen = {
+        json.dumps(losses_of(config, learning_rate=0.0, seed=seed, output_dir=str(tmp_path / f"seed {seed}")))
+        for seed in (0, 1)
+    }
+    assert len(frozen) == 1
+
+
+def test_a_resumed_run_has_the_whole_history(config, tmp_path, monkeypatch):
+    whole = losses_of(config)
+    original = Run._validates_after
+
+    def stop(self, step):
+        if step == 3:
+            self._save_checkpoint(step)
+            raise RunInterruptedError("stopped", 2)
+        return original(self, step)
+
+    parts = str(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_validates_after", stop)
+        with pytest.raises(RunInterruptedError):
+            losses_of(config, output_dir=parts)
+    assert losses_of(config, output_dir=parts, resume_from_checkpoint="latest") == whole
+
+
+def test_a_missing_folder_is_named_by_its_flag(config):
+    with pytest.raises(UserError, match=r"--heldout_data_dir nowhere: no such folder"):
+        train(dataclasses.replace(config, heldout_data_dir="nowhere"))
+    assert not data.Path(config.output_dir).exists()

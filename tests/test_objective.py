@@ -1,0 +1,214 @@
+"""What is minimised, and which adapter: loss weights, noise offset, dropout, DoRA, rsLoRA, layers."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flatlora_diffusion import data, sdxl
+from flatlora_diffusion.cache import LatentCache
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.run import KOHYA_NAME, Run
+from flatlora_diffusion.train import train
+from tests.conftest import global_rng_state
+
+
+@pytest.fixture
+def config(base_path, icons, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(icons),
+        instance_prompt="a icon",
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        train_batch_size=2,
+        max_train_steps=4,
+        learning_rate=1e-3,
+        report_to="none",
+        seed=3,
+    )
+
+
+def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Fixed(torch.nn.Module):
+    """A UNet that always predicts the same."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, noisy, timesteps, tokens, added_cond_kwargs, return_dict):
+        return (self.prediction,)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times(kind, gamma):
+    scheduler = DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
+    draw = torch.Generator().manual_seed(0)
+    latents, noise, predicted = (torch.randn(4, 2, 4, 4, generator=draw) for _ in range(3))
+    timesteps = torch.tensor([10, 200, 500, 990])
+    prompts = sdxl.PromptEmbeds(torch.zeros(4, 3, 5), torch.zeros(4, 6))
+    losses = sdxl.diffusion_losses(
+        Fixed(predicted), scheduler, latents, noise, timesteps, prompts, torch.zeros(4, 6), snr_gamma=gamma
+    )
+    expected = []
+    for i, timestep in enumerate(timesteps.tolist()):
+        signal = scheduler.alphas_cumprod[timestep].double().item()
+        snr = signal / (1 - signal)
+        noisy = math.sqrt(signal) * latents[i] + math.sqrt(1 - signal) * noise[i]
+        if kind == "epsilon":
+            image = (noisy - math.sqrt(1 - signal) * predicted[i]) / math.sqrt(signal)
+        else:
+            image = math.sqrt(signal) * noisy - math.sqrt(1 - signal) * predicted[i]
+        expected.append(min(snr, gamma) * (image - latents[i]).square().mean().item())
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_min_snr_is_finite_where_the_last_timestep_has_no_signal():
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+        weights = sdxl.min_snr_weights(scheduler, torch.tensor([0, 999]), 5.0)
+        assert weights.isfinite().all() and weights[1] == (1 if kind == "epsilon" else 0)
+
+
+def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config, base_path):
+    vae = sdxl.load_base(str(base_path)).vae
+    samples = data.find_samples(data.Path(config.instance_data_dir), "a icon")
+    plain, offset = (
+        LatentCache(
+            samples,
+            lambda pixels: sdxl.encode_images(vae, pixels),
+            dataclasses.replace(config, noise_offset=value),
+            config.seed,
+            1000,
+        ).batch(range(400))
+        for value in (0.0, 0.5)
+    )
+    for field in ("latents", "timesteps", "time_ids"):
+        assert torch.equal(getattr(plain, field), getattr(offset, field))
+    added = offset.noise - plain.noise
+    assert (added - added.mean(dim=(2, 3), keepdim=True)).abs().max() < 1e-5
+    shifts = added.mean(dim=(2, 3)) / 0.5
+    assert shifts.std().item() == pytest.approx(1, abs=0.1)
+    assert abs(shifts.mean().item()) < 0.1
+
+
+def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
+    state = global_rng_state()
+    whole = run(config, lora_dropout=0.5)
+    assert global_rng_state() == state
+    plain = run(config, output_dir=str(tmp_path / "plain"))
+    assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+    # Interrupted after two steps and resumed, with other draws from the global RNG in between.
+    original = Run._validates_after
+
+    def stop(self, step):
+        if step == 2:
+            self._save_checkpoint(step)
+            raise RunInterruptedError("stopped", 2)
+        return original(self, step)
+
+    parts = str(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_validates_after", stop)
+        with pytest.raises(RunInterruptedError):
+            run(config, lora_dropout=0.5, output_dir=parts)
+    torch.rand(7)
+    assert_equal(run(config, lora_dropout=0.5, output_dir=parts, resume_from_checkpoint="latest"), whole)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_layers": ("ff.net.2",)}]
+)
+def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch, settings):
+    kept = {}
+    original = Run._finish
+
+    def keep(self):
+        original(self)
+        self.flat.remove()
+        kept["unet"] = self.base.unet.eval()
+
+    monkeypatch.setattr(Run, "_finish", keep)
+    tensors = run(config, learning_rate=1e-2, **settings)
+    assert any("magnitude" in name for name in tensors) == settings.get("use_dora", False)
+    for layer in settings.get("lora_layers", ()):
+        assert any(f".{layer}." in name for name in tensors)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
+    plain = {name: parameter.clone() for name, parameter in pipeline.unet.state_dict().items()}
+    pipeline.load_lora_weights(config.output_dir)
+    draw = torch.Generator().manual_seed(0)
+    width = pipeline.unet.config.cross_attention_dim
+    inputs = (torch.randn(1, 4, 8, 8, generator=draw), torch.tensor([300]))
+    tokens = torch.randn(1, 5, width, generator=draw)
+    pooled = torch.randn(1, pipeline.text_encoder_2.config.projection_dim, generator=draw)
+    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]])}
+    with torch.no_grad():
+        expected = kept["unet"](*inputs, tokens, added_cond_kwargs=conditions).sample
+        actual = pipeline.unet(*inputs, tokens, added_cond_kwargs=conditions).sample
+        pipeline.unload_lora_weights()
+        without = pipeline.unet(*inputs, tokens, added_cond_kwargs=conditions).sample
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, without)
+    assert plain.keys() == pipeline.unet.state_dict().keys()
+
+
+def test_the_kohya_file_draws_the_same(config, base_path):
+    settings = {"output_kohya_format": True, "train_text_encoder": True, "lora_alpha": 2.0}
+    run(config, learning_rate=1e-2, text_encoder_lr=1e-2, **settings)
+    pictures = []
+    for name in (None, WEIGHTS_NAME, KOHYA_NAME):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        if name:
+            pipeline.load_lora_weights(config.output_dir, weight_name=name)
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
+        pictures.append(pipeline("a icon", generator=generator, **settings).images)
+    base, ours, kohya = pictures
+    torch.testing.assert_close(kohya, ours, rtol=1e-4, atol=1e-4)
+    assert (ours - base).abs().max() > 1e-2
+
+
+def test_rslora_scales_by_the_root_of_the_rank(config):
+    run(config, use_rslora=True, rank=4, lora_alpha=8.0)
+    with safe_open(f"{config.output_dir}/{WEIGHTS_NAME}", framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.use_rslora"] is True and metadata["unet.lora_alpha"] == 8.0
+
+
+def test_a_layer_that_does_not_exist_is_named(config):
+    with pytest.raises(UserError, match=r"--lora_layers to_z: .* to_q"):
+        run(config, lora_layers=("to_q", "to_z"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"snr_gamma": 0.0}, "--snr_gamma 0.0: must be greater than 0"),
+        ({"noise_offset": -1.0}, "--noise_offset -1.0: must be 0 or more"),
+        ({"lora_dropout": 1.0}, r"--lora_dropout 1.0: must be in \[0, 1\)"),
+    ],
+)
+def test_values_out_of_range_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(config, **changes)

@@ -1,0 +1,155 @@
+"""Which parameters learn at which rate, with which optimizer, and that each of them can be resumed."""
+
+import builtins
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
+from flatlora_diffusion.run import Run
+from flatlora_diffusion.train import train
+from tests.conftest import add_lora, build_text_encoders, build_unet
+
+
+@pytest.fixture
+def config(base_path, icons, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(icons),
+        instance_prompt="a icon",
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        train_batch_size=2,
+        max_train_steps=6,
+        report_to="none",
+        seed=3,
+    )
+
+
+def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
+
+
+def adapted_models() -> dict[str, torch.nn.Module]:
+    unet, (first, second) = build_unet(), build_text_encoders()
+    unet.requires_grad_(False)
+    add_lora(unet)
+    for encoder in (first, second):
+        encoder.requires_grad_(False)
+        add_lora(encoder, ["q_proj", "v_proj"])
+    return {"unet": unet, "text_encoder": first, "text_encoder_2": second}
+
+
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_each_part_has_its_rate_and_b_a_multiple_of_it(config, ratio):
+    models = adapted_models()
+    config = dataclasses.replace(
+        config, learning_rate=1e-4, text_encoder_lr=2e-5, text_encoder_2_lr=3e-5, loraplus_lr_ratio=ratio
+    )
+    rates, decays = {}, {}
+    for group in parameter_groups(models, config, lr_factor=2.0):
+        for parameter in group["params"]:
+            assert id(parameter) not in rates
+            rates[id(parameter)], decays[id(parameter)] = group["lr"], group["weight_decay"]
+    expected = {"unet": 2e-4, "text_encoder": 4e-5, "text_encoder_2": 6e-5}
+    count = 0
+    for part, model in models.items():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                assert id(parameter) not in rates
+                continue
+            factor = ratio if ratio and "lora_B" in name else 1
+            assert rates[id(parameter)] == pytest.approx(factor * expected[part])
+            assert decays[id(parameter)] == (1e-4 if part == "unet" else 1e-3)
+            count += 1
+    assert count == len(rates)
+
+
+def test_the_second_text_encoder_has_the_rate_of_the_first_unless_told(config):
+    config = dataclasses.replace(config, text_encoder_lr=2e-5)
+    rates = {group["part"]: group["lr"] for group in parameter_groups(adapted_models(), config)}
+    assert rates["text_encoder"] == rates["text_encoder_2"] == 2e-5
+    silent = dataclasses.replace(config, text_encoder_2_lr=0.0)
+    assert silent.second_text_encoder_lr == 0.0
+
+
+def test_prodigy_has_one_rate(config):
+    config = dataclasses.replace(config, optimizer="Prodigy", learning_rate=1.0)
+    groups = parameter_groups(adapted_models(), config)
+    assert {group["lr"] for group in groups} == {1.0}
+    optimizer = make_optimizer(groups, config)
+    assert type(optimizer).__name__ == "Prodigy"
+    defaults = {name: optimizer.defaults[name] for name in ("decouple", "use_bias_correction", "beta3")}
+    assert defaults == {"decouple": True, "use_bias_correction": True, "beta3": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "prodigy", "learning_rate": 1.0, "train_text_encoder": True},
+        {"loraplus_lr_ratio": 16.0, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+    ],
+    ids=["prodigy", "LoRA+"],
+)
+def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch, changes):
+    whole = run(config, **changes)
+    assert any(tensor.abs().sum() > 0 for name, tensor in whole.items() if "up" in name)
+    original = Run._validates_after
+
+    def stop(self, step):
+        if step == 3:
+            self._save_checkpoint(step)
+            raise RunInterruptedError("stopped", 2)
+        return original(self, step)
+
+    parts = str(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_validates_after", stop)
+        with pytest.raises(RunInterruptedError):
+            run(config, output_dir=parts, **changes)
+    resumed = run(config, output_dir=parts, resume_from_checkpoint="latest", **changes)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "flag"),
+    [
+        ({"use_8bit_adam": True}, "bitsandbytes", "--use_8bit_adam"),
+        ({"optimizer": "prodigy"}, "prodigyopt", "--optimizer prodigy"),
+    ],
+)
+def test_a_missing_package_is_named(config, monkeypatch, changes, package, flag):
+    original = builtins.__import__
+
+    def without(name, *arguments, **settings):
+        if name == package:
+            raise ImportError(name)
+        return original(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=rf"{flag} needs the package {package}: pip install"):
+        make_optimizer(
+            [{"params": [torch.nn.Parameter(torch.ones(2))]}], dataclasses.replace(config, **changes)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "lion"}, "--optimizer lion: not one of adamw, prodigy"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, "--use_8bit_adam is for --optimizer adamw"),
+        ({"optimizer": "prodigy", "loraplus_lr_ratio": 4.0}, "Prodigy has one learning rate for all"),
+        ({"loraplus_lr_ratio": 0.0}, "--loraplus_lr_ratio 0.0: must be greater than 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(config, **changes)
