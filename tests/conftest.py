@@ -7,9 +7,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flatlora_diffusion import sdxl
+from flatlora_diffusion.errors import RunInterruptedError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
+from flatlora_diffusion.run import Run
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -205,3 +209,20 @@ def adapters(tmp_path):
         paths[label].parent.mkdir()
         paths[label].write_bytes(adapter_bytes({"unet": unet}, {}))
     return paths
+
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch: pytest.MonkeyPatch, last: int) -> Iterator[None]:
+    """Training inside the block saves a checkpoint after step `last` and stops, as on Ctrl-C."""
+    original = Run._validates_after
+
+    def stop(run: Run, step: int) -> bool:
+        if step == last:
+            run._save_checkpoint(step)
+            raise RunInterruptedError("stopped", 2)
+        return original(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_validates_after", stop)
+        with pytest.raises(RunInterruptedError):
+            yield

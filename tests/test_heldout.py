@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
+from tests.conftest import stopped_after
 
 
 @pytest.fixture
@@ -105,19 +105,10 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_p
 
 def test_a_resumed_run_has_the_whole_history(config, tmp_path, monkeypatch):
     whole = losses_of(config)
-    original = Run._validates_after
-
-    def stop(self, step):
-        if step == 3:
-            self._save_checkpoint(step)
-            raise RunInterruptedError("stopped", 2)
-        return original(self, step)
 
     parts = str(tmp_path / "parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_validates_after", stop)
-        with pytest.raises(RunInterruptedError):
-            losses_of(config, output_dir=parts)
+    with stopped_after(monkeypatch, 3):
+        losses_of(config, output_dir=parts)
     assert losses_of(config, output_dir=parts, resume_from_checkpoint="latest") == whole
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.cache import LatentCache
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.run import KOHYA_NAME, Run
 from flatlora_diffusion.train import train
-from tests.conftest import global_rng_state
+from tests.conftest import global_rng_state, stopped_after
 
 
 @pytest.fixture
@@ -119,19 +119,10 @@ def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
 
     # Interrupted after two steps and resumed, with other draws from the global RNG in between.
-    original = Run._validates_after
-
-    def stop(self, step):
-        if step == 2:
-            self._save_checkpoint(step)
-            raise RunInterruptedError("stopped", 2)
-        return original(self, step)
 
     parts = str(tmp_path / "parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_validates_after", stop)
-        with pytest.raises(RunInterruptedError):
-            run(config, lora_dropout=0.5, output_dir=parts)
+    with stopped_after(monkeypatch, 2):
+        run(config, lora_dropout=0.5, output_dir=parts)
     torch.rand(7)
     assert_equal(run(config, lora_dropout=0.5, output_dir=parts, resume_from_checkpoint="latest"), whole)
 

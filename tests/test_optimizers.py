@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
-from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
-from tests.conftest import add_lora, build_text_encoders, build_unet
+from tests.conftest import add_lora, build_text_encoders, build_unet, stopped_after
 
 
 @pytest.fixture
@@ -101,19 +100,10 @@ def test_prodigy_has_one_rate(config):
 def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch, changes):
     whole = run(config, **changes)
     assert any(tensor.abs().sum() > 0 for name, tensor in whole.items() if "up" in name)
-    original = Run._validates_after
-
-    def stop(self, step):
-        if step == 3:
-            self._save_checkpoint(step)
-            raise RunInterruptedError("stopped", 2)
-        return original(self, step)
 
     parts = str(tmp_path / "parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_validates_after", stop)
-        with pytest.raises(RunInterruptedError):
-            run(config, output_dir=parts, **changes)
+    with stopped_after(monkeypatch, 3):
+        run(config, output_dir=parts, **changes)
     resumed = run(config, output_dir=parts, resume_from_checkpoint="latest", **changes)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
