@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -26,12 +27,15 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flatlora_diffusion import sdxl
+from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import RunInterruptedError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.run import Run
+from flatlora_diffusion.train import train
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -209,6 +213,36 @@ def adapters(tmp_path):
         paths[label].parent.mkdir()
         paths[label].write_bytes(adapter_bytes({"unet": unet}, {}))
     return paths
+
+
+@pytest.fixture
+def config(base_path, icons, tmp_path) -> TrainConfig:
+    """A run of a few steps on the tiny base."""
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(icons),
+        instance_prompt="a icon",
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        train_batch_size=2,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        report_to="none",
+        seed=3,
+    )
+
+
+def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+    """Train with some settings changed; the tensors of the adapter's file."""
+    config = dataclasses.replace(config, **changes)
+    train(config)
+    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same names with the same bits."""
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @contextlib.contextmanager

@@ -7,37 +7,28 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.train import train
-from tests.conftest import stopped_after
+from tests.conftest import assert_equal, run, stopped_after
 
 
 @pytest.fixture
-def config(base_path, icons, tmp_path) -> TrainConfig:
+def config(config, tmp_path) -> TrainConfig:
     heldout = tmp_path / "heldout"
     heldout.mkdir()
     for index, colour in enumerate(("red", "green", "navy")):
         Image.new("RGB", (20, 20 + 8 * index), colour).save(heldout / f"{index}.png")
-    return TrainConfig(
-        pretrained_model_name_or_path=str(base_path),
-        instance_data_dir=str(icons),
-        instance_prompt="a icon",
+    return dataclasses.replace(
+        config,
         heldout_data_dir=str(heldout),
         heldout_steps=2,
-        output_dir=str(tmp_path / "run"),
-        resolution=16,
-        train_batch_size=2,
         max_train_steps=5,
         learning_rate=1e-2,
         flat_sigma=5.0,
         flat_schedule="constant",
-        report_to="none",
-        seed=3,
     )
 
 
@@ -88,14 +79,9 @@ def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, te
 
 
 def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_path):
-    def weights(**changes):
-        run = dataclasses.replace(config, **changes)
-        train(run)
-        return load_file(data.Path(run.output_dir) / WEIGHTS_NAME)
-
-    measured = weights()
-    plain = weights(heldout_data_dir=None, output_dir=str(tmp_path / "plain"))
-    assert all(torch.equal(measured[name], plain[name]) for name in measured)
+    measured = run(config)
+    plain = run(config, heldout_data_dir=None, output_dir=str(tmp_path / "plain"))
+    assert_equal(measured, plain)
     frozen = {
         json.dumps(losses_of(config, learning_rate=0.0, seed=seed, output_dir=str(tmp_path / f"seed {seed}")))
         for seed in (0, 1)

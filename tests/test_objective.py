@@ -8,43 +8,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.cache import LatentCache
-from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.run import KOHYA_NAME, Run
-from flatlora_diffusion.train import train
-from tests.conftest import global_rng_state, stopped_after
-
-
-@pytest.fixture
-def config(base_path, icons, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        pretrained_model_name_or_path=str(base_path),
-        instance_data_dir=str(icons),
-        instance_prompt="a icon",
-        output_dir=str(tmp_path / "run"),
-        resolution=16,
-        train_batch_size=2,
-        max_train_steps=4,
-        learning_rate=1e-3,
-        report_to="none",
-        seed=3,
-    )
-
-
-def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
-    config = dataclasses.replace(config, **changes)
-    train(config)
-    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
 
 class Fixed(torch.nn.Module):

@@ -5,35 +5,10 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
-from flatlora_diffusion.train import train
-from tests.conftest import add_lora, build_text_encoders, build_unet, stopped_after
-
-
-@pytest.fixture
-def config(base_path, icons, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        pretrained_model_name_or_path=str(base_path),
-        instance_data_dir=str(icons),
-        instance_prompt="a icon",
-        output_dir=str(tmp_path / "run"),
-        resolution=16,
-        train_batch_size=2,
-        max_train_steps=6,
-        report_to="none",
-        seed=3,
-    )
-
-
-def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
-    config = dataclasses.replace(config, **changes)
-    train(config)
-    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
+from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stopped_after
 
 
 def adapted_models() -> dict[str, torch.nn.Module]:
@@ -105,8 +80,7 @@ def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch,
     with stopped_after(monkeypatch, 3):
         run(config, output_dir=parts, **changes)
     resumed = run(config, output_dir=parts, resume_from_checkpoint="latest", **changes)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_equal(resumed, whole)
 
 
 @pytest.mark.parametrize(

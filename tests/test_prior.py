@@ -14,22 +14,16 @@ from flatlora_diffusion.train import train
 
 
 @pytest.fixture
-def config(base_path, icons, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        pretrained_model_name_or_path=str(base_path),
-        instance_data_dir=str(icons),
-        instance_prompt="a icon",
+def config(config, tmp_path) -> TrainConfig:
+    return dataclasses.replace(
+        config,
         with_prior_preservation=True,
         class_data_dir=str(tmp_path / "class"),
         class_prompt="a picture",
         num_class_images=3,
         prior_loss_weight=0.7,
-        output_dir=str(tmp_path / "run"),
-        resolution=16,
         train_batch_size=3,
         max_train_steps=2,
-        report_to="none",
-        seed=3,
     )
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.cache import LatentCache
@@ -16,34 +15,7 @@ from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
-from tests.conftest import global_rng_state
-
-
-@pytest.fixture
-def config(base_path, icons, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        pretrained_model_name_or_path=str(base_path),
-        instance_data_dir=str(icons),
-        instance_prompt="a icon",
-        output_dir=str(tmp_path / "run"),
-        resolution=16,
-        train_batch_size=2,
-        max_train_steps=6,
-        learning_rate=1e-3,
-        report_to="none",
-        seed=3,
-    )
-
-
-def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
-    config = dataclasses.replace(config, **changes)
-    train(config)
-    return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+from tests.conftest import assert_equal, global_rng_state, run
 
 
 def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor]:
