@@ -11,30 +11,21 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from torch import nn
 
-from flatlora_diffusion.cache import PromptCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.generate import Drawing, draw, release
-from flatlora_diffusion.sdxl import Base, PromptEmbeds, evaluating
+from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.sdxl import PromptEmbeds, evaluating
 
 
-def draw_validation(
-    base: Base,
-    trained: Sequence[nn.Module],
-    prompts: PromptCache | None,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> list[Image.Image]:
+def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image]:
     """The validation prompts drawn with the models as they are; the models are then back in training mode.
 
     Args:
-        base: Its UNet carries the adapter; the VAE is on the CPU.
-        trained: The models with adapters.
-        prompts: Embeddings of the validation prompts and of the empty one, where the text encoders are gone.
+        learner: Its UNet carries the adapter; the VAE is on the CPU.
         config: Prompts, seeds, size, steps and guidance.
-        accelerator: Its device and precision.
     """
+    base, prompts, accelerator = learner.base, learner.prompts, learner.accelerator
     pipeline = StableDiffusionXLPipeline(
         vae=base.vae,
         unet=base.unet,
@@ -65,7 +56,7 @@ def draw_validation(
 
     base.vae.to(accelerator.device)
     try:
-        with evaluating(trained), accelerator.autocast():
+        with evaluating(learner.trained.values()), accelerator.autocast():
             return [
                 draw(pipeline, config.seed + offset, drawing, **conditions(prompt))
                 for prompt in config.validation_prompt or ()

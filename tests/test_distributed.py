@@ -35,9 +35,9 @@ def watched(self, start, stop):
         return step(*arguments)
     self._optimizer_step = look
     loop(self, start, stop)
-    trained = [p for model in self.trained.values() for p in model.parameters() if p.requires_grad]
+    trained = [p for model in self.learner.trained.values() for p in model.parameters() if p.requires_grad]
     report["adapter"] = digest(trained)
-    unet = self.base.unet.named_parameters()
+    unet = self.learner.base.unet.named_parameters()
     report["moved"] = sum(float(p.detach().abs().sum()) for name, p in unet if "lora_B" in name)
     Path({folder!r}, f"rank-{{self.accelerator.process_index}}.json").write_text(json.dumps(report))
 

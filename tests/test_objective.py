@@ -107,7 +107,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch
     def keep(self):
         original(self)
         self.flat.remove()
-        kept["unet"] = self.base.unet.eval()
+        kept["unet"] = self.learner.base.unet.eval()
 
     monkeypatch.setattr(Run, "_finish", keep)
     tensors = run(config, learning_rate=1e-2, **settings)

@@ -9,6 +9,7 @@ from PIL import Image
 from flatlora_diffusion import data, prior, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
 
@@ -37,7 +38,7 @@ def class_images(config):
 
 
 def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(config, class_images, monkeypatch):
-    original, compared = Run._loss, []
+    original, compared = Learner.loss, []
 
     def compare(self, micro_step):
         loss = original(self, micro_step)
@@ -61,7 +62,7 @@ def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(confi
         compared.append((loss.item(), (parts[0] + 0.7 * parts[1]).item()))
         return loss
 
-    monkeypatch.setattr(Run, "_loss", compare)
+    monkeypatch.setattr(Learner, "loss", compare)
     train(config)
     assert len(compared) == 2
     for actual, expected in compared:
@@ -70,13 +71,13 @@ def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(confi
 
 def test_class_images_keep_their_own_size_and_crop_and_have_other_noise(config, class_images, monkeypatch):
     seen = []
-    original = Run._loss
+    original = Learner.loss
 
     def look(self, micro_step):
         seen.append((self.latents.batch(range(30)), self.class_latents.batch(range(30))))
         return original(self, micro_step)
 
-    monkeypatch.setattr(Run, "_loss", look)
+    monkeypatch.setattr(Learner, "loss", look)
     train(dataclasses.replace(config, max_train_steps=1))
     instance, of_class = seen[0]
     assert {tuple(ids[:2].tolist()) for ids in of_class.time_ids} == {(16, 16), (20, 40), (48, 24)}

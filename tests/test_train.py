@@ -12,6 +12,7 @@ from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.cache import LatentCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
@@ -97,18 +98,18 @@ def test_gradient_checkpointing_changes_nothing(config, tmp_path):
 
 def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, monkeypatch):
     seen = {}
-    original = Run._loss
+    original = Learner.loss
 
     def spy(self, micro_step):
         arm = seen.setdefault(self.config.flat_sigma, {"start": None, "batches": []})
         if arm["start"] is None:
             parameters = self.base.unet.named_parameters()
             arm["start"] = {name: p.detach().clone() for name, p in parameters if p.requires_grad}
-        first = micro_step * self.global_batch
+        first = micro_step * self.config.train_batch_size
         arm["batches"].append(self.latents.batch(range(first, first + self.config.train_batch_size)))
         return original(self, micro_step)
 
-    monkeypatch.setattr(Run, "_loss", spy)
+    monkeypatch.setattr(Learner, "loss", spy)
     train(
         dataclasses.replace(
             config,
@@ -166,9 +167,9 @@ def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path
     def keep(self):
         original(self)
         self.flat.remove()
-        self.base.unet.eval()
-        kept["unet"] = self.base.unet
-        kept["encoders"] = [m.eval() for name, m in self.trained.items() if name != "unet"]
+        self.learner.base.unet.eval()
+        kept["unet"] = self.learner.base.unet
+        kept["encoders"] = [m.eval() for name, m in self.learner.trained.items() if name != "unet"]
 
     monkeypatch.setattr(Run, "_finish", keep)
     run(
@@ -203,7 +204,7 @@ def test_lora_parameters_are_float32_whatever_the_base_is(config, monkeypatch):
     original = Run._finish
 
     def look(self):
-        for name, parameter in self.base.unet.named_parameters():
+        for name, parameter in self.learner.base.unet.named_parameters():
             dtypes.setdefault("lora" if "lora_" in name else "base", set()).add(parameter.dtype)
         original(self)
 
