@@ -100,10 +100,10 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
         LORA_ADAPTER_METADATA_KEY: json.dumps(lora_metadata, indent=2, sort_keys=True),
         FLAT_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True),
     }
-    return _with_sorted_metadata(save(adapter_tensors(models), metadata=metadata))
+    return with_sorted_metadata(save(adapter_tensors(models), metadata=metadata))
 
 
-def _with_sorted_metadata(file: bytes) -> bytes:
+def with_sorted_metadata(file: bytes) -> bytes:
     """The same safetensors file with its metadata in order: the library writes them in a random one."""
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])

@@ -32,55 +32,21 @@ from torch import Tensor
 
 from flatlora_diffusion.cli import OneLineParser, run_command
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, _with_sorted_metadata, read_tensors, write_atomically
+from flatlora_diffusion.export import WEIGHTS_NAME, read_tensors, with_sorted_metadata, write_atomically
+from flatlora_diffusion.kohya_names import (
+    CONVOLUTION,
+    PREFIXES,
+    Layer,
+    kohya_names,
+    layer_names,
+    parse_diffusers_key,
+    parse_kohya_key,
+)
 
 logger = logging.getLogger(__name__)
 
 # Not diffusers' own key: its loader refuses a file that has both that and alphas.
 PEFT_METADATA_KEY = "flat_lora_peft"
-
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_WEIGHTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
-_DIFFUSERS_KEY = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.(.+?)"
-    r"(?:\.lora_([AB])\.weight|[._]lora(?:_linear_layer)?\.(down|up)\.weight|\.lora_magnitude_vector(?:\.weight)?)"
-)
-_CONVOLUTION = re.compile(r"(.*\.)?(conv|conv1|conv2|conv_in|conv_out|conv_shortcut)")
-
-# More blocks on a side, transformer blocks in a row and text layers than SDXL or its kin have: names are
-# looked up among all that can be, since underscores for dots can't be undone.
-_BLOCKS, _DEPTH, _TEXT_LAYERS = 8, 32, 64
-_TRANSFORMER = [f"attn{i}.to_{name}" for i in (1, 2) for name in ("q", "k", "v", "out.0")]
-_TRANSFORMER += ["ff.net.0.proj", "ff.net.2"]
-_CLIP = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-_TEXT = [f"text_model.encoder.layers.{i}.{leaf}" for i in range(_TEXT_LAYERS) for leaf in _CLIP]
-_TEXT.append("text_projection")
-# diffusers' names -> Stability's: layers of the UNet outside its blocks, and those of each kind inside.
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_INNER = {
-    "attentions": {"proj_in": "proj_in", "proj_out": "proj_out"}
-    | {
-        f"transformer_blocks.{i}.{leaf}": f"transformer_blocks.{i}.{leaf}"
-        for i in range(_DEPTH)
-        for leaf in _TRANSFORMER
-    },
-    "resnets": {
-        "conv1": "in_layers.2",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    },
-    "downsamplers": {"conv": "op"},
-    "upsamplers": {"conv": "conv"},
-}
-_Layer = tuple[str, str]  # unet, text_encoder or text_encoder_2; diffusers' path of the module in it
 
 
 def to_kohya(
@@ -102,9 +68,9 @@ def to_kohya(
     Raises:
         UserError: A key is no LoRA weight of SDXL, a layer is incomplete, or the metadata don't fit.
     """
-    names = _kohya_names(layers_per_block)
+    names = kohya_names(layers_per_block)
     converted = {}
-    for layer, weights in _layers(tensors, functools.partial(_parse_diffusers, names)).items():
+    for layer, weights in _layers(tensors, functools.partial(parse_diffusers_key, names)).items():
         name, down, up = names[layer], weights["down"], weights["up"]
         rank, alpha = _rank_and_alpha(_part_config(lora_metadata, layer[0]), layer[1], len(down))
         if rank != len(down):
@@ -138,9 +104,9 @@ def from_kohya(
     Raises:
         UserError: A key is no LoRA weight of SDXL, a layer is incomplete, or a value can't be converted.
     """
-    layers = _layers(tensors, functools.partial(_parse_kohya, _layer_names(layers_per_block)))
+    layers = _layers(tensors, functools.partial(parse_kohya_key, layer_names(layers_per_block)))
     # By these names diffusers finds every layer; in the UNet it passes over `lora.down` beside `lora_A`.
-    halves = dict.fromkeys(_PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
+    halves = dict.fromkeys(PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
     attention = all(re.search(r"\.to_([qkv]|out\.0)$", path) for part, path in layers if part == "unet")
     halves["unet"] = ("lora.down", "lora.up") if attention else ("lora_A", "lora_B")
     converted, configs = {}, {}
@@ -199,73 +165,14 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     converted = {key: tensor.contiguous() for key, tensor in converted.items()}
-    write_atomically(target, _with_sorted_metadata(save(converted, metadata=metadata)))
-
-
-@functools.cache
-def _kohya_names(layers_per_block: int) -> dict[_Layer, str]:
-    """Every layer that a LoRA can be on, and its name in kohya's format."""
-    # Stability numbers the blocks of a side in one row.
-    row = layers_per_block + 1
-    places = {"mid_block.attentions.0": "middle_block.1"}
-    places |= {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in range(2)}
-    for i in range(_BLOCKS):
-        for slot, kind in enumerate(("resnets", "attentions")):
-            for j in range(layers_per_block):  # after conv_in, input 0
-                places[f"down_blocks.{i}.{kind}.{j}"] = f"input_blocks.{row * i + j + 1}.{slot}"
-            for j in range(row):
-                places[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{row * i + j}.{slot}"
-        places[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{row * (i + 1)}.0"
-        # Slot 2, after the attention: SDXL has one wherever it upsamples.
-        places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{row * i + layers_per_block}.2"
-    unet = dict(_OUTER)
-    for place, stability in places.items():
-        unet |= {f"{place}.{k}": f"{stability}.{v}" for k, v in _INNER[place.split(".")[-2]].items()}
-    parts = {"unet": unet} | {part: {path: path for path in _TEXT} for part in _PREFIXES if part != "unet"}
-    return {
-        (part, path): f"{_PREFIXES[part]}_{name}".replace(".", "_")
-        for part, names in parts.items()
-        for path, name in names.items()
-    }
-
-
-@functools.cache
-def _layer_names(layers_per_block: int) -> dict[str, _Layer]:
-    """Every name in kohya's format, also with diffusers' names and SD 1's prefix, and its layer."""
-    names = {name: layer for layer, name in _kohya_names(layers_per_block).items()}
-    for part, path in _kohya_names(layers_per_block):
-        names[f"{_PREFIXES[part]}_{path}".replace(".", "_")] = part, path
-        if part == "text_encoder":
-            names[f"lora_te_{path}".replace(".", "_")] = part, path
-    return names
-
-
-def _parse_diffusers(names: dict[_Layer, str], key: str) -> tuple[_Layer, str] | None:
-    """The layer and down, up or magnitude; None for other keys."""
-    if not (match := _DIFFUSERS_KEY.fullmatch(key)):
-        return None
-    part, path, letter, old = match.groups()
-    path = path.replace(".processor.", ".")  # of diffusers before it used PEFT
-    if part == "unet":
-        path = re.sub(r"\.to_out$", ".to_out.0", path)
-    else:
-        path = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", path)
-        path = re.sub(r"^encoder\.", "text_model.encoder.", path)  # newer transformers dropped this level
-    kind = {"A": "down", "B": "up"}.get(letter, old or "magnitude")
-    return ((part, path), kind) if (part, path) in names else None
-
-
-def _parse_kohya(names: dict[str, _Layer], key: str) -> tuple[_Layer, str] | None:
-    """The layer and down, up, magnitude or alpha; None for other keys."""
-    name, _, weight = key.partition(".")
-    return (names[name], _WEIGHTS[weight]) if name in names and weight in _WEIGHTS else None
+    write_atomically(target, with_sorted_metadata(save(converted, metadata=metadata)))
 
 
 def _layers(
-    tensors: dict[str, Tensor], parse: Callable[[str], tuple[_Layer, str] | None]
-) -> dict[_Layer, dict[str, Tensor]]:
+    tensors: dict[str, Tensor], parse: Callable[[str], tuple[Layer, str] | None]
+) -> dict[Layer, dict[str, Tensor]]:
     """The weights of each layer, complete, from all keys of a file."""
-    layers: dict[_Layer, dict[str, Tensor]] = {}
+    layers: dict[Layer, dict[str, Tensor]] = {}
     unknown = []
     for key in sorted(tensors):
         if not (parsed := parse(key)):
@@ -289,16 +196,16 @@ def _layers(
     return layers
 
 
-def _as_module(weight: Tensor, layer: _Layer) -> Tensor:
+def _as_module(weight: Tensor, layer: Layer) -> Tensor:
     """The weight with as many dimensions as in PEFT: 4 for convolutions, else 2."""
-    if _CONVOLUTION.fullmatch(layer[1]):
+    if CONVOLUTION.fullmatch(layer[1]):
         return weight[:, :, None, None] if weight.ndim == 2 else weight
     if weight.shape[2:].numel() != 1:
         raise UserError(f"{'.'.join(layer)}: a linear layer can't have the shape {list(weight.shape)}")
     return weight.flatten(1)
 
 
-def _reshaped(magnitude: Tensor, axis: int, shape: Sequence[int], layer: _Layer) -> Tensor:
+def _reshaped(magnitude: Tensor, axis: int, shape: Sequence[int], layer: Layer) -> Tensor:
     """DoRA's magnitudes, with the outputs on an axis, in another shape."""
     outputs = math.prod(shape)
     # LyCORIS can also scale the inputs, (1, in), which PEFT can't.

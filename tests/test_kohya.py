@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from flatlora_diffusion import kohya
+from flatlora_diffusion import kohya, kohya_names
 from flatlora_diffusion.cli import run_command
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, _with_sorted_metadata, adapter_bytes, adapter_tensors
+from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, adapter_tensors, with_sorted_metadata
 from flatlora_diffusion.generate import load_adapter
 from flatlora_diffusion.kohya import from_kohya, to_kohya
 from tests.conftest import (
@@ -175,7 +175,7 @@ def write(path, models, facts=None):
     """The file that export writes, with PEFT's names where it would mix them with others."""
     path.write_bytes(adapter_bytes(models, facts or {}))
     metadata = metadata_of(path)
-    path.write_bytes(_with_sorted_metadata(save(with_peft_names(load_file(path)), metadata=metadata)))
+    path.write_bytes(with_sorted_metadata(save(with_peft_names(load_file(path)), metadata=metadata)))
 
 
 def metadata_of(path):
@@ -231,14 +231,14 @@ class TestNames:
 
     @pytest.mark.parametrize("layers_per_block", [1, 2, 3])
     def test_are_one_to_one_in_both_spellings(self, layers_per_block):
-        names = kohya._kohya_names(layers_per_block)
+        names = kohya_names.kohya_names(layers_per_block)
         assert len(names) > 5_000
         assert len(set(names.values())) == len(names)
-        found = kohya._layer_names(layers_per_block)
+        found = kohya_names.layer_names(layers_per_block)
         for (part, path), name in names.items():
             # No spelling of one layer is a spelling of another.
             assert found[name] == (part, path)
-            assert found[f"{kohya._PREFIXES[part]}_{path}".replace(".", "_")] == (part, path)
+            assert found[f"{kohya_names.PREFIXES[part]}_{path}".replace(".", "_")] == (part, path)
 
     @pytest.mark.parametrize("layers_per_block", [1, 2])
     def test_follow_the_layers_of_a_block(self, layers_per_block):
