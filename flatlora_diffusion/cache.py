@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.buckets import BatchSequence, bucket_sizes
+from flatlora_diffusion.captions import CaptionStream
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.noise import hash64
 
@@ -20,7 +21,7 @@ class Batch:
     """Samples at some positions of the training stream, all of it a function of (seed, position).
 
     Attributes:
-        captions: One for each sample.
+        captions: One for each sample, as the model is told it.
         latents: (N, channels, height, width), drawn from the VAE's posterior.
         noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
@@ -50,10 +51,14 @@ class LatentCache:
     Args:
         samples: The training images.
         encode: Images (1, 3, height, width) -> their latents.
-        config: Resolution, buckets, crops, flips, background, batch size, noise offset.
+        config: Resolution, buckets, crops, flips, background, batch size, noise offset, and whether captions
+            are dropped or shuffled.
         seed: Decides crops, order and draws.
         noise_levels: Timesteps of the noise schedule.
         progress: Wraps the samples while they are encoded.
+
+    Attributes:
+        captions: What the model is told at each position.
     """
 
     def __init__(
@@ -65,7 +70,8 @@ class LatentCache:
         noise_levels: int,
         progress: Callable[[Sequence[data.Sample]], Iterable[data.Sample]] = iter,
     ) -> None:
-        self._captions = [sample.caption for sample in samples]
+        self._whole_captions = [sample.caption for sample in samples]
+        self.captions = CaptionStream(self._whole_captions, config, seed)
         self._seed = seed
         self._noise_levels = noise_levels
         self._noise_offset = config.noise_offset
@@ -117,7 +123,7 @@ class LatentCache:
             variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
             posterior, ids = self._variants[index][variant]
             shape = posterior.mean.shape
-            captions.append(self._captions[index])
+            captions.append(self.captions.at(position, index))
             latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
             noise.append(torch.randn(shape, generator=draws))
             timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
@@ -133,7 +139,7 @@ class LatentCache:
             draws = data.keyed_generator(self._seed, "fixed", index)
             shape = (len(timesteps), *posterior.mean.shape)
             yield Batch(
-                [self._captions[index]] * len(timesteps),
+                [self._whole_captions[index]] * len(timesteps),
                 posterior.mean.expand(shape),
                 torch.randn(shape, generator=draws),
                 torch.tensor(timesteps),

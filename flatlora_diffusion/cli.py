@@ -65,10 +65,11 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The libraries read these when they are imported, which the command does.
-    for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+    for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(verbosity, "error")
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
     try:
         command()
     except UserError as error:

@@ -54,11 +54,26 @@ class TrainConfig:
     variant: str | None = option(None, "Variant of the base's weight files, such as fp16.")
 
     # The data.
-    instance_data_dir: str = option(REQUIRED, "Folder with the training images.")
+    instance_data_dir: str | None = option(None, "Folder with the training images; or give dataset_name.")
+    dataset_name: str | None = option(
+        None,
+        "Dataset of the Hugging Face Hub with the training images in its train split, or a local folder that "
+        "the datasets library reads (parquet files, images with metadata.jsonl or metadata.csv, ...).",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
+    cache_dir: str | None = option(
+        None, "Folder for what the datasets library downloads and converts. Default: its own."
+    )
+    image_column: str = option("image", "Column of the dataset that holds the images.")
+    caption_column: str | None = option(
+        None,
+        "Column of the dataset that holds the captions; without it instance_prompt is the caption of all. "
+        "For a folder of images: the key of the captions in metadata.jsonl, which is text by default.",
+    )
     instance_prompt: str = option(
         REQUIRED,
-        "Prompt of every image that has no caption of its own. Captions come from metadata.jsonl (file_name, "
-        "text) or from .txt files beside the images, and may say {instance_prompt}.",
+        "Prompt of every image that has no caption of its own. Captions of a folder come from metadata.jsonl "
+        "(file_name, text) or from .txt files beside the images. Captions may say {instance_prompt}.",
     )
     repeats: int = option(1, "How often an epoch passes over the training images.")
     resolution: int = option(
@@ -70,7 +85,17 @@ class TrainConfig:
     center_crop: bool = option(False, "Crop in the centre, not at random.")
     random_flip: bool = option(False, "Mirror images at random.")
     image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)
-    background: str = option("white", "Colour under the transparent parts of images: a name or #rrggbb.")
+    background: str = option(
+        "white",
+        "Colour under the transparent parts of images: a name, #rrggbb, or random (another one each time).",
+    )
+    caption_dropout_rate: float = option(
+        0.0, "Share of the samples whose caption is replaced by the empty prompt."
+    )
+    shuffle_caption: bool = option(
+        False, "Shuffle the comma-separated tags of captions; each caption has up to 8 orders."
+    )
+    keep_tokens: int = option(0, "So many tags at the start of a caption keep their place.")
 
     # Prior preservation.
     with_prior_preservation: bool = option(
@@ -92,6 +117,9 @@ class TrainConfig:
     # Held-out images.
     heldout_data_dir: str | None = option(
         None, "Folder of images that are not trained; their loss is logged at fixed timesteps and noise."
+    )
+    heldout_split: str | None = option(
+        None, "Split of the dataset, such as validation, to be held out in place of a folder."
     )
     heldout_steps: int = option(50, "Measure the held-out loss every so many steps, and at the end.")
 
@@ -231,11 +259,12 @@ class TrainConfig:
                 "seed",
             ),
             *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
-            *("validation_epochs", "noise_offset", "prior_loss_weight"),
+            *("validation_epochs", "noise_offset", "prior_loss_weight", "keep_tokens"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
+        self._require("caption_dropout_rate", "must be in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
             self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
@@ -245,6 +274,20 @@ class TrainConfig:
             raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {self.optimizer}; leave it out")
         if self.optimizer == "prodigy" and self.loraplus_lr_ratio:
             raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
+        if not self.instance_data_dir and not self.dataset_name:
+            raise UserError(
+                "give --instance_data_dir or --dataset_name: one of them says where the images are"
+            )
+        if self.instance_data_dir and self.dataset_name:
+            raise UserError("--instance_data_dir and --dataset_name: give only one of them")
+        if self.heldout_split and self.heldout_data_dir:
+            raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
+        if self.heldout_split and not self.dataset_name:
+            raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
+        if self.heldout_split == "train":
+            raise UserError("--heldout_split train: that split is trained; give another one")
+        if self.keep_tokens and not self.shuffle_caption:
+            raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
         for name in ("class_data_dir", "class_prompt"):
             if self.with_prior_preservation and getattr(self, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}")

@@ -1,17 +1,18 @@
-"""Icon folders: images, captions, transparency, crops and flips; and which sample belongs to which step."""
+"""Training images: folders, captions, transparency, crops and flips; and which sample comes at which step."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from flatlora_diffusion.buckets import nearest_size
@@ -22,23 +23,46 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.jsonl"
+CAPTION_KEY = "text"
 PROMPT_PLACEHOLDER = "{instance_prompt}"
 
 # Images that don't fit are cached with this many crops when crops are random.
 _RANDOM_CROPS = 4
+# Transparent images are cached on this many colours when backgrounds are random.
+_RANDOM_BACKGROUNDS = 4
+
+RANDOM_BACKGROUND = "random"
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image that is no file by itself, such as one in a row of a dataset. It stands where a path does.
+
+    Attributes:
+        name: Tells it from the other images, as a file's name does.
+        where: Where it is, for errors.
+        read_bytes: Gives the content of the image's file.
+    """
+
+    name: str
+    where: str
+    read_bytes: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.where
 
 
 @dataclass(frozen=True)
 class Sample:
     """One training image and its caption."""
 
-    path: Path
+    path: Path | EmbeddedImage
     caption: str
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way a training image is shown: a crop, mirrored or not.
+    """One way a training image is shown: a crop, mirrored or not, on some background.
 
     Attributes:
         pixels: (3, height, width), float32 in [-1, 1].
@@ -56,7 +80,9 @@ def image_files(folder: Path) -> set[Path]:
     return {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
 
 
-def find_samples(folder: Path, instance_prompt: str, flag: str | None = None) -> list[Sample]:
+def find_samples(
+    folder: Path, instance_prompt: str, flag: str | None = None, caption_key: str = CAPTION_KEY
+) -> list[Sample]:
     """The images of a folder with their captions, by name.
 
     Captions come from `metadata.jsonl` (lines with file_name and text), else from a `.txt` file beside the
@@ -66,6 +92,7 @@ def find_samples(folder: Path, instance_prompt: str, flag: str | None = None) ->
         folder: Where the images are.
         instance_prompt: The caption of images without one.
         flag: How the user named the folder, for errors; --instance_data_dir by default.
+        caption_key: What the captions are called in `metadata.jsonl`.
 
     Raises:
         UserError: A missing folder, no image, a damaged image or metadata file, a caption without its image.
@@ -73,16 +100,21 @@ def find_samples(folder: Path, instance_prompt: str, flag: str | None = None) ->
     flag = flag or f"--instance_data_dir {folder}"
     if not folder.is_dir():
         raise UserError(f"{flag}: {'not a folder' if folder.exists() else 'no such folder'}")
-    captions = _read_metadata(folder / METADATA)
+    captions = _read_metadata(folder / METADATA, caption_key)
     paths = sorted(image_files(folder) | captions.keys())
     if not paths:
         raise UserError(f"{flag}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     samples = []
     for path in paths:
         open_image(path)  # a damaged file is reported before anything is loaded or written
-        caption = captions.get(path) or _read_sidecar(path.with_suffix(".txt")) or instance_prompt
-        samples.append(Sample(path, caption.replace(PROMPT_PLACEHOLDER, instance_prompt)))
+        caption = captions.get(path) or _read_sidecar(path.with_suffix(".txt"))
+        samples.append(Sample(path, complete_caption(caption, instance_prompt)))
     return samples
+
+
+def complete_caption(caption: str | None, instance_prompt: str) -> str:
+    """The caption with the instance prompt in its place: where it is named, or alone where there is none."""
+    return (caption or instance_prompt).replace(PROMPT_PLACEHOLDER, instance_prompt)
 
 
 def digest(samples: list[Sample]) -> str:
@@ -94,31 +126,35 @@ def digest(samples: list[Sample]) -> str:
     return sha.hexdigest()
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path | EmbeddedImage) -> Image.Image:
     """An image, decoded in full and turned as its EXIF data says.
 
     Raises:
         UserError: The file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); mend or remove it") from error
+        # Pillow names the address of bytes of which it doesn't know the format.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from error
 
 
-def parse_background(colour: str) -> tuple[int, int, int]:
-    """An RGB colour from its name or #rrggbb.
+def parse_background(colour: str) -> tuple[int, int, int] | None:
+    """An RGB colour from its name or #rrggbb; None for random colours.
 
     Raises:
         UserError: No such colour.
     """
+    if colour == RANDOM_BACKGROUND:
+        return None
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError as error:
         raise UserError(
-            f"--background {colour}: not a colour; give a name such as white, or #rrggbb"
+            f"--background {colour}: not a colour; give a name such as white, #rrggbb, or {RANDOM_BACKGROUND}"
         ) from error
 
 
@@ -133,6 +169,11 @@ def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Ima
     return Image.alpha_composite(canvas, rgba).convert("RGB")
 
 
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel lets a background through."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
 def variants(
     sample: Sample,
     *,
@@ -140,21 +181,21 @@ def variants(
     center_crop: bool,
     random_flip: bool,
     interpolation: str,
-    background: tuple[int, int, int],
+    background: tuple[int, int, int] | None,
     seed: int,
 ) -> Iterator[Variant]:
     """All the ways in which a training image is shown; which of them a step sees is drawn anew each time.
 
     Of the sizes (height, width) the one is taken whose aspect ratio is nearest. The image is resized until it
     covers it, and what sticks out is cropped: around the centre, or at a few places that (seed, file name)
-    decides. Flips double the variants.
+    decides. Without a background a transparent image comes on a few colours, which (seed, file name) decides
+    too. Flips double the variants.
     """
-    image = composite(open_image(sample.path), background)
+    image = open_image(sample.path)
     original_size = (image.height, image.width)
     shown = nearest_size(original_size, sizes)
     scale = max(to / side for to, side in zip(shown, original_size, strict=True))
     height, width = (max(to, round(side * scale)) for to, side in zip(shown, original_size, strict=True))
-    image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     spare_height, spare_width = height - shown[0], width - shown[1]
     if center_crop or (spare_height == 0 and spare_width == 0):
         corners = [(round(spare_height / 2), round(spare_width / 2))]
@@ -164,12 +205,18 @@ def variants(
             tuple(int(torch.randint(spare + 1, (), generator=draw)) for spare in (spare_height, spare_width))
             for _ in range(_RANDOM_CROPS)
         ]
-    for top, left in corners:
-        crop = image.crop((left, top, left + shown[1], top + shown[0]))
-        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
-        yield Variant(pixels, original_size, (top, left))
-        if random_flip:
-            yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
+    colours = [background or (255, 255, 255)]
+    if background is None and _is_transparent(image):
+        draw = keyed_generator(seed, "background", sample.path.name)
+        colours = [tuple(c) for c in torch.randint(256, (_RANDOM_BACKGROUNDS, 3), generator=draw).tolist()]
+    for colour in colours:
+        resized = composite(image, colour).resize((width, height), Image.Resampling[interpolation.upper()])
+        for top, left in corners:
+            crop = resized.crop((left, top, left + shown[1], top + shown[0]))
+            pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
+            yield Variant(pixels, original_size, (top, left))
+            if random_flip:
+                yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
 
 
 def sample_index(seed: int, position: int, count: int) -> int:
@@ -184,7 +231,7 @@ def keyed_generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(hash64(*key))
 
 
-def _read_metadata(path: Path) -> dict[Path, str]:
+def _read_metadata(path: Path, caption_key: str) -> dict[Path, str]:
     if not path.exists():
         return {}
     captions = {}
@@ -193,13 +240,14 @@ def _read_metadata(path: Path) -> dict[Path, str]:
             continue
         try:
             entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
+            name, text = entry["file_name"], entry[caption_key]
         except (ValueError, KeyError, TypeError) as error:
+            met = f" (its keys: {', '.join(entry)})" if isinstance(error, KeyError) else ""
             raise UserError(
-                f'{path}, line {number}: must be {{"file_name": "...", "text": "..."}}'
+                f'{path}, line {number}: must be {{"file_name": "...", "{caption_key}": "..."}}{met}'
             ) from error
         if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: file_name and text must both be strings")
+            raise UserError(f"{path}, line {number}: file_name and {caption_key} must both be strings")
         image = path.parent / name
         if not image.is_file():
             raise UserError(f"{path}, line {number}: there is no image {name} beside it")

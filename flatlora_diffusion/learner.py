@@ -65,7 +65,8 @@ class Learner:
         if config.train_text_encoder:
             self.trained |= dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
         else:
-            self._cache_prompts([*samples, *class_samples, *heldout_samples])
+            whole = [sample.caption for sample in (*class_samples, *heldout_samples)]
+            self._cache_prompts([*self.latents.captions.prompts, *whole])
         self._add_adapters()
         self._wrapped = self.trained
 
@@ -120,9 +121,12 @@ class Learner:
             )
 
         self.latents = cache(samples, config.seed)
-        self.class_latents = cache(class_samples, hash64(config.seed, "class")) if class_samples else None
+        whole = dataclasses.replace(config, caption_dropout_rate=0.0, shuffle_caption=False, keep_tokens=0)
+        class_seed = hash64(config.seed, "class")
+        self.class_latents = cache(class_samples, class_seed, whole) if class_samples else None
         if heldout_samples:
-            whole = dataclasses.replace(config, center_crop=True, random_flip=False)
+            background = "white" if config.background == data.RANDOM_BACKGROUND else config.background
+            whole = dataclasses.replace(whole, center_crop=True, random_flip=False, background=background)
             # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
             self.heldout_latents = cache(heldout_samples, 0, whole)
         vae.to("cpu")
@@ -130,12 +134,11 @@ class Learner:
             self.base.vae = None
         release()
 
-    def _cache_prompts(self, samples: Sequence[data.Sample]) -> None:
+    def _cache_prompts(self, captions: Sequence[str]) -> None:
         """Encode every caption and what validation needs; the text encoders are then dropped."""
         base = self.base
         for text_encoder in base.text_encoders:
             text_encoder.to(self.accelerator.device)
-        captions = [sample.caption for sample in samples]
         prompts = [*captions, *(self.config.validation_prompt or ()), ""]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()

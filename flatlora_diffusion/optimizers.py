@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.extras import import_extra
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
     if config.optimizer == "adamw":
         kind = torch.optim.AdamW
         if config.use_8bit_adam:
-            kind = _import("bitsandbytes", "--use_8bit_adam", "8bit").optim.AdamW8bit
+            kind = import_extra("bitsandbytes", "--use_8bit_adam", "8bit").optim.AdamW8bit
         return kind(groups, betas=betas, eps=config.adam_epsilon)
     if config.learning_rate <= LOW_FOR_PRODIGY:
         logger.warning("Prodigy's learning rate is a factor: 1.0 is usual, %g is low", config.learning_rate)
-    return _import("prodigyopt", "--optimizer prodigy", "prodigy").Prodigy(
+    return import_extra("prodigyopt", "--optimizer prodigy", "prodigy").Prodigy(
         groups,
         betas=betas,
         beta3=config.prodigy_beta3,
@@ -81,13 +81,3 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
         use_bias_correction=config.prodigy_use_bias_correction,
         safeguard_warmup=config.prodigy_safeguard_warmup,
     )
-
-
-def _import(package: str, flag: str, extra: str) -> Any:
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise UserError(
-            f"{flag} needs the package {package}: pip install 'flatlora_diffusion[{extra}]', "
-            "or leave the flag out"
-        ) from error

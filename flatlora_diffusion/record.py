@@ -29,7 +29,8 @@ _WITHOUT_EFFECT = {
     *("logging_dir", "report_to", "validation_prompt", "num_validation_images", "validation_epochs"),
     *("validation_inference_steps", "validation_guidance_scale", "repeats"),
     *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
-    *("heldout_data_dir", "heldout_steps", "output_kohya_format"),
+    *("heldout_data_dir", "heldout_split", "heldout_steps", "output_kohya_format"),
+    *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
 }
 
 

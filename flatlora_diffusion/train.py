@@ -16,11 +16,14 @@ from flatlora_diffusion import data, prior, record, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
+from flatlora_diffusion.hf_dataset import dataset_samples
 from flatlora_diffusion.run import Run
 
 logger = logging.getLogger(__name__)
 
 COMPARISON = "comparison.png"
+
+_MOST_IN_STRIP = 64  # training images above the comparison
 
 
 def train(config: TrainConfig) -> None:
@@ -35,7 +38,7 @@ def train(config: TrainConfig) -> None:
     """
     disable_progress_bar()
     disable_transformers_progress_bar()
-    samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+    samples = _training_samples(config)
     data.parse_background(config.background)
     sdxl.check_base(config.pretrained_model_name_or_path)
     _check_writable(Path(config.output_dir))
@@ -52,11 +55,22 @@ def train(config: TrainConfig) -> None:
         _draw_comparison(config, samples, adapters)
 
 
+def _training_samples(config: TrainConfig) -> list[data.Sample]:
+    if config.dataset_name:
+        return dataset_samples(config, "train")
+    return _folder_samples(config, "instance_data_dir")
+
+
 def _heldout_samples(config: TrainConfig) -> list[data.Sample]:
-    if config.heldout_data_dir is None:
-        return []
-    flag = f"--heldout_data_dir {config.heldout_data_dir}"
-    return data.find_samples(Path(config.heldout_data_dir), config.instance_prompt, flag)
+    if config.heldout_split:
+        return dataset_samples(config, config.heldout_split)
+    return _folder_samples(config, "heldout_data_dir") if config.heldout_data_dir else []
+
+
+def _folder_samples(config: TrainConfig, setting: str) -> list[data.Sample]:
+    folder = getattr(config, setting)
+    caption_key = config.caption_column or data.CAPTION_KEY
+    return data.find_samples(Path(folder), config.instance_prompt, f"--{setting} {folder}", caption_key)
 
 
 def _arms(config: TrainConfig) -> list[TrainConfig]:
@@ -109,7 +123,7 @@ def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: 
         drawing,
         output / "comparison",
         title="The same prompt, seed and initial noise in every row",
-        strip=[sample.path for sample in samples],
+        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
         footer=(
             f"{base}, {len(samples)} training images, rank {config.rank}, "
             f"learning rate {config.learning_rate:g}, Flat-LoRA sigma {config.flat_sigma:g} "
@@ -118,3 +132,13 @@ def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: 
     )
     sheet.save(output / COMPARISON)
     logger.info("the comparison is in %s", output / COMPARISON)
+
+
+def _picture_file(image: Path | data.EmbeddedImage, folder: Path) -> Path:
+    """The file of a training image; one that isn't a file is written into the folder."""
+    if isinstance(image, Path):
+        return image
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{image.name}.png"
+    data.composite(data.open_image(image), (255, 255, 255)).save(file)
+    return file

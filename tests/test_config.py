@@ -14,14 +14,20 @@ from flatlora_diffusion.errors import UserError
 ROOT = Path(__file__).parents[1]
 REQUIRED = {
     "pretrained_model_name_or_path": "base",
-    "instance_data_dir": "icons",
     "instance_prompt": "an icon",
 }
-REQUIRED_FLAGS = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]
+GIVEN = REQUIRED | {"instance_data_dir": "icons"}
+GIVEN_FLAGS = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
 
 # Every flag of diffusers' train_dreambooth_lora_sdxl.py that this script has too, with its default there.
 # `seed` is the one that differs: None there, 0 here, so that every run can be repeated.
 DIFFUSERS_DEFAULTS = {
+    "instance_data_dir": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "cache_dir": None,
+    "image_column": "image",
+    "caption_column": None,
     "pretrained_vae_model_name_or_path": None,
     "revision": None,
     "variant": None,
@@ -79,12 +85,15 @@ DIFFUSERS_DEFAULTS = {
     "prodigy_use_bias_correction": True,
     "prodigy_safeguard_warmup": True,
 }
-DIFFUSERS_REQUIRED_OR_NONE = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
 OURS = {
     "background": "white",
     "lora_alpha": None,
     "use_rslora": False,
+    "caption_dropout_rate": 0.0,
+    "shuffle_caption": False,
+    "keep_tokens": 0,
     "heldout_data_dir": None,
+    "heldout_split": None,
     "heldout_steps": 50,
     "aspect_buckets": False,
     "lora_layers": None,
@@ -102,11 +111,11 @@ OURS = {
 
 
 def config(**values):
-    return TrainConfig(**REQUIRED | values)
+    return TrainConfig(**GIVEN | values)
 
 
 def parse(*flags):
-    return parse_train_config([*REQUIRED_FLAGS, *map(str, flags)])
+    return parse_train_config([*GIVEN_FLAGS, *map(str, flags)])
 
 
 @pytest.fixture
@@ -124,7 +133,7 @@ def yaml_file(tmp_path):
 
 def test_defaults_are_those_of_the_diffusers_script():
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    for name in DIFFUSERS_REQUIRED_OR_NONE:
+    for name in REQUIRED:
         assert defaults.pop(name) is dataclasses.MISSING
     assert defaults == DIFFUSERS_DEFAULTS | OURS
     for name, value in (DIFFUSERS_DEFAULTS | OURS).items():
@@ -133,7 +142,7 @@ def test_defaults_are_those_of_the_diffusers_script():
 
 def test_a_command_line_without_options_gives_the_defaults():
     assert parse() == config()
-    assert dataclasses.asdict(parse()) == REQUIRED | DIFFUSERS_DEFAULTS | OURS
+    assert dataclasses.asdict(parse()) == DIFFUSERS_DEFAULTS | OURS | GIVEN
 
 
 def test_alpha_defaults_to_the_rank():
@@ -368,6 +377,7 @@ def test_a_missing_file_a_folder_and_bytes_that_are_no_text(tmp_path):
 
 # Ranges.
 
+DATASET = {"instance_data_dir": None, "dataset_name": "a/b"}
 POSITIVE = [
     *("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"),
     *("num_validation_images", "validation_inference_steps", "resolution"),
@@ -435,6 +445,18 @@ def test_betas(name):
         ({"flat_noise": "pink"}, "--flat_noise pink: not one of table, gaussian"),
         ({"image_interpolation_mode": "best"}, "--image_interpolation_mode best: not one of nearest, "),
         ({"compare": True, "flat_sigma": 0.0}, "--compare with --flat_sigma 0 would train plain LoRA twice"),
+        ({"instance_data_dir": None}, "give --instance_data_dir or --dataset_name"),
+        ({"dataset_name": "a/b"}, "--instance_data_dir and --dataset_name: give only one of them"),
+        ({"heldout_split": "test"}, "--heldout_split is for --dataset_name"),
+        (DATASET | {"heldout_split": "train"}, "--heldout_split train: that split is trained"),
+        (
+            DATASET | {"heldout_split": "test", "heldout_data_dir": "icons"},
+            "--heldout_data_dir and --heldout_split: give only one of them",
+        ),
+        ({"caption_dropout_rate": 1.1}, "--caption_dropout_rate 1.1: must be in [0, 1]"),
+        ({"caption_dropout_rate": -0.1}, "--caption_dropout_rate -0.1: must be in [0, 1]"),
+        ({"shuffle_caption": True, "keep_tokens": -1}, "--keep_tokens -1: must be 0 or more"),
+        ({"keep_tokens": 1}, "--keep_tokens is for --shuffle_caption"),
     ],
 )
 def test_other_rules(values, message):
@@ -448,6 +470,20 @@ def test_a_seed_that_no_generator_takes():
     assert config(seed=2**32).seed == 2**32
     with pytest.raises(UserError, match="--seed"):
         config(seed=2**64)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        DATASET,
+        DATASET | {"heldout_split": "test"},
+        {"caption_dropout_rate": 0.0},
+        {"caption_dropout_rate": 1.0},
+        {"shuffle_caption": True, "keep_tokens": 1},
+    ],
+)
+def test_what_is_allowed(values):
+    config(**values)
 
 
 # What happens before torch is imported.

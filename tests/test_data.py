@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.cache import LatentCache, PromptCache
@@ -144,6 +144,22 @@ def test_a_bad_line_of_metadata_is_named_by_its_number(tmp_path, line, problem):
         data.find_samples(tmp_path, PROMPT)
     assert str(error.value).startswith(f"{tmp_path / 'metadata.jsonl'}, line 3: ")
     assert problem in str(error.value)
+
+
+def test_captions_may_have_another_key_in_metadata(tmp_path):
+    for name in ("a", "b"):
+        save_image(tmp_path / f"{name}.png")
+    fox = {"file_name": "a.png", "words": "a fox", "text": "something else"}
+    write_metadata(tmp_path, fox)
+    samples = data.find_samples(tmp_path, PROMPT, caption_key="words")
+    assert [sample.caption for sample in samples] == ["a fox", PROMPT]
+    write_metadata(tmp_path, fox, {"file_name": "b.png", "text": "a wolf"})
+    with pytest.raises(UserError) as error:
+        data.find_samples(tmp_path, PROMPT, caption_key="words")
+    assert str(error.value) == (
+        f"{tmp_path / 'metadata.jsonl'}, line 2: must be "
+        '{"file_name": "...", "words": "..."} (its keys: file_name, text)'
+    )
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt"])
@@ -350,6 +366,7 @@ def test_backgrounds_by_name_and_number():
     assert data.parse_background("rebeccapurple") == (0x66, 0x33, 0x99)
     assert data.parse_background("#fff") == (255, 255, 255)
     assert data.parse_background("#01020304") == (1, 2, 3)
+    assert data.parse_background("random") is None
     for colour in ("purpleish", "#12345", "", "1,2,3"):
         with pytest.raises(UserError, match="not a colour") as error:
             data.parse_background(colour)
@@ -469,6 +486,80 @@ def test_a_mirrored_variant_says_where_its_crop_is_in_the_mirrored_image(tmp_pat
         for mirrored in shown:
             expected = pil_pixels(image, 16, (80, 16), *mirrored.crop_top_left, mirror=True)
             torch.testing.assert_close(mirrored.pixels, expected, rtol=0, atol=1e-6)
+
+
+# Random backgrounds.
+
+
+def save_circle(path, size=(16, 16)):
+    """A red circle, its edge half transparent, on nothing."""
+    image = Image.new("RGBA", size, (0, 0, 0, 0))
+    ImageDraw.Draw(image).ellipse((2, 2, 13, 13), fill=(200, 30, 40, 255), outline=(200, 30, 40, 128))
+    image.save(path)
+    return path
+
+
+def colour_of(shown):
+    """The colour in the corner, where the circle isn't."""
+    return tuple(round(float(value)) for value in (shown.pixels[:, 0, 0] + 1) * 127.5)
+
+
+def test_transparent_images_come_on_colours_of_their_own(tmp_path):
+    path = save_circle(tmp_path / "a.png")
+    shown = show(path, 16, background=None)
+    colours = [colour_of(variant) for variant in shown]
+    assert len(shown) == len(set(colours)) == 4
+    for variant, colour in zip(shown, colours, strict=True):
+        (expected,) = show(path, 16, background=colour)
+        assert torch.equal(variant.pixels, expected.pixels)
+
+    def colours_of(path, seed=0):
+        return [colour_of(variant) for variant in show(path, 16, background=None, seed=seed)]
+
+    other = save_circle(tmp_path / "b.png")
+    assert colours_of(path) == colours
+    assert colours_of(path, seed=1) != colours
+    assert colours_of(other) != colours
+    values = [value for seed in range(300) for colour in colours_of(path, seed) for value in colour]
+    assert (min(values), max(values)) == (0, 255)
+    spread = 256 / math.sqrt(12)  # of uniform values
+    assert abs(np.mean(values) - 127.5) < 5 * spread / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_opaque_images_keep_one_variant(tmp_path, mode):
+    noise_image((16, 16)).convert(mode).save(tmp_path / "a.png")
+    (shown,) = show(tmp_path / "a.png", 16, background=None)
+    (expected,) = show(tmp_path / "a.png", 16)
+    assert torch.equal(shown.pixels, expected.pixels)
+
+
+def test_every_colour_comes_with_every_crop_and_flip(tmp_path):
+    path = save_circle(tmp_path / "a.png", (80, 16))
+    plain = show(path, 16, center_crop=False, random_flip=True)
+    shown = show(path, 16, center_crop=False, random_flip=True, background=None)
+    assert [v.crop_top_left for v in shown] == 4 * [v.crop_top_left for v in plain]
+    assert len(shown) == 4 * len(plain) == 32
+    for start in range(0, 32, 8):
+        assert torch.equal(shown[start + 1].pixels, shown[start].pixels.flip(-1))
+
+
+def test_random_backgrounds_are_drawn_anew_and_change_no_other_draw(icons):
+    """With no width, a latent is the mean of its picture: it tells the background."""
+
+    def encode(pixels):
+        mean = fake_encode(pixels).mean
+        return sdxl.Latents(mean, torch.zeros_like(mean))
+
+    white = make_cache(icons, encode).batch(range(1600))
+    random_ = make_cache(icons, encode, background="random").batch(range(1600))
+    assert random_.captions == white.captions
+    for name in ("noise", "timesteps", "time_ids"):
+        assert torch.equal(getattr(random_, name), getattr(white, name)), name
+    seen = collections.Counter(tuple(latents.flatten().tolist()) for latents in random_.latents)
+    assert len(seen) == 4 * len({tuple(latents.flatten().tolist()) for latents in white.latents}) == 16
+    for count in seen.values():  # 400 of each icon; binomial
+        assert abs(count - 100) < 5 * math.sqrt(400 * 1 / 4 * 3 / 4)
 
 
 # The stream.

@@ -89,6 +89,17 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_p
     assert len(frozen) == 1
 
 
+def test_held_out_images_stay_on_white_where_backgrounds_are_random(config, tmp_path):
+    image = Image.linear_gradient("L").resize((20, 20))
+    Image.merge("RGBA", [image] * 4).save(data.Path(config.heldout_data_dir) / "0.png")
+    frozen = dataclasses.replace(config, learning_rate=0.0, max_train_steps=1)
+    losses = {
+        background: losses_of(frozen, background=background, output_dir=str(tmp_path / background))
+        for background in ("white", "random", "black")
+    }
+    assert losses["random"] == losses["white"] != losses["black"]
+
+
 def test_a_resumed_run_has_the_whole_history(config, tmp_path, monkeypatch):
     whole = losses_of(config)
 

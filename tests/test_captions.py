@@ -1,0 +1,252 @@
+"""Captions that are dropped, and tags in another order: which, how often, and for which images."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from flatlora_diffusion import data
+from flatlora_diffusion.captions import MOST_ORDERS, CaptionStream, tag_orders
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.learner import Learner
+from tests.conftest import assert_equal, global_rng_state, run, stopped_after
+
+TAGS = "a fox, red, flat, small, round, happy, winter"
+
+
+def make_stream(captions, seed=0, **settings) -> CaptionStream:
+    config = TrainConfig(
+        pretrained_model_name_or_path="base", instance_data_dir="icons", instance_prompt="an icon", **settings
+    )
+    return CaptionStream(captions, config, seed)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_orders_are_different_permutations_of_the_tags_after_the_kept_ones(keep):
+    tags = TAGS.split(", ")
+    orders = [order.split(", ") for order in tag_orders(TAGS, keep, seed=0)]
+    assert len(orders) == len(set(map(tuple, orders))) == MOST_ORDERS
+    for order in orders:
+        assert order[:keep] == tags[:keep]
+        assert sorted(order) == sorted(tags)
+    assert len({order[keep] for order in orders}) > 1
+    assert len({order[-1] for order in orders}) > 1
+
+
+@pytest.mark.parametrize(
+    ("caption", "keep", "expected"),
+    [
+        ("a fox, red, flat", 0, {", ".join(p) for p in itertools.permutations(["a fox", "red", "flat"])}),
+        ("a fox,red ,  flat", 1, {"a fox, red, flat", "a fox, flat, red"}),
+        ("a, a, b", 0, {"a, a, b", "a, b, a", "b, a, a"}),
+        ("a fox, red,, ", 0, {"a fox, red", "red, a fox"}),
+        ("a fox, red", 2, {"a fox, red"}),
+        ("a fox, red", 7, {"a fox, red"}),
+        ("a red fox", 0, {"a red fox"}),
+    ],
+)
+def test_where_there_are_few_orders_all_of_them_come(caption, keep, expected):
+    orders = tag_orders(caption, keep, seed=0)
+    assert len(orders) == len(expected)
+    assert set(orders) == expected
+
+
+def test_first_places_are_fair():
+    """Each of seven tags comes first in one of seven orders: binomial over many seeds."""
+    first = collections.Counter(
+        order.split(",")[0] for seed in range(400) for order in tag_orders(TAGS, 0, seed)
+    )
+    count, share = 400 * MOST_ORDERS, 1 / 7
+    for seen in first.values():
+        assert abs(seen - count * share) < 5 * math.sqrt(count * share * (1 - share))
+
+
+def test_orders_depend_on_seed_and_caption_alone():
+    before = global_rng_state()
+    orders = {
+        (seed, caption): tuple(tag_orders(caption, 1, seed))
+        for seed in (0, 1)
+        for caption in (TAGS, f"{TAGS}, x")
+    }
+    assert len(set(orders.values())) == 4
+    other = "a, b, c, d, e, f, g"
+    places = {
+        tuple(
+            caption.split(", ").index(tag) for order in tag_orders(caption, 0, 0) for tag in order.split(", ")
+        )
+        for caption in (TAGS, other)
+    }
+    assert len(places) == 2, "other captions are shuffled otherwise"
+    assert orders[0, TAGS] == tuple(tag_orders(TAGS, 1, 0))
+    assert global_rng_state() == before
+
+
+def test_captions_are_dropped_at_the_given_rate():
+    for rate in (0.0, 0.1, 0.7, 1.0):
+        stream = make_stream(["a fox"], caption_dropout_rate=rate)
+        told = collections.Counter(stream.at(position, 0) for position in range(4000))
+        assert set(told) <= {"", "a fox"}
+        assert abs(told[""] - 4000 * rate) <= 5 * math.sqrt(4000 * rate * (1 - rate))
+
+
+def test_all_orders_are_told_equally_often():
+    stream = make_stream([TAGS], shuffle_caption=True)
+    told = collections.Counter(stream.at(position, 0) for position in range(4000))
+    assert set(told) == set(tag_orders(TAGS, 0, 0)) == set(stream.prompts)
+    chi_squared = sum((count - 500) ** 2 / 500 for count in told.values())
+    assert chi_squared < 29.9  # 7 degrees of freedom, 1 in 10,000
+
+
+def test_what_is_told_depends_on_seed_and_position_alone():
+    settings = {"shuffle_caption": True, "caption_dropout_rate": 0.3}
+
+    def told(seed, positions):
+        stream = make_stream([TAGS, "a wolf, grey"], seed, **settings)
+        return [stream.at(position, position % 2) for position in positions]
+
+    assert told(0, range(100)) == told(0, reversed(range(100)))[::-1]
+    dropped = {tuple(caption == "" for caption in told(seed, range(100))) for seed in range(4)}
+    assert len(dropped) == 4
+
+
+def test_dropping_and_shuffling_do_not_disturb_each_other():
+    def told(**settings):
+        stream = make_stream([TAGS], **settings)
+        return [stream.at(position, 0) for position in range(200)]
+
+    dropped = told(caption_dropout_rate=0.3)
+    shuffled = told(shuffle_caption=True)
+    both = told(caption_dropout_rate=0.3, shuffle_caption=True)
+    assert both == ["" if one == "" else other for one, other in zip(dropped, shuffled, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"caption_dropout_rate": 0.3},
+        {"shuffle_caption": True},
+        {"caption_dropout_rate": 1.0, "shuffle_caption": True},
+    ],
+)
+def test_all_that_may_be_told_is_known_before(settings):
+    captions = [TAGS, "a wolf"]
+    stream = make_stream(captions, **settings)
+    told = {stream.at(position, position % 2) for position in range(1000)}
+    assert told <= set(stream.prompts)
+    assert settings or stream.prompts == captions
+
+
+# Runs.
+
+
+@pytest.fixture
+def config(config) -> TrainConfig:
+    """Every caption has tags; what the tokenizer can tell apart are letters and digits."""
+    for path in data.Path(config.instance_data_dir).glob("*.png"):
+        path.with_suffix(".txt").write_text(f"a {path.stem} icon, flat, 3d, round")
+    (data.Path(config.instance_data_dir) / "metadata.jsonl").unlink()
+    return dataclasses.replace(
+        config,
+        caption_dropout_rate=0.4,
+        shuffle_caption=True,
+        keep_tokens=1,
+        background="random",
+        max_train_steps=5,
+    )
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Every batch whose loss is computed."""
+    seen, original = [], Learner._losses
+
+    def look(self, batch):
+        seen.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(Learner, "_losses", look)
+    return seen
+
+
+OFF = {"caption_dropout_rate": 0.0, "shuffle_caption": False, "keep_tokens": 0}
+
+
+def test_nothing_else_is_drawn_otherwise(config, batches):
+    run(config)
+    altered = batches[:]
+    batches.clear()
+    run(config, **OFF, output_dir=f"{config.output_dir} off")
+    assert len(altered) == len(batches) == 5
+    for one, other in zip(altered, batches, strict=True):
+        for name in ("latents", "noise", "timesteps", "time_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        for told, whole in zip(one.captions, other.captions, strict=True):
+            assert told == "" or (told.split(", ")[0], sorted(told.split(", "))) == (
+                whole.split(", ")[0],
+                sorted(whole.split(", ")),
+            )
+    told = {caption for batch in altered for caption in batch.captions}
+    assert "" in told
+    assert told - {""} - {caption for batch in batches for caption in batch.captions}
+
+
+def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, batches):
+    """At a learning rate of 0 they are the same encoders: the losses agree as well."""
+    settings = {"flat_sigma": 0.0, "text_encoder_lr": 0.0, "max_grad_norm": 1e9, "max_train_steps": 3}
+    losses, told = [], []
+    for trained in (False, True):
+        output = f"{config.output_dir} {trained}"
+        run(config, train_text_encoder=trained, output_dir=output, **settings)
+        losses.append(json.loads((data.Path(output) / "summary.json").read_text())["losses"])
+        told.append([batch.captions for batch in batches])
+        batches.clear()
+    assert told[0] == told[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_captions_of_class_and_held_out_images_stay_whole(config, batches, tmp_path):
+    for name in ("class", "heldout"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), "navy").save(tmp_path / name / "a.png")
+        (tmp_path / name / "a.txt").write_text(f"{name}, b, c, d")
+    run(
+        config,
+        caption_dropout_rate=1.0,
+        with_prior_preservation=True,
+        class_data_dir=str(tmp_path / "class"),
+        class_prompt="a picture",
+        num_class_images=1,
+        heldout_data_dir=str(tmp_path / "heldout"),
+        heldout_steps=4,
+    )
+    training = [batch.captions for batch in batches if len(batch.captions) == 4]
+    heldout = [batch.captions for batch in batches if len(batch.captions) == 8]
+    assert training == [["", "", "class, b, c, d", "class, b, c, d"]] * 5
+    assert heldout == [["heldout, b, c, d"] * 8] * 2
+
+
+def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tmp_path, monkeypatch):
+    whole = run(config)
+    parts = str(tmp_path / "parts")
+    with stopped_after(monkeypatch, 3):
+        run(config, output_dir=parts)
+    assert_equal(run(config, output_dir=parts, resume_from_checkpoint="latest"), whole)
+
+
+def test_the_key_of_captions_counts_for_training_and_held_out_images(config, batches, icons, tmp_path):
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    Image.new("RGB", (16, 16), "navy").save(heldout / "a.png")
+    for folder, name in ((icons, "red.png"), (heldout, "a.png")):
+        line = {"file_name": name, "text": "no", "words": f"words of {name}"}
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+    run(config, **OFF, caption_column="words", heldout_data_dir=str(heldout), max_train_steps=2)
+    told = {caption for batch in batches for caption in batch.captions}
+    assert {"words of red.png", "words of a.png"} <= told
+    assert "no" not in told
