@@ -69,6 +69,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         os.environ.setdefault(verbosity, "error")
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step
     try:
         command()
     except UserError as error:
