@@ -165,24 +165,31 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors in the state of an optimizer: `INDEX.NAME`, where the index counts its parameters."""
-    return {
+    tensors = {
         f"{index}.{name}": value
-        for index, entry in optimizer.state_dict()["state"].items()
+        for index, entry in _state(optimizer).items()
         for name, value in entry.items()
         if isinstance(value, Tensor)
     }
+    # A file has room for a tensor once; 8-bit optimizers share the map of their codes between parameters.
+    met: set[int] = set()
+    for key, value in tensors.items():
+        if value.data_ptr() in met:
+            tensors[key] = value.clone()
+        met.add(value.data_ptr())
+    return tensors
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The numbers beside the tensors in the state of an optimizer: Prodigy keeps its estimates there."""
-    state = optimizer.state_dict()
+    groups = optimizer.state_dict()["param_groups"]
 
     def numbers(entry: dict[str, Any]) -> dict[str, float]:
         return {name: value for name, value in entry.items() if type(value) in (int, float)}
 
     return {
-        "state": {str(index): numbers(entry) for index, entry in state["state"].items()},
-        "groups": [numbers(group) for group in state["param_groups"]],
+        "state": {str(index): numbers(entry) for index, entry in _state(optimizer).items()},
+        "groups": [numbers(group) for group in groups],
     }
 
 
@@ -198,6 +205,16 @@ def restore_optimizer(
     for group, saved in zip(groups, numbers["groups"], strict=True):
         group.update(saved)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Index of a parameter -> its state, also what bitsandbytes puts into a dictionary inside it."""
+    flat: dict[int, dict[str, Any]] = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        flat[index] = {}
+        for name, value in entry.items():
+            flat[index].update(value if isinstance(value, dict) else {name: value})
+    return flat
 
 
 def _steps(output_dir: Path) -> Iterator[int]:

@@ -70,6 +70,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step
     try:
         command()
     except UserError as error:

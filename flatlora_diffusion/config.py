@@ -21,6 +21,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
+QUANTISATIONS = ("4bit", "8bit")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -52,6 +53,12 @@ class TrainConfig:
     )
     revision: str | None = option(None, "Revision of the base on the hub.")
     variant: str | None = option(None, "Variant of the base's weight files, such as fp16.")
+    quantize_base: str | None = option(
+        None,
+        "Keep the UNet's linear layers in 4 bits (NF4 with double quantisation, as in QLoRA) or in 8 "
+        "(LLM.int8()); needs bitsandbytes.",
+        QUANTISATIONS,
+    )
 
     # The data.
     instance_data_dir: str | None = option(None, "Folder with the training images; or give dataset_name.")
@@ -288,6 +295,8 @@ class TrainConfig:
             raise UserError("--heldout_split train: that split is trained; give another one")
         if self.keep_tokens and not self.shuffle_caption:
             raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
+        if self.quantize_base == "8bit" and self.use_dora:
+            raise UserError("--use_dora: PEFT has no DoRA on 8 bits that works on every device; use 4bit")
         for name in ("class_data_dir", "class_prompt"):
             if self.with_prior_preservation and getattr(self, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}")

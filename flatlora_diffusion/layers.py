@@ -29,8 +29,10 @@ from flatlora_diffusion.noise import (
     row_norms_squared,
     with_noise,
 )
+from flatlora_diffusion.quantised import QuantisedWeight, is_of_bitsandbytes, is_quantised
 
 _DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_PEFT_ON_BITSANDBYTES = "peft.tuners.lora.bnb"  # not imported here: it would import bitsandbytes
 _CONV_INPUT_GRADIENTS = {
     nn.Conv1d: torch.nn.grad.conv1d_input,
     nn.Conv2d: torch.nn.grad.conv2d_input,
@@ -41,6 +43,7 @@ _CONV_INPUT_GRADIENTS = {
 class _NoisyForward(torch.autograd.Function):
     """`apply_weight(x, W + eps, bias)`, keeping W's reference and the draw: neither the noise nor the sum.
 
+    `read` makes W of what is stored: the same tensor, or where it is quantised a new one in either pass.
     Under autocast the sum is formed in the weight's own dtype and then cast, as autocast does with a weight.
     The weight is frozen; the bias may be trained.
     """
@@ -49,32 +52,33 @@ class _NoisyForward(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        weight: Tensor,
+        stored: Tensor,
         bias: Tensor | None,
         draw: Draw,
+        read: Callable[[Tensor], Tensor],
         apply_weight: Callable,
         input_grad: Callable,
     ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.draw, ctx.input_grad = draw, input_grad
+        ctx.save_for_backward(stored)
+        ctx.draw, ctx.read, ctx.input_grad = draw, read, input_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.channel_dim = 1 if weight.dim() > 2 else -1
+        ctx.channel_dim = 1 if stored.dim() > 2 else -1
         # A linear layer returns a view of a matrix product, which autograd would protect from being modified
         # in place, as AdaLoRA does; `.data` is no view.
-        return apply_weight(x, with_noise(weight, draw), bias).data
+        return apply_weight(x, with_noise(read(stored), draw), bias).data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            (weight,) = ctx.saved_tensors
-            noisy = with_noise(weight, ctx.draw).to(grad.dtype)
+            (stored,) = ctx.saved_tensors
+            noisy = with_noise(ctx.read(stored), ctx.draw).to(grad.dtype)
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = ctx.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.movedim(ctx.channel_dim, 0).flatten(1).sum(dim=1)
-        return grad_x, None, grad_bias, None, None, None
+        return grad_x, None, grad_bias, None, None, None, None
 
 
 def _version(tensor: Tensor) -> tuple:
@@ -94,7 +98,10 @@ class PerturbedLayer:
 
     Args:
         name: Qualified name, for messages.
-        layer: A LoRA, DoRA or AdaLoRA layer of PEFT on a linear layer, or LoRA or DoRA on a convolution.
+        layer: A LoRA, DoRA or AdaLoRA layer of PEFT on a linear layer, or LoRA or DoRA on a convolution or on
+            a 4-bit or 8-bit linear layer of bitsandbytes. The noise is then on the dequantised weight, with
+            which the perturbed layer computes. (Unperturbed, `Linear8bitLt` rounds its input to 8 bits too,
+            on a GPU always and on a CPU in eval mode.)
 
     Raises:
         ValueError: The layer is of a kind whose merged weight is not known here.
@@ -105,6 +112,7 @@ class PerturbedLayer:
         self.layer = layer
         self.base: nn.Module = layer.get_base_layer()
         self._reject_unsupported()
+        self._quantised = QuantisedWeight(self.base) if is_of_bitsandbytes(self.base) else None
         self._weight_norms: tuple[tuple, Tensor] | None = None
         self._row_norms: tuple[list, Tensor] | None = None
         self._draw: tuple[tuple, Draw] | None = None
@@ -114,8 +122,14 @@ class PerturbedLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen base weight W, (m, n) or (m, in, *kernel)."""
-        return self.base.weight
+        """The frozen base weight W, (m, n) or (m, in, *kernel); where it is quantised, a new tensor."""
+        return self._read(self.base.weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Filters m, and inputs n of each: a convolution counts as (m, in * kernel)."""
+        shape = (self._quantised or self.base.weight).shape
+        return shape[0], shape[1:].numel()
 
     def active_adapters(self) -> list[str]:
         """Names of the adapters that the forward pass adds to the base weight just now."""
@@ -163,8 +177,9 @@ class PerturbedLayer:
         """The noise on the base weight, of standard deviation `sigma / sqrt(n) * ||W'_i||` (equation 7)."""
         request = (sigma, source, key)
         if self._draw is None or self._draw[0] != request:
-            inputs = self.weight[0].numel()
-            row_std = (self.row_norms * (sigma / inputs**0.5)).to(self.weight.dtype)
+            inputs = self.shape[1]
+            dtype = (self._quantised or self.base.weight).dtype
+            row_std = (self.row_norms * (sigma / inputs**0.5)).to(dtype)
             self._draw = request, source.draw(key, row_std, inputs)
         return self._draw[1]
 
@@ -172,9 +187,12 @@ class PerturbedLayer:
         """Make the base layer compute with `W + eps` until `restore` is called."""
 
         def forward(x: Tensor) -> Tensor:
-            return _NoisyForward.apply(
-                x, self.weight, self.base.bias, draw, self._apply_weight, self._input_grad
-            )
+            bias = self.base.bias
+            if self._quantised is None:
+                return self._noisy_forward(x, bias, draw)
+            dtype = self._quantised.compute_dtype(x)
+            bias = None if bias is None else bias.to(dtype)
+            return self._noisy_forward(x.to(dtype), bias, draw).to(x.dtype)
 
         # The attribute of the instance shadows the method; somebody else's may be there already.
         self._replaced_forward = self.base.__dict__.get("forward")
@@ -197,7 +215,18 @@ class PerturbedLayer:
         while self._dora_hooks:
             self._dora_hooks.pop().remove()
 
+    def _noisy_forward(self, x: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
+        return _NoisyForward.apply(
+            x, self.base.weight, bias, draw, self._read, self._apply_weight, self._input_grad
+        )
+
+    def _read(self, stored: Tensor) -> Tensor:
+        """W from the tensor that holds it."""
+        return stored if self._quantised is None else self._quantised.dequantised()
+
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._quantised is not None:
+            weight = weight.to(x.dtype)
         if isinstance(self.base, nn.Linear):
             return F.linear(x, weight, bias)
         return self.base._conv_forward(x, weight, bias)
@@ -210,7 +239,7 @@ class PerturbedLayer:
         return input_gradient(x_shape, weight, grad, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _weight_norms_squared(self) -> Tensor:
-        version = _version(self.weight)
+        version = _version(self.base.weight)
         if self._weight_norms is None or self._weight_norms[0] != version:
             self._weight_norms = version, row_norms_squared(self.weight.detach().flatten(1))
         return self._weight_norms[1]
@@ -229,16 +258,16 @@ class PerturbedLayer:
             factors_b.append(b.float() * scaling)
         if len(factors_a) == 1:
             return factors_a[0], factors_b[0]
-        weight = self.weight.flatten(1)
-        none = torch.empty(0, device=weight.device)  # there may be no active adapter
+        m, n = self.shape
+        none = torch.empty(0, device=self.base.weight.device)  # there may be no active adapter
         return (
-            torch.cat([none.view(0, weight.shape[1]), *factors_a]),
-            torch.cat([none.view(weight.shape[0], 0), *factors_b], dim=1),
+            torch.cat([none.view(0, n), *factors_a]),
+            torch.cat([none.view(m, 0), *factors_b], dim=1),
         )
 
     def _state(self) -> list[object]:
         """All that the merged weight depends on."""
-        state: list[object] = [_version(self.weight)]
+        state: list[object] = [_version(self.base.weight)]
         for name in self.active_adapters():
             state += [name, self.layer.scaling[name]]
             for group in (self.layer.lora_A, self.layer.lora_B, getattr(self.layer, "lora_E", {})):
@@ -249,9 +278,13 @@ class PerturbedLayer:
 
     def _reject_unsupported(self) -> None:
         layer, base = self.layer, self.base
-        if not isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear)):
+        quantised = is_of_bitsandbytes(base)
+        known = isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear))
+        if not known and type(layer).__module__ != _PEFT_ON_BITSANDBYTES:
             problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
-        elif type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        elif quantised and not is_quantised(base):
+            problem = f"a {type(base).__qualname__} whose weight isn't quantised (yet: .to(device) does it)"
+        elif not quantised and type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             problem = f"a base layer of type {type(base).__qualname__}"
         elif getattr(layer, "fan_in_fan_out", False):
             problem = "fan_in_fan_out=True"
@@ -259,7 +292,7 @@ class PerturbedLayer:
             problem = "a base weight that is offloaded (on the meta device)"
         elif base.weight.requires_grad:
             problem = "a base weight that is trained too (requires_grad=True)"
-        elif not base.weight.is_floating_point():
+        elif not quantised and not base.weight.is_floating_point():
             problem = f"a base weight of dtype {base.weight.dtype}"
         elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
             problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"
@@ -292,7 +325,7 @@ def refresh_row_norms(layers: Iterable[PerturbedLayer]) -> None:
         members, a, b = zip(*group, strict=True)
         with torch.autocast(device.type, enabled=False):
             norms = merged_row_norms(
-                [layer.weight.flatten(1) for layer in members],
+                (layer.weight.flatten(1) for layer in members),  # one dequantised weight at a time
                 torch.stack([layer._weight_norms_squared() for layer in members]),
                 torch.stack(a),
                 torch.stack(b),

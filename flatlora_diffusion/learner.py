@@ -16,6 +16,7 @@ from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.generate import release
 from flatlora_diffusion.noise import hash64
+from flatlora_diffusion.quantised import quantise
 
 HELDOUT_TIMESTEPS = 8
 
@@ -146,6 +147,9 @@ class Learner:
 
     def _add_adapters(self) -> None:
         config = self.config
+        if config.quantize_base:
+            quantise(self.base.unet, config.quantize_base, self.accelerator.device)
+            release()
         sdxl.add_lora(
             self.trained,
             rank=config.rank,
@@ -168,6 +172,10 @@ class Learner:
         else:
             encoders = [self._wrapped[name] for name in sdxl.TEXT_ENCODERS]
             prompts = sdxl.encode_prompts(self.base.tokenizers, encoders, batch.captions)
+        if self.config.quantize_base:
+            # Layers of bitsandbytes keep the dtype of their input, also under autocast: begin in the base's.
+            dtype = self.base.unet.conv_in.weight.dtype
+            prompts = sdxl.PromptEmbeds(prompts.tokens.to(dtype), prompts.pooled.to(dtype))
         device = self.accelerator.device
         return sdxl.diffusion_losses(
             self._wrapped["unet"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,7 +58,7 @@ def row_norms_squared(weight: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vecdot(block, block) for block in _row_blocks(weight)])
 
 
-def merged_row_norms(weights: Sequence[Tensor], weight_norms_squared: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Norm of each row of `W' = W + B @ A` for L layers of one shape, forming no `W'`: (L, m), float32.
 
         ||W'_i||^2 = ||W_i||^2 + 2 <(W A^T)_i, B_i> + B_i (A A^T) B_i^T
@@ -67,7 +67,7 @@ def merged_row_norms(weights: Sequence[Tensor], weight_norms_squared: Tensor, a:
     and scalings are folded into B.
 
     Args:
-        weights: The L base weights W (m, n), in any floating dtype.
+        weights: The L base weights W (m, n), in any floating dtype, taken one after the other.
         weight_norms_squared: `row_norms_squared` of each (L, m), which callers keep: W never changes.
         a: The L factors A (L, r, n), float32.
         b: The L factors B (L, m, r), float32, times their scalings.

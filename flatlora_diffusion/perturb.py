@@ -123,7 +123,7 @@ class FlatLoRA:
         """
         layer = self._perturbed[name]
         refresh_row_norms([layer])
-        inputs = layer.weight[0].numel()
+        inputs = layer.shape[1]
         scale = layer.dora_scale()
         norms = layer.row_norms if scale is None else layer.row_norms * scale.abs()
         return norms * (self.sigma_t / inputs**0.5)
@@ -213,7 +213,7 @@ class FlatLoRA:
     def _make_source(self) -> NoiseSource:
         if self._noise_name == "gaussian":
             return GaussianSource()
-        return TableSource(self._seed, sum(layer.weight.numel() for layer in self._perturbed.values()))
+        return TableSource(self._seed, sum(math.prod(layer.shape) for layer in self._perturbed.values()))
 
     def _attach(self, model: nn.Module, prefix: str) -> None:
         modules = dict(model.named_modules())

@@ -74,7 +74,8 @@ def facts(
         "seed": config.seed,
         "steps": step,
         "settings_sha256": _digest(settings),
-        "versions": versions(),
+        "versions": versions(config),
+        **({"quantize_base": config.quantize_base} if config.quantize_base else {}),
     }
 
 
@@ -122,15 +123,17 @@ def summary(
         "peak_memory_of": "GPU" if on_gpu else "process",
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
-        "versions": versions(),
+        "versions": versions(config),
         "losses": list(losses),
         "heldout_losses": heldout,
     }
 
 
-def versions() -> dict[str, str]:
+def versions(config: TrainConfig) -> dict[str, str]:
     """Versions of the packages that decide the result."""
-    names = ("diffusers", "transformers", "peft", "accelerate")
+    names = ["diffusers", "transformers", "peft", "accelerate"]
+    if config.quantize_base or config.use_8bit_adam:
+        names.append("bitsandbytes")
     return {"torch": torch.__version__} | {name: version(name) for name in names}
 
 

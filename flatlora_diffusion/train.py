@@ -17,6 +17,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
 from flatlora_diffusion.hf_dataset import dataset_samples
+from flatlora_diffusion.quantised import require_bitsandbytes
 from flatlora_diffusion.run import Run
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def train(config: TrainConfig) -> None:
     samples = _training_samples(config)
     data.parse_background(config.background)
     sdxl.check_base(config.pretrained_model_name_or_path)
+    if config.quantize_base:
+        require_bitsandbytes(config.quantize_base)
     _check_writable(Path(config.output_dir))
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     heldout_samples = _heldout_samples(config)

@@ -2,13 +2,21 @@
 
 import builtins
 import dataclasses
+import importlib.util
+import json
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
+from flatlora_diffusion.checkpoint import flatten_optimizer, optimizer_numbers, restore_optimizer
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stopped_after
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 def adapted_models() -> dict[str, torch.nn.Module]:
@@ -69,8 +77,10 @@ def test_prodigy_has_one_rate(config):
     [
         {"optimizer": "prodigy", "learning_rate": 1.0, "train_text_encoder": True},
         {"loraplus_lr_ratio": 16.0, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+        # Only parameters of 4096 elements and more have moments in 8 bits.
+        pytest.param({"use_8bit_adam": True, "rank": 64}, marks=needs_bitsandbytes),
     ],
-    ids=["prodigy", "LoRA+"],
+    ids=["prodigy", "LoRA+", "8-bit AdamW"],
 )
 def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch, changes):
     whole = run(config, **changes)
@@ -81,6 +91,48 @@ def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch,
         run(config, output_dir=parts, **changes)
     resumed = run(config, output_dir=parts, resume_from_checkpoint="latest", **changes)
     assert_equal(resumed, whole)
+
+
+@needs_bitsandbytes
+def test_8_bit_adamw_is_nearly_adamw_and_its_state_survives_bit_for_bit(config):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 65), (64, 64), (4, 8)]  # the last keeps its moments in 32 bits
+
+    def optimized(start, use_8bit_adam):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        changed = dataclasses.replace(config, use_8bit_adam=use_8bit_adam)
+        return make_optimizer([{"params": parameters, "lr": 1e-2, "weight_decay": 0.1}], changed), parameters
+
+    def step(optimizer, parameters, gradients):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    def normals():
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    start = normals()
+    (short, ours), (long, reference) = optimized(start, True), optimized(start, False)
+    for _ in range(4):
+        gradients = normals()
+        step(short, ours, gradients)
+        step(long, reference, gradients)
+    for one, other, first in zip(ours, reference, start, strict=True):
+        assert (one - other).norm() / (other - first).norm() < 0.05
+        assert one.numel() < 4096 or not torch.equal(one, other)
+
+    tensors = flatten_optimizer(short)
+    assert {tensors[f"{index}.state{k}"].dtype for index in (0, 1) for k in (1, 2)} == {torch.uint8}
+    assert tensors["2.state1"].dtype == torch.float32
+    tensors, numbers = load(save(tensors)), json.loads(json.dumps(optimizer_numbers(short)))
+    again, theirs = optimized([p.detach() for p in ours], True)
+    restore_optimizer(again, tensors, numbers)
+    assert_equal(flatten_optimizer(again), tensors)
+    assert optimizer_numbers(again) == numbers and numbers["state"]["0"] == {"step": 4}
+    gradients = normals()
+    step(short, ours, gradients)
+    step(again, theirs, gradients)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

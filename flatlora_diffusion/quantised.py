@@ -1,0 +1,133 @@
+"""Bases in 4 or 8 bits through bitsandbytes: making one, and reading the weights of its layers.
+
+bitsandbytes is never imported before a base is to be quantised: layers of its exist only where somebody has
+imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+
+from flatlora_diffusion.extras import import_extra
+
+
+def require_bitsandbytes(kind: str) -> Any:
+    """The package bitsandbytes.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    return import_extra("bitsandbytes", f"--quantize_base {kind}", "bnb")
+
+
+def quantise(model: nn.Module, kind: str, device: torch.device) -> None:
+    """Put layers of bitsandbytes in the place of all linear layers of a frozen model, one after the other.
+
+    They hold the very bits that `from_pretrained(quantization_config=BitsAndBytesConfig(...))` of diffusers
+    gives, which refuses to work without a GPU. PEFT and accelerate see that the model is quantised.
+
+    Args:
+        model: Its linear layers' weights are in the precision in which the layers will compute.
+        kind: `4bit`: NF4 with double quantisation, as QLoRA (arXiv 2305.14314) has it. `8bit`: LLM.int8()
+            (arXiv 2208.07339) with its usual threshold for outliers.
+        device: Where the weights are quantised and stay. What is not quantised is not moved.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    make = {"4bit": _linear_4bit, "8bit": _linear_8bit}[kind]
+    bnb = require_bitsandbytes(kind)
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                quantised = make(bnb, linear, device)
+                quantised.bias = linear.bias
+                setattr(parent, name, quantised.requires_grad_(False).train(linear.training))
+    setattr(model, f"is_loaded_in_{kind}", True)  # PEFT goes by it
+
+
+def _linear_4bit(bnb: Any, linear: nn.Linear, device: torch.device) -> nn.Linear:
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+    ).to(device)
+    # On processors with AVX512-BF16 an eval() pass would repack the weight, for good and without gradients.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def _linear_8bit(bnb: Any, linear: nn.Linear, device: torch.device) -> nn.Linear:
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=6.0,  # of transformers and diffusers, and of the paper
+        device="meta",
+    )
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False).to(device)
+    return layer
+
+
+class QuantisedWeight:
+    """The frozen weight of a layer of bitsandbytes, as the layer computes with it.
+
+    Args:
+        base: A `Linear4bit` or a `Linear8bitLt` that holds a quantised weight.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+
+    @property
+    def shape(self) -> torch.Size:
+        """Filters and inputs, (m, n); a 4-bit weight is stored as (m * n / 2, 1)."""
+        return torch.Size((self._base.out_features, self._base.in_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `dequantised` gives: for 4 bits the dtype that was quantised, for 8 bits float32."""
+        state = getattr(self._base.weight, "quant_state", None)
+        return torch.float32 if state is None else state.dtype
+
+    def dequantised(self) -> Tensor:
+        """The weight (m, n): a new tensor each time.
+
+        Raises:
+            ValueError: bitsandbytes has repacked the weight for inference on a CPU with AVX512-BF16.
+        """
+        base = self._base
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has repacked the 4-bit weights for inference in eval() mode: they cannot be "
+                "trained any more; set support_avx512bf16_for_cpu=False on the Linear4bit layers beforehand"
+            )
+        return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """That to which the layer casts its input x."""
+        return getattr(self._base, "compute_dtype", None) or x.dtype
+
+
+def is_of_bitsandbytes(base: nn.Module) -> bool:
+    """Whether the module is a linear layer of bitsandbytes."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(base, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Whether a layer of bitsandbytes holds a quantised weight: it gets one when it is moved to a device."""
+    return getattr(base.weight, "quant_state", None) is not None or base.weight.dtype == torch.int8
