@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, read_tensors, sync_folder
+from flatlora_diffusion.export import LIVE_NAME, WEIGHTS_NAME, read_tensors, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,11 @@ class Checkpoint:
 
     Attributes:
         step: Optimizer steps done.
-        adapter: The adapter as a safetensors file in the diffusers format.
+        adapter: The adapter as a safetensors file in the diffusers format; the average, where one is taken.
         optimizer: Tensors of the optimizer's state.
         settings: All settings that decide the run's result, by name.
         scalars: Everything else, as JSON: learning rates, gradient scale.
+        live: The adapter in training, where `adapter` is its average.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     settings: dict[str, Any]
     scalars: dict[str, Any]
+    live: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Stored:
     def adapter(self) -> dict[str, Tensor]:
         """Tensors of the adapter, under the names of the diffusers format."""
         return read_tensors(self.folder / WEIGHTS_NAME)
+
+    def live(self) -> dict[str, Tensor]:
+        """Tensors of the adapter in training, where `adapter` gives its average."""
+        return read_tensors(self.folder / LIVE_NAME)
 
     def optimizer(self) -> dict[str, Tensor]:
         """Tensors of the optimizer's state."""
@@ -82,6 +88,8 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
         _remove(unfinished)
         unfinished.mkdir()
         files = {WEIGHTS_NAME: checkpoint.adapter, OPTIMIZER_NAME: save(checkpoint.optimizer)}
+        if checkpoint.live is not None:
+            files[LIVE_NAME] = checkpoint.live
         state = {
             "step": checkpoint.step,
             "settings": checkpoint.settings,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
 QUANTISATIONS = ("4bit", "8bit")
+INITIALISATIONS = re.compile(r"gaussian|default|eva|pissa(_niter_[1-9]\d*)?|olora|lora_ga")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -138,6 +140,26 @@ class TrainConfig:
     lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.")
     use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
     use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
+    init_lora_weights: str = option(
+        "gaussian",
+        "How the LoRA starts, as PEFT does it: gaussian (a normal A, as in the diffusers script), default "
+        "(a uniform A), pissa or pissa_niter_N (principal components of the base's weights, by an exact SVD "
+        "or by one of N iterations), olora (their QR decomposition), eva (principal components of what the "
+        "layers are shown) or lora_ga (those of the base's gradients).",
+    )
+    scale_weight_norms: float | None = option(
+        None,
+        "Max-norm regularisation as in kohya's scripts: after each step, layers whose update s*B@A has a "
+        "greater Frobenius norm than this are scaled down to it (1 is a good start).",
+    )
+    use_ema: bool = option(
+        False,
+        "Average the adapter over the steps (EMA): the saved adapter, validation pictures and held-out loss "
+        "are the average's. pytorch_lora_weights_live.safetensors, beside the saved one, is not averaged.",
+    )
+    ema_decay: float = option(
+        0.999, "Decay of the average at most; after t steps it is t / (t + 9) where that is less."
+    )
     lora_layers: tuple[str, ...] | None = option(
         None,
         "Ends of the names of the UNet's layers that get a LoRA, such as to_k to_q to_v to_out.0 (these are "
@@ -252,7 +274,7 @@ class TrainConfig:
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
             *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
-            "heldout_steps",
+            *("heldout_steps", "scale_weight_norms"),
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -269,7 +291,7 @@ class TrainConfig:
             *("validation_epochs", "noise_offset", "prior_loss_weight", "keep_tokens"),
         ):
             self._require(name, "must be 0 or more", lambda value: value >= 0)
-        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
+        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
         self._require("caption_dropout_rate", "must be in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
@@ -277,6 +299,23 @@ class TrainConfig:
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
         self._require("seed", f"must be at most {last}", lambda value: value <= last)
         self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
+        self._require(
+            "init_lora_weights",
+            "must be gaussian, default, pissa, pissa_niter_N (with N at least 1), olora, eva or lora_ga",
+            INITIALISATIONS.fullmatch,
+        )
+        start = f"--init_lora_weights {self.init_lora_weights}"
+        if self.use_dora and self.starts_with_update:
+            raise UserError(
+                f"--use_dora with {start}: DoRA and the frozen adapter that this adds have no single merged "
+                "weight; leave out one of the two"
+            )
+        if self.scale_weight_norms and (self.use_dora or self.starts_with_update):
+            other = "--use_dora" if self.use_dora else start
+            raise UserError(
+                f"--scale_weight_norms with {other}: its update isn't s*B@A, so scaling A and B doesn't "
+                "scale it; leave out one of the two"
+            )
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {self.optimizer}; leave it out")
         if self.optimizer == "prodigy" and self.loraplus_lr_ratio:
@@ -314,6 +353,11 @@ class TrainConfig:
     def second_text_encoder_lr(self) -> float:
         """Learning rate of the second text encoder: that of the first where none is given."""
         return self.text_encoder_lr if self.text_encoder_2_lr is None else self.text_encoder_2_lr
+
+    @property
+    def starts_with_update(self) -> bool:
+        """Whether B @ A isn't zero at the start, so that a frozen adapter takes it away again."""
+        return self.init_lora_weights not in ("gaussian", "default", "eva")
 
     @property
     def alpha(self) -> float:

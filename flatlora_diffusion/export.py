@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -20,9 +22,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.sdxl import ADAPTER
+from flatlora_diffusion.sdxl import ADAPTER, FROZEN_ADAPTER
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+LIVE_NAME = "pytorch_lora_weights_live.safetensors"  # not averaged, beside an average under the first name
 FLAT_METADATA_KEY = "flat_lora"
 
 
@@ -52,10 +55,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The adapters of `unet`, `text_encoder`, `text_encoder_2` under the names of the diffusers format."""
+    """The adapters of `unet`, `text_encoder`, `text_encoder_2` under the names of the diffusers format.
+
+    A frozen adapter beside the trained one makes both one of twice the rank: its A comes below the trained A,
+    its B to the right of the trained B.
+    """
     tensors = {}
     for part, model in models.items():
-        own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        own = _state(model, ADAPTER)
+        if FROZEN_ADAPTER in model.peft_config:
+            frozen = _state(model, FROZEN_ADAPTER)
+            own = {key: torch.cat([own[key], frozen[key]], dim=_rank_dim(key)) for key in own}
         renamed = convert_state_dict_to_diffusers(own)
         # It renames attention layers alone; a reader that meets both kinds of names passes over one of them.
         if not any(".lora_A." in key for key in renamed):
@@ -85,15 +95,36 @@ def load_adapter_tensors(models: dict[str, nn.Module], tensors: dict[str, Tensor
             own = convert_state_dict_to_peft(own)
             if not hasattr(model, "text_model"):
                 own = {key.removeprefix("text_model."): tensor for key, tensor in own.items()}
-        unknown = set_peft_model_state_dict(model, own, adapter_name=ADAPTER).unexpected_keys
-        assert not unknown, f"PEFT passed over {unknown}"
+        states = {ADAPTER: own}
+        if FROZEN_ADAPTER in model.peft_config:
+            halves = {key: tensor.chunk(2, dim=_rank_dim(key)) for key, tensor in own.items()}
+            states = {
+                adapter: {key: pair[index] for key, pair in halves.items()}
+                for index, adapter in enumerate((ADAPTER, FROZEN_ADAPTER))
+            }
+        for adapter, state in states.items():
+            unknown = set_peft_model_state_dict(model, state, adapter_name=adapter).unexpected_keys
+            assert not unknown, f"PEFT passed over {unknown}"
+
+
+def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def _rank_dim(key: str) -> int:
+    """Which dimension of a weight of LoRA is the rank."""
+    return 0 if ".lora_A." in key else 1
 
 
 def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
     """The adapters as one safetensors file, with what diffusers needs to load them and facts of the run."""
     lora_metadata = {}
     for part, model in models.items():
-        for key, value in model.peft_config[ADAPTER].to_dict().items():
+        config = model.peft_config[ADAPTER].to_dict()
+        if FROZEN_ADAPTER in model.peft_config:  # twice the rank at the same scale
+            config["r"] *= 2
+            config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+        for key, value in config.items():
             lora_metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value
     metadata = {
         "format": "pt",

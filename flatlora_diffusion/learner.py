@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion import data, sdxl
+from flatlora_diffusion import data, initial, sdxl
 from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.generate import release
@@ -35,6 +35,7 @@ class Learner:
         samples: The training images.
         class_samples: The images of the class, for prior preservation.
         heldout_samples: The images that are not trained, whose loss is measured.
+        resuming: The adapters will be read from a checkpoint: spare the work of an initialisation.
 
     Attributes:
         base: The base; its models carry the adapters.
@@ -49,6 +50,8 @@ class Learner:
         samples: Sequence[data.Sample],
         class_samples: Sequence[data.Sample] = (),
         heldout_samples: Sequence[data.Sample] = (),
+        *,
+        resuming: bool = False,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -68,8 +71,8 @@ class Learner:
         else:
             whole = [sample.caption for sample in (*class_samples, *heldout_samples)]
             self._cache_prompts([*self.latents.captions.prompts, *whole])
-        self._add_adapters()
         self._wrapped = self.trained
+        self._add_adapters(resuming)
 
     def prepare(self) -> list[nn.Module]:
         """Wrap the models for the accelerator's processes, and compute losses with the wrapped ones."""
@@ -80,13 +83,8 @@ class Learner:
         """The loss of this process's share of a micro-batch, with the models as they are."""
         size = self.config.train_batch_size
         first = micro_step * size * self.accelerator.num_processes + self.accelerator.process_index * size
-        positions = range(first, first + size)
-        batch = self.latents.batch(positions)
         with self._dropout_randomness(micro_step):
-            if self.class_latents is None:
-                return self._losses(batch).mean()
-            losses = self._losses(batch.joined(self.class_latents.batch(positions)))
-            return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
+            return self._mean_loss(range(first, first + size))
 
     def heldout_loss(self) -> float:
         """The mean loss of the held-out images at fixed timesteps and noise, without noise on the weights."""
@@ -145,7 +143,7 @@ class Learner:
         base.text_encoders = ()
         release()
 
-    def _add_adapters(self) -> None:
+    def _add_adapters(self, resuming: bool) -> None:
         config = self.config
         if config.quantize_base:
             quantise(self.base.unet, config.quantize_base, self.accelerator.device)
@@ -156,6 +154,7 @@ class Learner:
             alpha=config.alpha,
             seed=config.seed,
             unet_targets=config.lora_layers or sdxl.UNET_TARGETS,
+            init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
             lora_dropout=config.lora_dropout,
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
@@ -164,6 +163,32 @@ class Learner:
             if config.gradient_checkpointing:
                 sdxl.enable_gradient_checkpointing(model)
             model.to(self.accelerator.device).train()
+        initial.check(self.trained, config.init_lora_weights, config.rank)
+        if not resuming:
+            initial.initialise(
+                self.trained,
+                config.init_lora_weights,
+                seed=config.seed,
+                batch_size=config.train_batch_size,
+                loss=self._shared_loss,
+            )
+        if config.starts_with_update:
+            initial.subtract_initial_update(self.trained)
+
+    def _shared_loss(self, micro_step: int) -> Tensor:
+        """As `loss` before the models are wrapped, and the same in all processes."""
+        size = self.config.train_batch_size
+        with self._dropout_randomness(micro_step), self.accelerator.autocast():
+            return self._mean_loss(range(micro_step * size, (micro_step + 1) * size))
+
+    def _mean_loss(self, positions: range) -> Tensor:
+        """The mean loss of the samples at these positions of the stream, with that of class images."""
+        batch = self.latents.batch(positions)
+        if self.class_latents is None:
+            return self._losses(batch).mean()
+        losses = self._losses(batch.joined(self.class_latents.batch(positions)))
+        size = len(positions)
+        return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
 
     def _losses(self, batch: Batch) -> Tensor:
         """The loss of each sample with the models as they are."""
@@ -194,8 +219,6 @@ class Learner:
         if not self.config.lora_dropout:
             yield
             return
-        device = self.accelerator.device
         key = hash64(self.config.seed, "dropout", micro_step, self.accelerator.process_index)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(key)
+        with initial.seeded(self.accelerator.device, key):
             yield

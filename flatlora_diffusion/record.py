@@ -57,7 +57,11 @@ def deciding_settings(
 
 
 def facts(
-    config: TrainConfig, settings: dict[str, Any], trained: dict[str, nn.Module], step: int
+    config: TrainConfig,
+    settings: dict[str, Any],
+    trained: dict[str, nn.Module],
+    step: int,
+    averaged: bool = False,
 ) -> dict[str, Any]:
     """What the adapter's file says of its making: the same for every run that ends in the same adapter."""
     targets = {name: sorted(model.peft_config[ADAPTER].target_modules) for name, model in trained.items()}
@@ -68,9 +72,11 @@ def facts(
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": targets,
+        "init_lora_weights": config.init_lora_weights,
         "flat_sigma": config.flat_sigma,
         "flat_schedule": config.flat_schedule,
         "flat_noise": config.flat_noise,
+        "ema_decay": config.ema_decay if averaged else None,
         "seed": config.seed,
         "steps": step,
         "settings_sha256": _digest(settings),
@@ -98,6 +104,7 @@ def summary(
     losses: Sequence[float],
     seconds: Sequence[float],
     heldout: dict[int, float],
+    update_norms: Sequence[float],
 ) -> dict[str, Any]:
     """Settings, losses, time and memory of a finished run.
 
@@ -108,6 +115,7 @@ def summary(
         losses: Of every step since the first, also those before a resume.
         seconds: Of every step since the last resume.
         heldout: Step -> loss of the held-out images.
+        update_norms: Frobenius norm of the saved adapter's update of each layer.
     """
     last_tenth = losses[-max(1, len(losses) // 10) :]
     on_gpu = accelerator.device.type == "cuda"
@@ -118,6 +126,7 @@ def summary(
         "images": images,
         "steps": len(losses),
         "mean_loss_of_last_tenth": sum(last_tenth) / len(last_tenth),
+        "mean_update_norm": sum(update_norms) / len(update_norms),
         "median_seconds_a_step": statistics.median(seconds) if seconds else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else process_peak,
         "peak_memory_of": "GPU" if on_gpu else "process",

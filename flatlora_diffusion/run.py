@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -32,10 +33,18 @@ from flatlora_diffusion.checkpoint import (
     write_checkpoint,
 )
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ema import AdapterAverage
 from flatlora_diffusion.errors import RunInterruptedError, UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, load_adapter_tensors, write_atomically
+from flatlora_diffusion.export import (
+    LIVE_NAME,
+    WEIGHTS_NAME,
+    adapter_bytes,
+    load_adapter_tensors,
+    write_atomically,
+)
 from flatlora_diffusion.interrupt import StopRequest, stop_request
 from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.norms import UpdateNorms
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.validate import draw_validation, report_validation
@@ -94,7 +103,7 @@ class Run:
                 stored = find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
-        self._prepare()
+        self._prepare(resuming=stored is not None)
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
@@ -110,9 +119,19 @@ class Run:
             self.flat.remove()
             self.accelerator.end_training()
 
-    def _prepare(self) -> None:
+    def _prepare(self, resuming: bool) -> None:
         config, accelerator = self.config, self.accelerator
-        self.learner = Learner(config, accelerator, self.samples, self.class_samples, self.heldout_samples)
+        self.learner = Learner(
+            config,
+            accelerator,
+            self.samples,
+            self.class_samples,
+            self.heldout_samples,
+            resuming=resuming,
+        )
+        trained = self.learner.trained.values()
+        self.average = AdapterAverage(trained, config.ema_decay) if config.use_ema else None
+        self.norms = UpdateNorms(trained)
         self.flat = FlatLoRA(
             list(self.learner.trained.values()),
             sigma=config.flat_sigma,
@@ -160,13 +179,16 @@ class Run:
                 sigma, lr = self.flat.sigma_t, self.lr_scheduler.get_last_lr()[0]
                 loss, stopping = self._optimizer_step(step, stop)
                 self.lr_scheduler.step()
+                norms = self._limit_norms()
+                if self.average:
+                    self.average.step()
                 self.flat.step()
                 self.losses.append(loss)
                 self.seconds.append(time.perf_counter() - began)
                 done = step + 1
                 progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
                 progress.update()
-                accelerator.log({"loss": loss, "sigma": sigma, "lr": lr}, step=done)
+                accelerator.log({"loss": loss, "sigma": sigma, "lr": lr, **norms}, step=done)
                 if self.heldout_samples and (done % config.heldout_steps == 0 or done == self.total_steps):
                     self._measure_heldout(done)
                 if done % config.checkpointing_steps == 0:
@@ -202,9 +224,22 @@ class Run:
                 self.wrapped_optimizer.zero_grad()
         return mean_loss, stopping > 0
 
+    def _limit_norms(self) -> dict[str, float]:
+        """Apply --scale_weight_norms; what the tracker is told of the updates' norms."""
+        if self.config.scale_weight_norms:
+            norms, scaled = self.norms.limit(self.config.scale_weight_norms)
+            limited = {"max_norm/keys_scaled": scaled, "max_norm/max_key_norm": norms.max().item()}
+            return {"update_norm": norms.mean().item(), **limited}
+        return {"update_norm": self.norms.measure().mean().item()} if self.accelerator.trackers else {}
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The models as they are saved and judged: with --use_ema the average in place of the adapter."""
+        return self.average.applied() if self.average else contextlib.nullcontext()
+
     def _measure_heldout(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            self.heldout_losses[step] = self.learner.heldout_loss()
+            with self._averaged():
+                self.heldout_losses[step] = self.learner.heldout_loss()
             self.accelerator.log({"heldout_loss": self.heldout_losses[step]}, step=step)
         self.accelerator.wait_for_everyone()
 
@@ -229,12 +264,16 @@ class Run:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
             scalars["optimizer"] = optimizer_numbers(self.optimizer)
             optimizer = flatten_optimizer(self.optimizer)
-            checkpoint = Checkpoint(step, self._adapter(step), optimizer, self.settings, scalars)
+            adapter, live = self._adapters(step)
+            checkpoint = Checkpoint(step, adapter, optimizer, self.settings, scalars, live)
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, stored: Stored) -> int:
         load_adapter_tensors(self.learner.trained, stored.adapter())
+        if self.average:
+            self.average.resume(stored.step)
+            load_adapter_tensors(self.learner.trained, stored.live())
         restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -261,10 +300,19 @@ class Run:
     def _finish(self) -> None:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
-            write_atomically(self.output / WEIGHTS_NAME, self._adapter(self.total_steps))
+            adapter, live = self._adapters(self.total_steps)
+            if live is not None:  # first: the adapter's own file says that the run is complete
+                write_atomically(self.output / LIVE_NAME, live)
+            write_atomically(self.output / WEIGHTS_NAME, adapter)
             if self.config.output_kohya_format:
                 layers = self.learner.base.unet.config.layers_per_block
                 kohya.convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
+            with self._averaged():
+                norms = self.norms.measure().tolist()
+            if not any(norms) and not self.config.use_dora:  # a DoRA also has magnitudes
+                logger.warning(
+                    "the adapter has no effect: every update B@A is exactly 0; raise --learning_rate"
+                )
             report = record.summary(
                 self.config,
                 self.accelerator,
@@ -272,14 +320,24 @@ class Run:
                 self.losses,
                 self.seconds,
                 self.heldout_losses,
+                norms,
             )
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
             logger.info("saved %s", self.output / WEIGHTS_NAME)
         self.accelerator.wait_for_everyone()
 
-    def _adapter(self, step: int) -> bytes:
-        trained = self.learner.trained
-        return adapter_bytes(trained, record.facts(self.config, self.settings, trained, step))
+    def _adapters(self, step: int) -> tuple[bytes, bytes | None]:
+        """The adapter's file; with --use_ema the average's, and that of the adapter in training."""
+
+        def file(averaged: bool = False) -> bytes:
+            trained = self.learner.trained
+            return adapter_bytes(trained, record.facts(self.config, self.settings, trained, step, averaged))
+
+        if not self.average:
+            return file(), None
+        with self.average.applied():
+            adapter = file(averaged=True)
+        return adapter, file()
 
     def _validates_after(self, step: int) -> bool:
         """After the first epoch, and then every so many, as the diffusers script does."""
@@ -291,7 +349,8 @@ class Run:
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            pictures = draw_validation(self.learner, self.config)
+            with self._averaged():
+                pictures = draw_validation(self.learner, self.config)
             report_validation(pictures, step, self.output / "validation", self.accelerator)
         self.accelerator.wait_for_everyone()
 

@@ -31,6 +31,7 @@ from flatlora_diffusion.noise import hash64
 logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
+FROZEN_ADAPTER = "initial"  # takes away the update that some initialisations start with; see initial.py
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -329,6 +330,7 @@ def add_lora(
     alpha: float,
     seed: int,
     unet_targets: Sequence[str] = UNET_TARGETS,
+    init_lora_weights: str | bool = "gaussian",
     **settings: Any,
 ) -> None:
     """Add a LoRA adapter with float32 parameters to the UNet and, where given, the text encoders.
@@ -339,6 +341,7 @@ def add_lora(
         alpha: The update is scaled by alpha / rank.
         seed: Decides the initial A (B is zero); the global RNG is left as it was.
         unet_targets: Ends of the names of the UNet's layers to adapt.
+        init_lora_weights: How PEFT draws A: `gaussian`, or True for its default.
         settings: Further settings of PEFT's `LoraConfig`, such as `use_dora`.
 
     Raises:
@@ -348,7 +351,11 @@ def add_lora(
         targets = unet_targets if name == "unet" else TEXT_ENCODER_TARGETS
         _check_targets(model, targets)
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets), **settings
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights=init_lora_weights,
+            target_modules=list(targets),
+            **settings,
         )
         # PEFT draws from the global RNG. The model is on the CPU: adapters start the same on every device.
         with torch.random.fork_rng(devices=[]):
