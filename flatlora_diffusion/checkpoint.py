@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Checkpoint:
         optimizer: Tensors of the optimizer's state.
         settings: All settings that decide the run's result, by name.
         scalars: Everything else, as JSON: learning rates, gradient scale.
+        others: Further files, by name.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     settings: dict[str, Any]
     scalars: dict[str, Any]
+    others: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
         _remove(unfinished)
         unfinished.mkdir()
         files = {WEIGHTS_NAME: checkpoint.adapter, OPTIMIZER_NAME: save(checkpoint.optimizer)}
+        files |= checkpoint.others
         state = {
             "step": checkpoint.step,
             "settings": checkpoint.settings,

@@ -33,11 +33,18 @@ from flatlora_diffusion.checkpoint import (
 )
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import RunInterruptedError, UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, load_adapter_tensors, write_atomically
+from flatlora_diffusion.export import (
+    WEIGHTS_NAME,
+    adapter_bytes,
+    load_adapter_tensors,
+    read_tensors,
+    write_atomically,
+)
 from flatlora_diffusion.interrupt import StopRequest, stop_request
 from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
+from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY
 from flatlora_diffusion.validate import draw_validation, report_validation
 
 logger = logging.getLogger(__name__)
@@ -74,6 +81,7 @@ class Run:
         samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
         self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
+        self.text_encoder_steps = config.text_encoder_steps(self.total_steps)
         self.settings = record.deciding_settings(
             config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
@@ -122,7 +130,7 @@ class Run:
             seed=config.seed,
         )
         lr_factor = self.samples_a_step if config.scale_lr else 1
-        self.optimizer = make_optimizer(parameter_groups(self.learner.trained, config, lr_factor), config)
+        self.optimizer = make_optimizer(parameter_groups(self.learner.learning, config, lr_factor), config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=self.optimizer,
@@ -157,6 +165,8 @@ class Run:
         with progress:
             for step in range(start, self.total_steps):
                 began = time.perf_counter()
+                if step >= self.text_encoder_steps:
+                    self.learner.freeze_text_encoders()
                 sigma, lr = self.flat.sigma_t, self.lr_scheduler.get_last_lr()[0]
                 loss, stopping = self._optimizer_step(step, stop)
                 self.lr_scheduler.step()
@@ -200,6 +210,8 @@ class Run:
                         raise UserError(self._divergence(step, f"the gradient's norm became {float(norm)}"))
                 self.wrapped_optimizer.step()
                 self.wrapped_optimizer.zero_grad()
+        if self.learner.tokens is not None:
+            self.learner.tokens.keep_scale()
         return mean_loss, stopping > 0
 
     def _measure_heldout(self, step: int) -> None:
@@ -229,12 +241,16 @@ class Run:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
             scalars["optimizer"] = optimizer_numbers(self.optimizer)
             optimizer = flatten_optimizer(self.optimizer)
-            checkpoint = Checkpoint(step, self._adapter(step), optimizer, self.settings, scalars)
+            checkpoint = Checkpoint(
+                step, self._adapter(step), optimizer, self.settings, scalars, self._embeddings()
+            )
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, stored: Stored) -> int:
         load_adapter_tensors(self.learner.trained, stored.adapter())
+        if self.learner.tokens is not None:
+            self.learner.tokens.load(read_tensors(stored.folder / EMBEDDINGS_NAME))
         restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -261,6 +277,8 @@ class Run:
     def _finish(self) -> None:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
+            for name, content in self._embeddings().items():
+                write_atomically(self.output / name, content)
             write_atomically(self.output / WEIGHTS_NAME, self._adapter(self.total_steps))
             if self.config.output_kohya_format:
                 layers = self.learner.base.unet.config.layers_per_block
@@ -279,7 +297,15 @@ class Run:
 
     def _adapter(self, step: int) -> bytes:
         trained = self.learner.trained
-        return adapter_bytes(trained, record.facts(self.config, self.settings, trained, step))
+        facts = record.facts(self.config, self.settings, trained, step)
+        if self.learner.tokens is not None:
+            facts[FACTS_KEY] = self.learner.tokens.facts()
+        return adapter_bytes(trained, facts)
+
+    def _embeddings(self) -> dict[str, bytes]:
+        """The file of the new tokens' embeddings, by its name, where there are new tokens."""
+        tokens = self.learner.tokens
+        return {} if tokens is None else {EMBEDDINGS_NAME: tokens.file()}
 
     def _validates_after(self, step: int) -> bool:
         """After the first epoch, and then every so many, as the diffusers script does."""
