@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Checkpoint:
         optimizer: Tensors of the optimizer's state.
         settings: All settings that decide the run's result, by name.
         scalars: Everything else, as JSON: learning rates, gradient scale.
-        live: The adapter in training, where `adapter` is its average.
+        others: Further files, by name: `LIVE_NAME`, where `adapter` is an average, embeddings.
     """
 
     step: int
@@ -51,7 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     settings: dict[str, Any]
     scalars: dict[str, Any]
-    live: bytes | None = None
+    others: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
         _remove(unfinished)
         unfinished.mkdir()
         files = {WEIGHTS_NAME: checkpoint.adapter, OPTIMIZER_NAME: save(checkpoint.optimizer)}
-        if checkpoint.live is not None:
-            files[LIVE_NAME] = checkpoint.live
+        files |= checkpoint.others
         state = {
             "step": checkpoint.step,
             "settings": checkpoint.settings,

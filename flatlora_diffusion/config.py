@@ -166,6 +166,22 @@ class TrainConfig:
         "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2.",
     )
     train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
+    train_text_encoder_frac: float = option(
+        1.0, "After this fraction of the steps the text encoders' LoRA is trained no further."
+    )
+
+    # Pivotal tuning.
+    train_text_encoder_ti: bool = option(
+        False, "Train the embeddings of new tokens in both text encoders (textual inversion) with the LoRA."
+    )
+    train_text_encoder_ti_frac: float = option(
+        0.5, "After this fraction of the steps the new tokens are trained no further."
+    )
+    token_abstraction: str = option(
+        "TOK",
+        "The word of prompts and captions that new tokens replace; several with commas between them.",
+    )
+    num_new_tokens_per_abstraction: int = option(2, "How many new tokens replace such a word.")
 
     # Flat-LoRA.
     flat_sigma: float = option(
@@ -274,7 +290,7 @@ class TrainConfig:
             *("num_validation_images", "validation_inference_steps", "resolution"),
             *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
             *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
-            *("heldout_steps", "scale_weight_norms"),
+            *("heldout_steps", "scale_weight_norms", "num_new_tokens_per_abstraction"),
         ):
             self._require(name, "must be greater than 0", lambda value: value > 0)
         for name in (
@@ -293,7 +309,8 @@ class TrainConfig:
             self._require(name, "must be 0 or more", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
             self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
-        self._require("caption_dropout_rate", "must be in [0, 1]", lambda value: 0 <= value <= 1)
+        for name in ("caption_dropout_rate", "train_text_encoder_frac", "train_text_encoder_ti_frac"):
+            self._require(name, "must be in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
             self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
@@ -339,6 +356,17 @@ class TrainConfig:
         for name in ("class_data_dir", "class_prompt"):
             if self.with_prior_preservation and getattr(self, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}")
+        if self.train_text_encoder and self.train_text_encoder_ti:
+            raise UserError(
+                "--train_text_encoder and --train_text_encoder_ti: give one of them; the first trains LoRA "
+                "layers in the text encoders, the second new tokens"
+            )
+        words = self.abstractions
+        if not all(words) or len(set(words)) != len(words):
+            raise UserError(
+                f"--token_abstraction {self.token_abstraction}: must be one word, or different ones with "
+                "commas between them"
+            )
         if self.compare and self.flat_sigma == 0:
             raise UserError(
                 "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
@@ -358,6 +386,19 @@ class TrainConfig:
     def starts_with_update(self) -> bool:
         """Whether B @ A isn't zero at the start, so that a frozen adapter takes it away again."""
         return self.init_lora_weights not in ("gaussian", "default", "eva")
+
+    @property
+    def abstractions(self) -> list[str]:
+        """The words that new tokens replace."""
+        return [word.strip() for word in self.token_abstraction.split(",")]
+
+    def text_encoder_steps(self, total_steps: int) -> int:
+        """How many of the steps train the text encoders, their LoRA or their new tokens."""
+        if not (self.train_text_encoder or self.train_text_encoder_ti):
+            return 0
+        ti = self.train_text_encoder_ti
+        fraction = self.train_text_encoder_ti_frac if ti else self.train_text_encoder_frac
+        return math.floor(round(fraction * total_steps, 6))  # 0.29 of 100 are 29, whatever floats say
 
     @property
     def alpha(self) -> float:

@@ -24,6 +24,7 @@ from flatlora_diffusion.cli import OneLineParser, run_command
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
 from flatlora_diffusion.sdxl import check_base, load_vae
 
 MANIFEST = "manifest.json"
@@ -80,13 +81,14 @@ def load_pipeline(
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> None:
-    """Load an adapter under a name, from its file or the folder that holds it.
+    """Load an adapter under a name, from its file or the folder that holds it, with its new tokens.
 
     Raises:
-        UserError: The file is missing, damaged, or doesn't fit the base.
+        UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base.
     """
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    read_facts(file)  # a missing or damaged file is named
+    facts = read_facts(file)  # a missing or damaged file is named
+    embeddings = read_embeddings(file, facts)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
@@ -97,6 +99,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
                 use_safetensors=True,
                 local_files_only=True,
             )
+        load_embeddings(pipeline, name, facts, embeddings)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
@@ -129,7 +132,7 @@ def draw_with(
     Args:
         pipeline: Its adapters are switched; callers that share it take turns.
         adapter: Name under which the adapter was loaded, or None.
-        prompt: What to draw.
+        prompt: What to draw. Words for which the adapter has new tokens are replaced by them.
         seed: Decides the initial noise.
         drawing: Size, steps, guidance and negative prompt.
     """
@@ -139,7 +142,9 @@ def draw_with(
         pipeline.set_adapters(adapter)
     elif loaded:
         pipeline.disable_lora()
-    return draw(pipeline, seed, drawing, prompt=prompt, negative_prompt=drawing.negative_prompt)
+    words = loaded_words(pipeline, adapter)
+    negative = drawing.negative_prompt and replace_words(drawing.negative_prompt, words)
+    return draw(pipeline, seed, drawing, prompt=replace_words(prompt, words), negative_prompt=negative)
 
 
 def compare(

@@ -16,6 +16,7 @@ from flatlora_diffusion.cache import Batch, LatentCache, PromptCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.generate import release
 from flatlora_diffusion.noise import hash64
+from flatlora_diffusion.pivotal import NewTokens, new_tokens, replace_words
 from flatlora_diffusion.quantised import quantise
 
 HELDOUT_TIMESTEPS = 8
@@ -26,8 +27,8 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Learner:
     """An SDXL base with new adapters, in training mode on the accelerator, and all that they are shown.
 
-    The images are encoded once, and the captions too where the text encoders aren't trained; what is not
-    needed any more has then left memory.
+    The images are encoded once, and the captions too where the text encoders aren't trained or from the step
+    at which they no longer are; what is not needed any more has then left memory.
 
     Args:
         config: Settings of the run.
@@ -39,8 +40,10 @@ class Learner:
 
     Attributes:
         base: The base; its models carry the adapters.
-        trained: `unet`, and `text_encoder` and `text_encoder_2` where they are trained.
-        prompts: Embeddings of all captions and validation prompts, where the text encoders aren't trained.
+        trained: `unet`, and `text_encoder` and `text_encoder_2` where they are trained: models with adapters.
+        tokens: The new tokens of pivotal tuning, where there are any.
+        learning: All models with parameters that are trained: adapters or embeddings of new tokens.
+        prompts: Embeddings of all captions and validation prompts, while the text encoders aren't trained.
     """
 
     def __init__(
@@ -63,21 +66,49 @@ class Learner:
             revision=config.revision,
             variant=config.variant,
         )
+        self.tokens: NewTokens | None = None
+        if config.train_text_encoder_ti:
+            base = self.base
+            self.tokens = NewTokens(new_tokens(config), base.tokenizers, base.text_encoders, config.seed)
+            samples, heldout_samples = map(self.tokens.captioned, (samples, heldout_samples))
+            self.tokens.require_room(samples)
         self._cache_latents(dtype, samples, class_samples, heldout_samples)
         self.trained: dict[str, nn.Module] = {"unet": self.base.unet}
         self.prompts: PromptCache | None = None
-        if config.train_text_encoder:
-            self.trained |= dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
+        self._whole_samples = [*class_samples, *heldout_samples]
+        text_encoders: dict[str, nn.Module] = {}
+        if config.train_text_encoder or config.train_text_encoder_ti:
+            text_encoders = dict(zip(sdxl.TEXT_ENCODERS, self.base.text_encoders, strict=True))
         else:
-            whole = [sample.caption for sample in (*class_samples, *heldout_samples)]
-            self._cache_prompts([*self.latents.captions.prompts, *whole])
-        self._wrapped = self.trained
+            self._cache_prompts()
+        if config.train_text_encoder:
+            self.trained |= text_encoders
+        self.learning = self.trained | text_encoders
+        self._wrapped = self.learning
         self._add_adapters(resuming)
 
     def prepare(self) -> list[nn.Module]:
         """Wrap the models for the accelerator's processes, and compute losses with the wrapped ones."""
-        self._wrapped = {name: self.accelerator.prepare(model) for name, model in self.trained.items()}
+        self._wrapped = {name: self.accelerator.prepare(model) for name, model in self.learning.items()}
         return list(self._wrapped.values())
+
+    def in_tokens(self, prompt: str) -> str:
+        """The prompt with its new tokens in the place of the words that stand for them."""
+        return prompt if self.tokens is None else replace_words(prompt, self.tokens.words)
+
+    def freeze_text_encoders(self) -> None:
+        """Train the text encoders no further; without effect where they aren't trained.
+
+        From here on nothing of theirs changes, by weight decay or momentum either, and they are computed
+        without noise and dropout, as at inference: once, for all prompts. Then they leave the accelerator.
+        """
+        text_encoders = self.base.text_encoders
+        for text_encoder in text_encoders:
+            text_encoder.requires_grad_(False).eval()  # an optimizer passes over what has no gradient
+        if text_encoders:
+            self._cache_prompts()
+        for text_encoder in text_encoders:
+            text_encoder.to("cpu")
 
     def loss(self, micro_step: int) -> Tensor:
         """The loss of this process's share of a micro-batch, with the models as they are."""
@@ -90,7 +121,7 @@ class Learner:
         """The mean loss of the held-out images at fixed timesteps and noise, without noise on the weights."""
         levels = self.base.noise_scheduler.config.num_train_timesteps
         timesteps = [round((k + 0.5) * levels / HELDOUT_TIMESTEPS) for k in range(HELDOUT_TIMESTEPS)]
-        with sdxl.evaluating(self.trained.values()):
+        with sdxl.evaluating(self.learning.values()):
             losses = [
                 self._losses(batch).mean().item() for batch in self.heldout_latents.fixed_batches(timesteps)
             ]
@@ -133,12 +164,18 @@ class Learner:
             self.base.vae = None
         release()
 
-    def _cache_prompts(self, captions: Sequence[str]) -> None:
+    def _cache_prompts(self) -> None:
         """Encode every caption and what validation needs; the text encoders are then dropped."""
         base = self.base
         for text_encoder in base.text_encoders:
             text_encoder.to(self.accelerator.device)
-        prompts = [*captions, *(self.config.validation_prompt or ()), ""]
+        whole = [sample.caption for sample in self._whole_samples]
+        prompts = [
+            *self.latents.captions.prompts,
+            *whole,
+            *map(self.in_tokens, self.config.validation_prompt or ()),
+            "",
+        ]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
         release()
@@ -159,7 +196,7 @@ class Learner:
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
         )
-        for model in self.trained.values():
+        for model in self.learning.values():
             if config.gradient_checkpointing:
                 sdxl.enable_gradient_checkpointing(model)
             model.to(self.accelerator.device).train()

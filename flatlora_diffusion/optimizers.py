@@ -19,7 +19,7 @@ LOW_FOR_PRODIGY = 0.1  # Prodigy finds the size of its steps itself; its learnin
 def parameter_groups(
     trained: dict[str, nn.Module], config: TrainConfig, lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """What is trained, by learning rate and weight decay.
+    """What is trained, by learning rate and weight decay: adapters and embeddings of new tokens.
 
     LoRA+ (arXiv 2402.12354) gives each B a learning rate `loraplus_lr_ratio` times that of its A.
 

@@ -19,6 +19,7 @@ from torch import nn
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.pivotal import read_embeddings
 from flatlora_diffusion.sdxl import ADAPTER
 
 # Settings that change neither the adapter nor the way to it, only where and what is reported. The data counts
@@ -31,6 +32,7 @@ _WITHOUT_EFFECT = {
     *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
     *("heldout_data_dir", "heldout_split", "heldout_steps", "output_kohya_format"),
     *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
+    *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
 }
 
 
@@ -53,6 +55,9 @@ def deciding_settings(
     noise_stretches = config.flat_sigma > 0 and config.flat_schedule != "constant"
     if noise_stretches or config.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = total_steps  # else a longer run may continue a shorter one
+    text_encoder_steps = config.text_encoder_steps(total_steps)
+    if text_encoder_steps < total_steps:
+        settings["steps of the text encoders"] = text_encoder_steps
     return settings
 
 
@@ -92,6 +97,7 @@ def is_complete(output: Path, settings: dict[str, Any], total_steps: int) -> boo
         return False
     try:
         known = read_facts(weights)
+        read_embeddings(weights, known)
     except UserError:  # damaged: it will be written again
         return False
     return known.get("steps") == total_steps and known.get("settings_sha256") == _digest(settings)

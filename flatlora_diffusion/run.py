@@ -40,6 +40,7 @@ from flatlora_diffusion.export import (
     WEIGHTS_NAME,
     adapter_bytes,
     load_adapter_tensors,
+    read_tensors,
     write_atomically,
 )
 from flatlora_diffusion.interrupt import StopRequest, stop_request
@@ -47,6 +48,7 @@ from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.norms import UpdateNorms
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
+from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY
 from flatlora_diffusion.validate import draw_validation, report_validation
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class Run:
         samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
         self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
+        self.text_encoder_steps = config.text_encoder_steps(self.total_steps)
         self.settings = record.deciding_settings(
             config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
@@ -141,7 +144,7 @@ class Run:
             seed=config.seed,
         )
         lr_factor = self.samples_a_step if config.scale_lr else 1
-        self.optimizer = make_optimizer(parameter_groups(self.learner.trained, config, lr_factor), config)
+        self.optimizer = make_optimizer(parameter_groups(self.learner.learning, config, lr_factor), config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=self.optimizer,
@@ -176,6 +179,8 @@ class Run:
         with progress:
             for step in range(start, self.total_steps):
                 began = time.perf_counter()
+                if step >= self.text_encoder_steps:
+                    self.learner.freeze_text_encoders()
                 sigma, lr = self.flat.sigma_t, self.lr_scheduler.get_last_lr()[0]
                 loss, stopping = self._optimizer_step(step, stop)
                 self.lr_scheduler.step()
@@ -222,6 +227,8 @@ class Run:
                         raise UserError(self._divergence(step, f"the gradient's norm became {float(norm)}"))
                 self.wrapped_optimizer.step()
                 self.wrapped_optimizer.zero_grad()
+        if self.learner.tokens is not None:
+            self.learner.tokens.keep_scale()
         return mean_loss, stopping > 0
 
     def _limit_norms(self) -> dict[str, float]:
@@ -264,8 +271,8 @@ class Run:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
             scalars["optimizer"] = optimizer_numbers(self.optimizer)
             optimizer = flatten_optimizer(self.optimizer)
-            adapter, live = self._adapters(step)
-            checkpoint = Checkpoint(step, adapter, optimizer, self.settings, scalars, live)
+            adapter, others = self._files(step)
+            checkpoint = Checkpoint(step, adapter, optimizer, self.settings, scalars, others)
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -274,6 +281,8 @@ class Run:
         if self.average:
             self.average.resume(stored.step)
             load_adapter_tensors(self.learner.trained, stored.live())
+        if self.learner.tokens is not None:
+            self.learner.tokens.load(read_tensors(stored.folder / EMBEDDINGS_NAME))
         restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -300,9 +309,12 @@ class Run:
     def _finish(self) -> None:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
-            adapter, live = self._adapters(self.total_steps)
-            if live is not None:  # first: the adapter's own file says that the run is complete
-                write_atomically(self.output / LIVE_NAME, live)
+            adapter, others = self._files(self.total_steps)
+            for (
+                name,
+                content,
+            ) in others.items():  # first: the adapter's own file says that the run is complete
+                write_atomically(self.output / name, content)
             write_atomically(self.output / WEIGHTS_NAME, adapter)
             if self.config.output_kohya_format:
                 layers = self.learner.base.unet.config.layers_per_block
@@ -326,18 +338,22 @@ class Run:
             logger.info("saved %s", self.output / WEIGHTS_NAME)
         self.accelerator.wait_for_everyone()
 
-    def _adapters(self, step: int) -> tuple[bytes, bytes | None]:
-        """The adapter's file; with --use_ema the average's, and that of the adapter in training."""
-
-        def file(averaged: bool = False) -> bytes:
-            trained = self.learner.trained
-            return adapter_bytes(trained, record.facts(self.config, self.settings, trained, step, averaged))
-
+    def _files(self, step: int) -> tuple[bytes, dict[str, bytes]]:
+        """The adapter's file, with --use_ema that of the average, and the files beside it by name."""
+        tokens = self.learner.tokens
+        others = {} if tokens is None else {EMBEDDINGS_NAME: tokens.file()}
         if not self.average:
-            return file(), None
+            return self._adapter(step), others
+        others[LIVE_NAME] = self._adapter(step)
         with self.average.applied():
-            adapter = file(averaged=True)
-        return adapter, file()
+            return self._adapter(step, averaged=True), others
+
+    def _adapter(self, step: int, averaged: bool = False) -> bytes:
+        trained = self.learner.trained
+        facts = record.facts(self.config, self.settings, trained, step, averaged)
+        if self.learner.tokens is not None:
+            facts[FACTS_KEY] = self.learner.tokens.facts()
+        return adapter_bytes(trained, facts)
 
     def _validates_after(self, step: int) -> bool:
         """After the first epoch, and then every so many, as the diffusers script does."""

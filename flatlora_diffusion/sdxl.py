@@ -301,16 +301,16 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: fl
 
 @contextlib.contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Models as at inference: no noise, no dropout, no gradients; afterwards they are in training again."""
-    models = list(models)
-    for model in models:
+    """Models as at inference: no noise, no dropout, no gradients; afterwards in the mode they were in."""
+    modes = [(model, model.training) for model in models]
+    for model, _ in modes:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for model in models:
-            model.train()
+        for model, training in modes:
+            model.train(training)
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers.utils.logging import disable_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from flatlora_diffusion import data, prior, record, sdxl
+from flatlora_diffusion import data, pivotal, prior, record, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
@@ -40,6 +40,8 @@ def train(config: TrainConfig) -> None:
     disable_progress_bar()
     disable_transformers_progress_bar()
     samples = _training_samples(config)
+    if config.train_text_encoder_ti:
+        pivotal.require_words(config, samples)
     data.parse_background(config.background)
     sdxl.check_base(config.pretrained_model_name_or_path)
     if config.quantize_base:

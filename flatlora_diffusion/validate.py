@@ -41,6 +41,7 @@ def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image]:
     drawing = Drawing(config.resolution, config.validation_inference_steps, config.validation_guidance_scale)
 
     def conditions(prompt: str) -> dict[str, Any]:
+        prompt = learner.in_tokens(prompt)
         if prompts is None:
             return {"prompt": prompt}
         wanted, empty = prompts.embed([prompt]), prompts.embed([""])
@@ -56,7 +57,7 @@ def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image]:
 
     base.vae.to(accelerator.device)
     try:
-        with evaluating(learner.trained.values()), accelerator.autocast():
+        with evaluating(learner.learning.values()), accelerator.autocast():
             return [
                 draw(pipeline, config.seed + offset, drawing, **conditions(prompt))
                 for prompt in config.validation_prompt or ()

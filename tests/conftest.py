@@ -86,6 +86,7 @@ def build_tokenizer() -> CLIPTokenizer:
         [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)] + ["-", ",", "."]
     )
     words = characters + [c + "</w>" for c in characters] + ["ic", "on</w>", "icon</w>"]
+    words += [f"unused{index}" for index in range(len(words), 598)]  # ids without gaps, as real ones are
     vocab = {word: index for index, word in enumerate(words)}
     vocab["<|startoftext|>"] = 598
     vocab["<|endoftext|>"] = 599

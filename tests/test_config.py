@@ -101,6 +101,12 @@ OURS = {
     "heldout_steps": 50,
     "aspect_buckets": False,
     "lora_layers": None,
+    # As in the advanced diffusers script.
+    "train_text_encoder_frac": 1.0,
+    "train_text_encoder_ti": False,
+    "train_text_encoder_ti_frac": 0.5,
+    "token_abstraction": "TOK",
+    "num_new_tokens_per_abstraction": 2,
     "noise_offset": 0.0,
     "text_encoder_2_lr": None,
     "loraplus_lr_ratio": None,
