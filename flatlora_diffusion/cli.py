@@ -67,7 +67,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     # The libraries read these when they are imported, which the command does.
     for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(verbosity, "error")
-    for noisy in ("httpx", "accelerate"):
+    for noisy in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         command()

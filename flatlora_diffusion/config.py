@@ -24,12 +24,12 @@ FLAT_NOISES = ("table", "gaussian")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    """A field of the configuration with what the command line says about it."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None}
+def option(default: Any, help: str, choices: Iterable[str] | None = None, secret: bool = False) -> Any:
+    """A field of the configuration with what the command line says about it; a secret is never written."""
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "secret": secret}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 REQUIRED = dataclasses.MISSING
@@ -183,6 +183,17 @@ class TrainConfig:
     logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
     report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
 
+    # The hub.
+    push_to_hub: bool = option(
+        False, "Upload the output folder, but for checkpoints and logs, to the Hugging Face Hub at the end."
+    )
+    hub_token: str | None = option(
+        None, "Token for the upload; it is written nowhere. Default: that of `hf auth login`.", secret=True
+    )
+    hub_model_id: str | None = option(
+        None, "Repository on the hub, NAME or OWNER/NAME. Default: the name of the output folder."
+    )
+
     # Validation.
     validation_prompt: tuple[str, ...] | None = option(
         None, "One or more prompts to draw during and after training."
@@ -248,6 +259,11 @@ class TrainConfig:
         for name in ("class_data_dir", "class_prompt"):
             if self.with_prior_preservation and getattr(self, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}")
+        if self.hub_token is not None and self.report_to in ("wandb", "all"):
+            raise UserError(
+                f"--hub_token with --report_to {self.report_to}: wandb records the command line and would "
+                "expose the token; log in with `hf auth login` and leave --hub_token out"
+            )
         if self.compare and self.flat_sigma == 0:
             raise UserError(
                 "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
@@ -257,6 +273,11 @@ class TrainConfig:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}")
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
+        secrets = {field.name for field in dataclasses.fields(self) if field.metadata["secret"]}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
 
     @property
     def second_text_encoder_lr(self) -> float:

@@ -78,6 +78,9 @@ DIFFUSERS_DEFAULTS = {
     "prodigy_decouple": True,
     "prodigy_use_bias_correction": True,
     "prodigy_safeguard_warmup": True,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
 }
 DIFFUSERS_REQUIRED_OR_NONE = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
 OURS = {
