@@ -27,12 +27,12 @@ INITIALISATIONS = re.compile(r"gaussian|default|eva|pissa(_niter_[1-9]\d*)?|olor
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    """A field of the configuration with what the command line says about it."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None}
+def option(default: Any, help: str, choices: Iterable[str] | None = None, secret: bool = False) -> Any:
+    """A field of the configuration with what the command line says about it; a secret is never written."""
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "secret": secret}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 REQUIRED = dataclasses.MISSING
@@ -256,6 +256,17 @@ class TrainConfig:
     logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
     report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
 
+    # The hub.
+    push_to_hub: bool = option(
+        False, "Upload the output folder, but for checkpoints and logs, to the Hugging Face Hub at the end."
+    )
+    hub_token: str | None = option(
+        None, "Token for the upload; it is written nowhere. Default: that of `hf auth login`.", secret=True
+    )
+    hub_model_id: str | None = option(
+        None, "Repository on the hub, NAME or OWNER/NAME. Default: the name of the output folder."
+    )
+
     # Validation.
     validation_prompt: tuple[str, ...] | None = option(
         None, "One or more prompts to draw during and after training."
@@ -361,11 +372,21 @@ class TrainConfig:
                 "--train_text_encoder and --train_text_encoder_ti: give one of them; the first trains LoRA "
                 "layers in the text encoders, the second new tokens"
             )
+        if self.use_ema and self.train_text_encoder and self.train_text_encoder_frac < 1:
+            raise UserError(
+                "--use_ema with --train_text_encoder_frac below 1: the average of the text encoders would go "
+                "on changing; leave one of them out"
+            )
         words = self.abstractions
         if not all(words) or len(set(words)) != len(words):
             raise UserError(
                 f"--token_abstraction {self.token_abstraction}: must be one word, or different ones with "
                 "commas between them"
+            )
+        if self.hub_token is not None and self.report_to in ("wandb", "all"):
+            raise UserError(
+                f"--hub_token with --report_to {self.report_to}: wandb records the command line and would "
+                "expose the token; log in with `hf auth login` and leave --hub_token out"
             )
         if self.compare and self.flat_sigma == 0:
             raise UserError(
@@ -376,6 +397,11 @@ class TrainConfig:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} {value}: {rule}")
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
+        secrets = {field.name for field in dataclasses.fields(self) if field.metadata["secret"]}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
 
     @property
     def second_text_encoder_lr(self) -> float:

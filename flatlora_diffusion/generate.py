@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
+import logging
 import os
 import re
 import warnings
@@ -21,11 +23,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from flatlora_diffusion.cli import OneLineParser, run_command
+from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.grid import Sheet
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
 from flatlora_diffusion.sdxl import check_base, load_vae
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,23 +110,36 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
         raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
 
 
-def draw(pipeline: StableDiffusionXLPipeline, seed: int, drawing: Drawing, **prompt: Any) -> Image.Image:
+def draw(
+    pipeline: StableDiffusionXLPipeline, seed: int, drawing: Drawing, name: str | None = None, **prompt: Any
+) -> Image.Image:
     """One picture. Its initial noise depends on the seed and the size alone, on every device and method.
+
+    The VAE decodes in a precision that it stands, also under autocast. Where numbers overflow even so, one
+    line in the log names the picture and says what to do.
 
     Args:
         pipeline: With the wanted adapter active.
         seed: Of the private generator of the initial noise.
         drawing: Size, steps and guidance.
+        name: The prompt in words, for that line, where embeddings stand in for it.
         prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
     """
-    return pipeline(
+    latents = pipeline(
         height=drawing.resolution,
         width=drawing.resolution,
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
         **prompt,
-    ).images[0]
+    ).images
+    pixels = decode(pipeline.vae, latents)
+    problem = why_black(latents, pixels, pipeline.unet.dtype, decoding_dtype(pipeline.vae))
+    if problem:
+        shown = name or prompt.get("prompt")
+        logger.warning('the picture of "%s" with seed %d is black or damaged: %s', shown, seed, problem)
+    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")[0]
 
 
 def draw_with(
@@ -187,12 +205,12 @@ def compare(
             for row, (prompt, seed) in enumerate(rows):
                 picture = draw_with(pipeline, adapter, prompt, seed, drawing)
                 files[row].append(f"{row:03d}-{_slug(label)}.png")
-                picture.save(folder / files[row][-1])
+                save_picture(picture, folder / files[row][-1])
                 progress.update()
     manifest = {
         "columns": list(columns),
         "rows": [
-            {"label": f"{prompt}\nseed {seed}", "images": images}
+            {"label": f"{prompt}\nseed {seed}", "images": images, "prompt": prompt, "seed": seed}
             for (prompt, seed), images in zip(rows, files, strict=True)
         ],
         "title": title,
@@ -202,7 +220,30 @@ def compare(
     }
     manifest = {name: value for name, value in manifest.items() if value}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    return Sheet.load(folder / MANIFEST).draw()
+    return draw_sheet(folder)
+
+
+def draw_sheet(folder: Path) -> Image.Image:
+    """The contact sheet of a folder with pictures and their manifest.
+
+    Raises:
+        UserError: The sheet would be too large; the pictures are in the folder all the same.
+    """
+    try:
+        return Sheet.load(folder).draw()
+    except ValueError as error:
+        raise UserError(f"{folder} has the pictures, but no sheet can be made of them: {error}") from error
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomically(path, content.getvalue())
 
 
 def release() -> None:
@@ -252,15 +293,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=1024, help="Height and width (default: 1024).")
     parser.add_argument("--steps", type=int, default=50, help="Denoising steps (default: 50).")
     parser.add_argument("--guidance", type=float, default=5.0, help="Classifier-free guidance (default: 5).")
+    parser.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        metavar="VAE",
+        help="Folder or hub name of a VAE to use in place of the base's, as in training.",
+    )
     parser.add_argument("--device", default=default_device(), help="Such as cuda or cpu.")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures and sheet.png.")
     given = parser.parse_all(arguments)
     disable_progress_bar()
-    pipeline = load_pipeline(given.base, device=given.device, dtype=DTYPES[given.dtype])
+    pipeline = load_pipeline(
+        given.base,
+        device=given.device,
+        dtype=DTYPES[given.dtype],
+        vae=given.pretrained_vae_model_name_or_path,
+    )
     drawing = Drawing(given.resolution, given.steps, given.guidance, given.negative_prompt)
     sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
-    sheet.save(given.output / "sheet.png")
+    save_picture(sheet, given.output / "sheet.png")
     print(given.output / "sheet.png")
 
 

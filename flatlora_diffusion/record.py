@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import resource
@@ -33,6 +32,7 @@ _WITHOUT_EFFECT = {
     *("heldout_data_dir", "heldout_split", "heldout_steps", "output_kohya_format"),
     *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
     *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
 }
 
 
@@ -45,7 +45,7 @@ def deciding_settings(
     config: TrainConfig, total_steps: int, data_digest: str, accelerator: Accelerator
 ) -> dict[str, Any]:
     """All that decides the adapter, by name: two runs that agree in it end in the same adapter."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _WITHOUT_EFFECT}
+    settings = {k: v for k, v in config.settings().items() if k not in _WITHOUT_EFFECT}
     settings |= {
         "lora_alpha": config.alpha,
         "mixed_precision": accelerator.mixed_precision,
@@ -128,7 +128,7 @@ def summary(
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "method": method(config),
-        "settings": dataclasses.asdict(config),
+        "settings": config.settings(),
         "images": images,
         "steps": len(losses),
         "mean_loss_of_last_tenth": sum(last_tenth) / len(last_tenth),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -43,6 +42,8 @@ from flatlora_diffusion.export import (
     read_tensors,
     write_atomically,
 )
+from flatlora_diffusion.gallery import BASE, FOLDER, Gallery, SideBySide, step_name
+from flatlora_diffusion.hub import without_token
 from flatlora_diffusion.interrupt import StopRequest, stop_request
 from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.norms import UpdateNorms
@@ -65,6 +66,7 @@ class Run:
         samples: The training images.
         class_samples: The images of the class, for prior preservation.
         heldout_samples: The images that are not trained, whose loss is logged.
+        side_by_side: Shows the validation pictures of this run and of those that it is compared with.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Run:
         samples: list[data.Sample],
         class_samples: Sequence[data.Sample] = (),
         heldout_samples: Sequence[data.Sample] = (),
+        side_by_side: SideBySide | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
         self.class_samples = class_samples
         self.heldout_samples = heldout_samples
+        self.side_by_side = side_by_side
         self.output = Path(config.output_dir)
         self.accelerator = _make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
@@ -89,6 +93,7 @@ class Run:
         self.settings = record.deciding_settings(
             config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
+        self.gallery = self._gallery(self.output / FOLDER)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.heldout_losses: dict[int, float] = {}
@@ -116,6 +121,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         try:
             with stop_request() as stop:
+                self._validate_before(start)
                 self._loop(start, stop)
             self._finish()
         finally:
@@ -161,7 +167,7 @@ class Run:
     def _start_trackers(self) -> None:
         settings = {
             name: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for name, value in dataclasses.asdict(self.config).items()
+            for name, value in self.config.settings().items()
         }
         self.accelerator.init_trackers("dreambooth-flat-lora", config=settings)
 
@@ -298,7 +304,8 @@ class Run:
     def _interrupt(self, step: int, stop: StopRequest) -> None:
         self._save_checkpoint(step)
         resume = ["--resume_from_checkpoint", "latest"]
-        command = shlex.join(sys.argv if sys.argv[-2:] == resume else [*sys.argv, *resume])
+        words = without_token(sys.argv)
+        command = shlex.join(words if words[-2:] == resume else [*words, *resume])
         raise RunInterruptedError(
             f"stopped after step {step} of {self.total_steps}, saved {self.output}/checkpoint-{step}; "
             "go on with\n"
@@ -310,10 +317,8 @@ class Run:
         """Save the adapter before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
             adapter, others = self._files(self.total_steps)
-            for (
-                name,
-                content,
-            ) in others.items():  # first: the adapter's own file says that the run is complete
+            # The adapter comes last: its file says that the run is complete.
+            for name, content in others.items():
                 write_atomically(self.output / name, content)
             write_atomically(self.output / WEIGHTS_NAME, adapter)
             if self.config.output_kohya_format:
@@ -365,10 +370,36 @@ class Run:
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            with self._averaged():
-                pictures = draw_validation(self.learner, self.config)
-            report_validation(pictures, step, self.output / "validation", self.accelerator)
+            self._show(step)
         self.accelerator.wait_for_everyone()
+
+    def _show(self, step: int) -> None:
+        with self._averaged():
+            pictures = draw_validation(self.learner, self.config)
+        if pictures is None:
+            return
+        report_validation(pictures, step, self.gallery, self.config, self.accelerator)
+        if self.side_by_side and self.side_by_side.last == self.gallery.folder:
+            self.side_by_side.draw(step)
+
+    def _validate_before(self, start: int) -> None:
+        """Draw what an interruption prevented after the last step, or before the first one the base."""
+        config = self.config
+        if self.accelerator.is_main_process:
+            if start and self._validates_after(start) and not self.gallery.has(step_name(start)):
+                self._show(start)
+            will_validate = config.validation_prompt and config.validation_epochs
+            if not start and self.side_by_side and will_validate and self.steps_an_epoch <= self.total_steps:
+                self._draw_base(self._gallery(self.side_by_side.folder))
+        self.accelerator.wait_for_everyone()
+
+    def _draw_base(self, gallery: Gallery) -> None:
+        """Draw with an adapter that was not trained yet, which changes nothing."""
+        if not gallery.has(BASE) and (pictures := draw_validation(self.learner, self.config)):
+            gallery.write(pictures, BASE, "The base")
+
+    def _gallery(self, folder: Path) -> Gallery:
+        return Gallery(folder, self.config, self.accelerator.mixed_precision, len(self.samples))
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:

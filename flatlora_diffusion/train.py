@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers.utils.logging import disable_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from flatlora_diffusion import data, pivotal, prior, record, sdxl
+from flatlora_diffusion import data, hub, pivotal, prior, record, sdxl
+from flatlora_diffusion.card import Exhibit, Making, comparison_exhibit, write_card
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.gallery import FOLDER, SideBySide, footer, validation_drawing, validation_seeds
+from flatlora_diffusion.generate import DTYPES, compare, load_pipeline, release, save_picture
 from flatlora_diffusion.hf_dataset import dataset_samples
 from flatlora_diffusion.quantised import require_bitsandbytes
 from flatlora_diffusion.run import Run
@@ -31,11 +36,12 @@ def train(config: TrainConfig) -> None:
     """Train as configured; with `compare`, plain LoRA and Flat-LoRA one after the other, and draw both.
 
     Leaves `pytorch_lora_weights.safetensors` and `summary.json` in the output folder (with `compare`, in
-    `lora/` and `flat_lora/` inside it), and `comparison.png` where there are prompts to draw.
+    `lora/` and `flat_lora/` inside it), `comparison.png` where there are prompts to draw, and a model card.
 
     Raises:
-        UserError: Bad input. Nothing has been written, or what was there before is still there.
-        RunInterruptedError: A signal stopped the run after a checkpoint was saved.
+        UserError: Bad input: nothing has been written, or what was there before is still there. Or something
+            that follows training failed: what was trained has been saved.
+        RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
     """
     disable_progress_bar()
     disable_transformers_progress_bar()
@@ -50,14 +56,17 @@ def train(config: TrainConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     heldout_samples = _heldout_samples(config)
     class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
-    adapters = {}
-    for arm in _arms(config):
+    repository = None
+    if config.push_to_hub and PartialState().is_main_process:
+        repository = hub.open_repository(config)
+    arms = _arms(config)
+    side_by_side = _side_by_side(config, arms)
+    for arm in arms:
         logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
-        Run(arm, samples, class_samples, heldout_samples).train()
-        adapters[record.method(arm)] = Path(arm.output_dir)
+        Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
         release()
-    if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
-        _draw_comparison(config, samples, adapters)
+    if AcceleratorState().is_main_process:
+        _present(config, arms, samples, side_by_side, repository)
 
 
 def _training_samples(config: TrainConfig) -> list[data.Sample]:
@@ -105,7 +114,63 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: {existing} cannot be written to; give another folder")
 
 
-def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: dict[str, Path]) -> None:
+def _side_by_side(config: TrainConfig, arms: list[TrainConfig]) -> SideBySide | None:
+    if not config.compare:
+        return None
+    galleries = {record.method(arm): Path(arm.output_dir, FOLDER) for arm in arms}
+    return SideBySide(Path(config.output_dir, FOLDER), galleries)
+
+
+def _present(
+    config: TrainConfig,
+    arms: list[TrainConfig],
+    samples: list[data.Sample],
+    side_by_side: SideBySide | None,
+    repository: str | None,
+) -> None:
+    """Draw, describe and upload what was trained: each of these, whatever became of those before.
+
+    Raises:
+        UserError: One of them failed.
+        RunInterruptedError: Ctrl-C.
+    """
+    adapters = {record.method(arm): Path(arm.output_dir) for arm in arms}
+    saved = (
+        f"what was trained is in {' and '.join(map(str, adapters.values()))}; "
+        "with --resume_from_checkpoint latest the same command does only what follows training"
+    )
+    failures = []
+
+    def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except torch.OutOfMemoryError:
+            failures.append("out of memory while the comparison was drawn")
+        except (UserError, OSError) as error:
+            failures.append(str(error))
+        except KeyboardInterrupt as stop:
+            raise RunInterruptedError(f"interrupted; {saved}", signal.SIGINT) from stop
+        return None
+
+    if side_by_side:
+        attempt(side_by_side.draw_missing)
+    exhibit = None
+    if config.compare or config.validation_prompt:
+        exhibit = attempt(_draw_comparison, config, samples, adapters)
+        release()
+    state = AcceleratorState()
+    making = Making(len(samples), state.num_processes, state.mixed_precision)
+    if config.compare:
+        for arm in arms:
+            attempt(write_card, arm, {record.method(arm): Path(arm.output_dir)}, making)
+    attempt(write_card, config, adapters, making, exhibit, repository)
+    if repository:
+        attempt(hub.upload, config, repository)
+    if failures:
+        raise UserError(f"{'; '.join(failures)} ({saved})")
+
+
+def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: dict[str, Path]) -> Exhibit:
     """The base beside the adapters, loaded from disk as any user would load them."""
     output = Path(config.output_dir)
     captions = list(dict.fromkeys(sample.caption for sample in samples))
@@ -118,25 +183,20 @@ def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: 
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
     )
-    drawing = Drawing(config.resolution, config.validation_inference_steps, config.validation_guidance_scale)
-    base = Path(config.pretrained_model_name_or_path).name
     sheet = compare(
         pipeline,
         adapters,
         config.validation_prompt or captions[:4],
-        range(config.seed, config.seed + config.num_validation_images),
-        drawing,
+        validation_seeds(config),
+        validation_drawing(config),
         output / "comparison",
         title="The same prompt, seed and initial noise in every row",
         strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
-        footer=(
-            f"{base}, {len(samples)} training images, rank {config.rank}, "
-            f"learning rate {config.learning_rate:g}, Flat-LoRA sigma {config.flat_sigma:g} "
-            f"({config.flat_schedule}); {drawing.steps} denoising steps, guidance {drawing.guidance:g}"
-        ),
+        footer=footer(config, len(samples)),
     )
-    sheet.save(output / COMPARISON)
+    save_picture(sheet, output / COMPARISON)
     logger.info("the comparison is in %s", output / COMPARISON)
+    return comparison_exhibit(output / COMPARISON, output / "comparison")
 
 
 def _picture_file(image: Path | data.EmbeddedImage, folder: Path) -> Path:

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import dataclasses
+import gc
 import json
 import random
 import shutil
@@ -36,6 +37,8 @@ from flatlora_diffusion.errors import RunInterruptedError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
+
+gc.freeze()  # every `release` collects garbage: what the libraries brought needn't be searched each time
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -84,6 +84,9 @@ DIFFUSERS_DEFAULTS = {
     "prodigy_decouple": True,
     "prodigy_use_bias_correction": True,
     "prodigy_safeguard_warmup": True,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
 }
 OURS = {
     "background": "white",

@@ -256,7 +256,8 @@ def test_validation_pictures_are_drawn_without_noise_and_reported(config):
     output = data.Path(config.output_dir)
     strips = sorted(output.glob("validation/*.png"))
     assert [strip.name for strip in strips] == ["step-000002.png", "step-000004.png"]
-    assert Image.open(strips[0]).size == (32, 16)
     # With a learning rate of 0 the adapter stays what it was: only the noise could tell the steps apart.
-    assert strips[0].read_bytes() == strips[1].read_bytes()
+    for name in ("000-seed3.png", "000-seed4.png"):
+        early, late = (strip.with_suffix("") / name for strip in strips)
+        assert early.read_bytes() == late.read_bytes()
     assert list(output.glob("logs/**/events.out.tfevents*"))
