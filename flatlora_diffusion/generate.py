@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import re
 import warnings
@@ -24,6 +25,7 @@ from flatlora_diffusion.cli import OneLineParser, run_command
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.output_folder import check_writable
 from flatlora_diffusion.sdxl import check_base, load_vae
 
 MANIFEST = "manifest.json"
@@ -86,6 +88,8 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
         UserError: The file is missing, damaged, or doesn't fit the base.
     """
     file = path / WEIGHTS_NAME if path.is_dir() else path
+    if file.is_file() and file.suffix != ".safetensors":
+        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
     read_facts(file)  # a missing or damaged file is named
     try:
         with warnings.catch_warnings():
@@ -170,15 +174,14 @@ def compare(
         strip: Images shown above: the training icons.
         footer: Small print of the sheet.
     """
+    for label, path in adapters.items():
+        load_adapter(pipeline, _slug(label), path)  # a damaged one is reported before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    columns = {"base": None, **adapters}
+    columns = {"base": None, **{label: _slug(label) for label in adapters}}
     files: list[list[str]] = [[] for _ in rows]
     with tqdm(total=len(rows) * len(columns), desc="drawing", unit="picture") as progress:
-        for label, path in columns.items():
-            adapter = None if path is None else _slug(label)
-            if path is not None:
-                load_adapter(pipeline, adapter, path)
+        for label, adapter in columns.items():
             for row, (prompt, seed) in enumerate(rows):
                 picture = draw_with(pipeline, adapter, prompt, seed, drawing)
                 files[row].append(f"{row:03d}-{_slug(label)}.png")
@@ -251,12 +254,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures and sheet.png.")
     given = parser.parse_all(arguments)
+    _check(given)
     disable_progress_bar()
     pipeline = load_pipeline(given.base, device=given.device, dtype=DTYPES[given.dtype])
     drawing = Drawing(given.resolution, given.steps, given.guidance, given.negative_prompt)
     sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
     sheet.save(given.output / "sheet.png")
     print(given.output / "sheet.png")
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse arguments with which nothing can be drawn, before anything is loaded."""
+    rules = {
+        "resolution": ("must be a multiple of 8 greater than 0", lambda value: value > 0 and value % 8 == 0),
+        "steps": ("must be greater than 0", lambda value: value > 0),
+        "guidance": ("must be a finite number that is 0 or more", lambda value: 0 <= value < math.inf),
+    }
+    for name, (rule, holds) in rules.items():
+        if not holds(getattr(given, name)):
+            raise UserError(f"--{name} {getattr(given, name)}: {rule}")
+    for seed in given.seed:
+        if not 0 <= seed < 2**64:
+            raise UserError(f"--seed {seed}: must be 0 or more and have 64 bits at most")
+    names = ["base"]  # that of the first column, and files are called after them
+    for label, _ in given.adapter:
+        names.append(_slug(label))
+        if not names[-1] or names[-1] in names[:-1]:
+            raise UserError(f"--adapter {label}=...: each needs a name of its own in a-z and 0-9, not base")
+    try:
+        torch.empty(0, device=given.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from error
+    check_writable("--output", given.output)
 
 
 if __name__ == "__main__":

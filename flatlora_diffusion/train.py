@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers.utils.logging import disable_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from flatlora_diffusion import data, prior, record, sdxl
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
+from flatlora_diffusion.output_folder import check_writable, output_lock
 from flatlora_diffusion.run import Run
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,23 @@ def train(config: TrainConfig) -> None:
     samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
     data.parse_background(config.background)
     sdxl.check_base(config.pretrained_model_name_or_path)
-    _check_writable(Path(config.output_dir))
+    check_writable("--output_dir", Path(config.output_dir))
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     heldout_samples = _heldout_samples(config)
-    class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
-    adapters = {}
-    for arm in _arms(config):
-        logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
-        Run(arm, samples, class_samples, heldout_samples).train()
-        adapters[record.method(arm)] = Path(arm.output_dir)
-        release()
-    if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
-        _draw_comparison(config, samples, adapters)
+    arms = _arms(config)
+    with contextlib.ExitStack() as locks:
+        if PartialState().is_main_process:
+            for folder in dict.fromkeys([config.output_dir, *(arm.output_dir for arm in arms)]):
+                locks.enter_context(output_lock(Path(folder)))
+        class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
+        adapters = {}
+        for arm in arms:
+            logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
+            Run(arm, samples, class_samples, heldout_samples).train()
+            adapters[record.method(arm)] = Path(arm.output_dir)
+            release()
+        if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
+            _draw_comparison(config, samples, adapters)
 
 
 def _heldout_samples(config: TrainConfig) -> list[data.Sample]:
@@ -68,22 +73,6 @@ def _arms(config: TrainConfig) -> list[TrainConfig]:
     )
     flat = dataclasses.replace(config, compare=False, output_dir=str(Path(config.output_dir, "flat_lora")))
     return [plain, flat]
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse an output folder that can't be made or written, before anything is loaded.
-
-    Raises:
-        UserError: Names the folder and the obstacle.
-    """
-    existing = folder
-    while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        kind = "a file" if existing.exists() else "a link to nowhere"
-        raise UserError(f"--output_dir {folder}: {existing} is {kind}, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {existing} cannot be written to; give another folder")
 
 
 def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: dict[str, Path]) -> None:

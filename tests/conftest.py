@@ -36,6 +36,7 @@ from flatlora_diffusion.errors import RunInterruptedError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
+from tests.script import Launcher
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -158,6 +159,12 @@ def base_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
     build_pipeline().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory) -> Launcher:
+    """Runs the script in real processes that need not import anything."""
+    return Launcher(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(autouse=True)
