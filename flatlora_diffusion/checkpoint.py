@@ -77,7 +77,7 @@ class Stored:
 
 
 def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int | None) -> Path:
-    """Write `checkpoint-STEP` and then remove the oldest beyond the limit.
+    """Write `checkpoint-STEP` and then remove the oldest beyond the limit; one that cannot be is named.
 
     Raises:
         UserError: The disk is full or not writable. What was there before is still there.
@@ -85,7 +85,7 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
     folder = output_dir / f"checkpoint-{checkpoint.step}"
     unfinished = output_dir / f"{_UNFINISHED}{folder.name}"
     try:
-        _remove(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         files = {WEIGHTS_NAME: checkpoint.adapter, OPTIMIZER_NAME: save(checkpoint.optimizer)}
         files |= checkpoint.others
@@ -104,8 +104,7 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
                 file.flush()
                 os.fsync(file.fileno())
         sync_folder(unfinished)
-        _remove(folder)  # a damaged one of the same step
-        unfinished.rename(folder)
+        _put_in_place(unfinished, folder)
         sync_folder(output_dir)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -115,8 +114,12 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
         ) from error
     if total_limit is not None:
         others = sorted(step for step in _steps(output_dir) if step != checkpoint.step)
-        for old in others[: max(0, len(others) - (total_limit - 1))]:
-            _remove(output_dir / f"checkpoint-{old}")
+        for step in others[: max(0, len(others) - (total_limit - 1))]:
+            old = output_dir / f"checkpoint-{step}"
+            try:
+                shutil.rmtree(_set_aside(old))
+            except OSError as error:  # no reason to stop training
+                logger.warning("%s cannot be removed (%s)", old, error.strerror)
     return folder
 
 
@@ -127,7 +130,7 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
 
     Args:
         output_dir: Where the run writes.
-        wanted: `latest`, or the name of a checkpoint.
+        wanted: `latest`, the name of a checkpoint in the output folder, or the path of one elsewhere.
         settings: Those of the present run.
 
     Returns:
@@ -142,17 +145,19 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
             if _FOLDER.fullmatch(final.name) and not final.exists() and _verify(leftover)[1]:
                 leftover.rename(final)  # complete: the kill came just before its last step
             else:
-                _remove(leftover)
-    steps = sorted(_steps(output_dir), reverse=True)
+                shutil.rmtree(leftover, ignore_errors=True)
+    # A bare name is one in the output folder; a path is what it says.
+    place = output_dir if len(Path(wanted).parts) == 1 else Path(wanted).parent
+    steps = sorted(_steps(place), reverse=True)
     if wanted != "latest":
         name = Path(wanted).name
         match = _FOLDER.fullmatch(name)
         if not match or int(match[1]) not in steps:
             known = ", ".join(f"checkpoint-{step}" for step in sorted(steps)) or "none"
-            raise UserError(f"--resume_from_checkpoint {wanted}: not in {output_dir} (there: {known})")
+            raise UserError(f"--resume_from_checkpoint {wanted}: not in {place} (there: {known})")
         steps = [step for step in steps if step <= int(match[1])]
     for step in steps:
-        folder = output_dir / f"checkpoint-{step}"
+        folder = place / f"checkpoint-{step}"
         problem, stored = _verify(folder)
         if problem:
             logger.warning("%s is damaged (%s); looking for an earlier one", folder, problem)
@@ -160,7 +165,7 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
         _require_same_settings(folder, stored.settings, settings)
         return stored
     if steps:
-        raise UserError(f"{output_dir}: no checkpoint is sound; start again in another --output_dir")
+        raise UserError(f"{place}: no checkpoint is sound; start again in another --output_dir")
     return None
 
 
@@ -265,11 +270,22 @@ def _require_same_settings(folder: Path, then: dict[str, Any], now: dict[str, An
         )
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder so that a kill in between never leaves half of it under its own name."""
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name; one that had it before stays if that fails."""
     if not folder.exists():
+        unfinished.rename(folder)
         return
+    replaced = _set_aside(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        replaced.rename(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder that is to be removed: a kill in between leaves no half of it under its own name."""
     doomed = folder.with_name(f"{_UNFINISHED}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return folder.rename(doomed)

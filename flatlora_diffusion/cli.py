@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from flatlora_diffusion.config import TrainConfig, field_kind, nearest
 from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.interrupt import sigterm_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,11 @@ _SURROUNDINGS = {
 WITHOUT_EFFECT = {
     "dataloader_num_workers": "the images are encoded once before training, so no step waits for them",
     "local_rank": "the launcher tells each process its rank",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used, which is as lean",
 }
 # Flags of the diffusers script that are refused: why, and what to do.
 REFUSED = {
     "do_edm_style_training": "is for Playground v2.5; SDXL is trained on epsilon or velocity; leave it out",
-    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used, which is as lean; "
-    "leave it out",
 }
 
 
@@ -60,7 +61,7 @@ class OneLineParser(argparse.ArgumentParser):
 def run_command(command: Callable[[], None]) -> NoReturn:
     """Run a command line's work: bad input prints one line and exits with code 2.
 
-    A saved interruption exits with 128 plus its signal. Anything else that goes wrong is a bug of ours and
+    An interruption exits with 128 plus its signal. Anything else that goes wrong is a bug of ours and
     keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -72,7 +73,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step
     try:
-        command()
+        with sigterm_interrupts():
+            command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -84,9 +86,9 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     except RunInterruptedError as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; there was nothing to save yet", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("interrupted; what was saved before is still there", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     sys.exit(0)
 
 
@@ -104,9 +106,7 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
     for field in dataclasses.fields(TrainConfig):
         parser.add_argument(f"--{field.name}", **_argument(field))
-    for name in WITHOUT_EFFECT:
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in REFUSED:
+    for name in (*WITHOUT_EFFECT, *REFUSED):
         parser.add_argument(
             f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -212,7 +213,9 @@ class TrainConfig:
     learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.")
     text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.")
     scale_lr: bool = option(
-        False, "Multiply the learning rates by devices, accumulation steps and batch size."
+        False,
+        "Multiply the learning rate (not that of the text encoders) by devices, accumulation steps and "
+        "batch size.",
     )
     lr_scheduler: str = option("constant", "Schedule of the learning rate.", LR_SCHEDULERS)
     lr_warmup_steps: int = option(500, "Warm-up steps, for the schedules that have a warm-up.")
@@ -251,7 +254,7 @@ class TrainConfig:
     checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
     resume_from_checkpoint: str | None = option(
-        None, '"latest", or the name of a checkpoint in the output folder (checkpoint-500).'
+        None, '"latest", the name of a checkpoint in the output folder (checkpoint-500), or the path of one.'
     )
     logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
     report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
@@ -284,6 +287,8 @@ class TrainConfig:
         """Check every value by itself, and those that depend on each other."""
         # The diffusers script takes them in any case, and has AdamW for its default.
         object.__setattr__(self, "optimizer", self.optimizer.lower())
+        if self.image_interpolation_mode == "nearest_exact":  # as torchvision does with Pillow's images
+            object.__setattr__(self, "image_interpolation_mode", "nearest")
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -434,11 +439,16 @@ class TrainConfig:
 
 def field_kind(field: dataclasses.Field) -> tuple[type, bool]:
     """Type of a field without its `| None`, `tuple` for several strings, and whether None is allowed."""
-    hint = typing.get_type_hints(TrainConfig)[field.name]
+    hint = _hints()[field.name]
     optional = isinstance(hint, types.UnionType)
     if optional:
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return typing.get_origin(hint) or hint, optional
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

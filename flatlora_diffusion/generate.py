@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import logging
+import math
 import os
 import re
 import warnings
@@ -27,6 +28,7 @@ from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.output_folder import check_writable
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
 from flatlora_diffusion.sdxl import check_base, load_vae
 
@@ -92,6 +94,8 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
         UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base.
     """
     file = path / WEIGHTS_NAME if path.is_dir() else path
+    if file.is_file() and file.suffix != ".safetensors":
+        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
     facts = read_facts(file)  # a missing or damaged file is named
     embeddings = read_embeddings(file, facts)
     try:
@@ -193,15 +197,14 @@ def compare(
         strip: Images shown above: the training icons.
         footer: Small print of the sheet.
     """
+    for label, path in adapters.items():
+        load_adapter(pipeline, _slug(label), path)  # a damaged one is reported before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    columns = {"base": None, **adapters}
+    columns = {"base": None, **{label: _slug(label) for label in adapters}}
     files: list[list[str]] = [[] for _ in rows]
     with tqdm(total=len(rows) * len(columns), desc="drawing", unit="picture") as progress:
-        for label, path in columns.items():
-            adapter = None if path is None else _slug(label)
-            if path is not None:
-                load_adapter(pipeline, adapter, path)
+        for label, adapter in columns.items():
             for row, (prompt, seed) in enumerate(rows):
                 picture = draw_with(pipeline, adapter, prompt, seed, drawing)
                 files[row].append(f"{row:03d}-{_slug(label)}.png")
@@ -302,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures and sheet.png.")
     given = parser.parse_all(arguments)
+    _check(given)
     disable_progress_bar()
     pipeline = load_pipeline(
         given.base,
@@ -313,6 +317,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
     save_picture(sheet, given.output / "sheet.png")
     print(given.output / "sheet.png")
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse arguments with which nothing can be drawn, before anything is loaded."""
+    rules = {
+        "resolution": ("must be a multiple of 8 greater than 0", lambda value: value > 0 and value % 8 == 0),
+        "steps": ("must be greater than 0", lambda value: value > 0),
+        "guidance": ("must be a finite number that is 0 or more", lambda value: 0 <= value < math.inf),
+    }
+    for name, (rule, holds) in rules.items():
+        if not holds(getattr(given, name)):
+            raise UserError(f"--{name} {getattr(given, name)}: {rule}")
+    for seed in given.seed:
+        if not 0 <= seed < 2**64:
+            raise UserError(f"--seed {seed}: must be 0 or more and have 64 bits at most")
+    names = ["base"]  # that of the first column, and files are called after them
+    for label, _ in given.adapter:
+        names.append(_slug(label))
+        if not names[-1] or names[-1] in names[:-1]:
+            raise UserError(f"--adapter {label}=...: each needs a name of its own in a-z and 0-9, not base")
+    try:
+        torch.empty(0, device=given.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from error
+    check_writable("--output", given.output)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,18 @@ def parameter_groups(
     Args:
         trained: `unet`, and `text_encoder` and `text_encoder_2` where they are trained.
         config: Learning rates and weight decays.
-        lr_factor: Multiplies every learning rate.
+        lr_factor: Multiplies `learning_rate`, and as in the diffusers script not the text encoders' own.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and the name of their `part`.
     """
     rates = {
-        "unet": config.learning_rate,
+        "unet": lr_factor * config.learning_rate,
         "text_encoder": config.text_encoder_lr,
         "text_encoder_2": config.second_text_encoder_lr,
     }
     if config.optimizer == "prodigy":  # it has one learning rate for all
-        rates = dict.fromkeys(rates, config.learning_rate)
+        rates = dict.fromkeys(rates, rates["unet"])
     groups = []
     for part, model in trained.items():
         decay = config.adam_weight_decay if part == "unet" else config.adam_weight_decay_text_encoder
@@ -50,7 +50,7 @@ def parameter_groups(
                 groups.append(
                     {
                         "params": parameters,
-                        "lr": lr_factor * factor * rates[part],
+                        "lr": factor * rates[part],
                         "weight_decay": decay,
                         "part": part,
                     }

@@ -16,6 +16,7 @@ from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
 from flatlora_diffusion.generate import DTYPES, load_pipeline, release
 from flatlora_diffusion.noise import hash64
+from flatlora_diffusion.output_folder import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     """Draw class images until there are enough; each is a function of the seed and its number."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--class_data_dir {folder}: not a folder")
-    missing = config.num_class_images - (len(data.image_files(folder)) if folder.is_dir() else 0)
+    given = sorted(data.image_files(folder)) if folder.is_dir() else []
+    for path in given:
+        data.open_image(path)  # a damaged one is reported before anything is drawn
+    missing = config.num_class_images - len(given)
     if missing <= 0:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
+    check_writable("--class_data_dir", folder)
     default = "fp16" if device.type == "cuda" else "fp32"
     precision = {"no": "fp32", None: default}.get(
         config.prior_generation_precision, config.prior_generation_precision
@@ -59,6 +60,10 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
         variant=config.variant,
     )
     numbers = [n for n in range(config.num_class_images) if not _class_image(folder, n).exists()][:missing]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
     logger.info("drawing %d class images into %s", missing, folder)
     for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
         part = numbers[start : start + config.sample_batch_size]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -123,7 +124,9 @@ class Run:
             with stop_request() as stop:
                 self._validate_before(start)
                 self._loop(start, stop)
-            self._finish()
+                self._finish()
+                if stop.signal_number is not None:  # it came while the adapter was being saved
+                    self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
         finally:
             self.flat.remove()
             self.accelerator.end_training()
@@ -303,13 +306,15 @@ class Run:
 
     def _interrupt(self, step: int, stop: StopRequest) -> None:
         self._save_checkpoint(step)
+        saved = f"{self.output}/checkpoint-{step}"
+        self._stop(f"stopped after step {step} of {self.total_steps}, saved {saved}", stop)
+
+    def _stop(self, what: str, stop: StopRequest) -> NoReturn:
         resume = ["--resume_from_checkpoint", "latest"]
         words = without_token(sys.argv)
         command = shlex.join(words if words[-2:] == resume else [*words, *resume])
         raise RunInterruptedError(
-            f"stopped after step {step} of {self.total_steps}, saved {self.output}/checkpoint-{step}; "
-            "go on with\n"
-            f"  python {command}",
+            f"{what}; go on with\n  python {command}",
             stop.signal_number or signal.SIGINT,  # another process may have got the signal
         )
 

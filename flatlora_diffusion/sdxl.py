@@ -159,8 +159,11 @@ def load_base(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
 
+    scheduler = str((index.get("scheduler") or [None, None])[1])
+    if "EDM" in scheduler:  # as the diffusers script knows them: Playground v2.5
+        raise UserError(f"{flag}: its scheduler is {scheduler}, and EDM-style training isn't done here")
     weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
-    sampler = getattr(diffusers, str((index.get("scheduler") or [None, None])[1]), None)
+    sampler = getattr(diffusers, scheduler, None)
     if sampler is None:
         raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
     precise = {**weights, "dtype": torch.float32}

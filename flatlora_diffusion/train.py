@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.gallery import FOLDER, SideBySide, footer, validation_drawing, validation_seeds
 from flatlora_diffusion.generate import DTYPES, compare, load_pipeline, release, save_picture
 from flatlora_diffusion.hf_dataset import dataset_samples
+from flatlora_diffusion.output_folder import check_writable, output_lock
 from flatlora_diffusion.quantised import require_bitsandbytes
 from flatlora_diffusion.run import Run
 
@@ -52,21 +53,25 @@ def train(config: TrainConfig) -> None:
     sdxl.check_base(config.pretrained_model_name_or_path)
     if config.quantize_base:
         require_bitsandbytes(config.quantize_base)
-    _check_writable(Path(config.output_dir))
+    check_writable("--output_dir", Path(config.output_dir))
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     heldout_samples = _heldout_samples(config)
-    class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
-    repository = None
-    if config.push_to_hub and PartialState().is_main_process:
-        repository = hub.open_repository(config)
     arms = _arms(config)
-    side_by_side = _side_by_side(config, arms)
-    for arm in arms:
-        logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
-        Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
-        release()
-    if AcceleratorState().is_main_process:
-        _present(config, arms, samples, side_by_side, repository)
+    with contextlib.ExitStack() as locks:
+        if PartialState().is_main_process:
+            for folder in dict.fromkeys([config.output_dir, *(arm.output_dir for arm in arms)]):
+                locks.enter_context(output_lock(Path(folder)))
+        class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
+        repository = None
+        if config.push_to_hub and PartialState().is_main_process:
+            repository = hub.open_repository(config)
+        side_by_side = _side_by_side(config, arms)
+        for arm in arms:
+            logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
+            Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
+            release()
+        if AcceleratorState().is_main_process:
+            _present(config, arms, samples, side_by_side, repository)
 
 
 def _training_samples(config: TrainConfig) -> list[data.Sample]:
@@ -96,22 +101,6 @@ def _arms(config: TrainConfig) -> list[TrainConfig]:
     )
     flat = dataclasses.replace(config, compare=False, output_dir=str(Path(config.output_dir, "flat_lora")))
     return [plain, flat]
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse an output folder that can't be made or written, before anything is loaded.
-
-    Raises:
-        UserError: Names the folder and the obstacle.
-    """
-    existing = folder
-    while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        kind = "a file" if existing.exists() else "a link to nowhere"
-        raise UserError(f"--output_dir {folder}: {existing} is {kind}, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {existing} cannot be written to; give another folder")
 
 
 def _side_by_side(config: TrainConfig, arms: list[TrainConfig]) -> SideBySide | None:

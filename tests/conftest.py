@@ -37,6 +37,7 @@ from flatlora_diffusion.errors import RunInterruptedError
 from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
+from tests.script import Launcher
 
 gc.freeze()  # every `release` collects garbage: what the libraries brought needn't be searched each time
 
@@ -162,6 +163,12 @@ def base_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
     build_pipeline().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory) -> Launcher:
+    """Runs the script in real processes that need not import anything."""
+    return Launcher(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(autouse=True)

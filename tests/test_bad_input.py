@@ -1,5 +1,6 @@
 """Bad input, as a user gives it: exit code 2, one line that names the culprit, nothing written."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -52,8 +53,8 @@ def separate_runs(monkeypatch):
 class World:
     """A folder with a base, icons, and room for an output folder, all of it free to be damaged."""
 
-    def __init__(self, root, base_path, capfd):
-        self.root, self.output, self._capfd = root, root / "out", capfd
+    def __init__(self, root, base_path, capfd, launcher):
+        self.root, self.output, self._capfd, self.launcher = root, root / "out", capfd, launcher
         shutil.copytree(base_path, root / "base")
 
     def flags(self, *changes):
@@ -65,8 +66,11 @@ class World:
             *("--output_dir", str(self.output)),
             *("--resolution", "16", "--train_batch_size", "2", "--max_train_steps", "1"),
             *("--report_to", "none"),
-            *(str(change).replace("ROOT", str(self.root)) for change in changes),
+            *self.words(*changes),
         ]
+
+    def words(self, *words):
+        return [str(word).replace("ROOT", str(self.root)) for word in words]
 
     def run(self, *changes):
         """Exit code and the lines on stderr of the command, run in this process."""
@@ -77,16 +81,18 @@ class World:
         return stop.value.code, [line for line in stderr.splitlines() if line.strip()]
 
     def run_script(self, *changes):
-        """The same in a process of its own."""
-        result = subprocess.run(
-            [sys.executable, "train_dreambooth_flat.py", *self.flags(*changes)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        return result.returncode, result.stderr.replace("\r", "\n").splitlines()
+        """The same with the real script in a process of its own."""
+        return self.run_process(*self.flags(*changes))
+
+    def run_process(self, *words, prepare=None):
+        """Exit code and the lines on stderr of the script with these words, or of `-m MODULE`."""
+        done = self.launcher.run(*self.words(*words), prepare=prepare)
+        return done.code, [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+
+    def train(self, *changes):
+        """Let the script leave something that a later run meets."""
+        code, lines = self.run_script(*changes)
+        assert code == 0, lines
 
     def write(self, path, content):
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +126,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, icons, base_path, capfd):
-    return World(tmp_path, base_path, capfd)
+def world(tmp_path, icons, base_path, capfd, launcher):
+    return World(tmp_path, base_path, capfd, launcher)
 
 
 def the_error(code, lines):
@@ -134,19 +140,16 @@ def the_error(code, lines):
     return errors[0]
 
 
-def assert_refused(world, flags, fragment, run=None):
+def assert_refused(world, run, fragment):
     before = world.contents()
-    code, lines = (run or world.run)(*flags)
-    message = the_error(code, lines)
-    assert fragment in message
-    assert len(lines) == 1, "nothing else was worth saying"
+    message = the_error(*run())
+    assert fragment.replace("ROOT", str(world.root)) in message
     assert world.contents() == before, "nothing was written"
 
 
 def test_these_settings_are_sound(world):
     """The twin of every test below: without the damage the command succeeds."""
-    code, _ = world.run()
-    assert code == 0
+    world.train()
     assert sorted(path.name for path in world.output.iterdir()) == [WEIGHTS_NAME, "summary.json"]
 
 
@@ -195,6 +198,27 @@ IMAGES = {
     ),
     "name too long": (nothing, ["--instance_data_dir", "x" * 300], "x" * 300),
 }
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a picture", "--class_data_dir", "ROOT/class"]
+CLASSES = {
+    "class folder is a file": (lambda w: w.write("class", ""), PRIOR, "class: not a folder"),
+    "class folder under a file": (
+        nothing,
+        [*PRIOR[:-1], "ROOT/icons/red.png/class"],
+        "red.png is a file, not a folder",
+    ),
+    "corrupt class image": (lambda w: w.write("class/a.png", "junk"), PRIOR, "a.png: cannot be read"),
+    "class images of a base that is damaged": (
+        lambda w: w.cut(UNET_WEIGHTS),
+        PRIOR,
+        "base: cannot be loaded",
+    ),
+    "held-out folder missing": (nothing, ["--heldout_data_dir", "ROOT/gone"], "gone: no such folder"),
+    "held-out folder empty": (
+        lambda w: (w.root / "held").mkdir(),
+        ["--heldout_data_dir", "ROOT/held"],
+        "--heldout_data_dir ROOT/held: no image in it",
+    ),
+}
 BASES = {
     "base missing": (nothing, ["--pretrained_model_name_or_path", "ROOT/nowhere"], "nowhere: no such folder"),
     "relative base missing": (nothing, ["--pretrained_model_name_or_path", "./a/b"], "./a/b: no such folder"),
@@ -236,6 +260,13 @@ BASES = {
         "only pickled weights (.bin), which can run code in text_encoder_2/",
     ),
     "no vae weights": (lambda w: w.empty("base/vae"), [], "no weights in vae/"),
+    "base of EDM": (
+        lambda w: w.edit_json(
+            "base/model_index.json", scheduler=["diffusers", "EDMDPMSolverMultistepScheduler"]
+        ),
+        [],
+        "its scheduler is EDMDPMSolverMultistepScheduler, and EDM-style training isn't done",
+    ),
     "no unet folder": (lambda w: shutil.rmtree(w.root / "base/unet"), [], "no weights in unet/"),
     "truncated unet": (lambda w: w.cut(UNET_WEIGHTS), [], "base: unet: cannot be loaded"),
     "truncated text encoder": (
@@ -286,9 +317,33 @@ FLAGS = {
     "compare without noise": (nothing, ["--compare", "--flat_sigma", 0], "--compare with --flat_sigma 0"),
     "unknown tracker": (nothing, ["--report_to", "abacus"], "abacus"),
     "flag without its value": (nothing, ["--instance_prompt"], "--instance_prompt: expected one argument"),
+    "EDM": (nothing, ["--do_edm_style_training"], "--do_edm_style_training: is for Playground v2.5"),
+    "prior without its folder": (
+        nothing,
+        ["--with_prior_preservation", "--class_prompt", "a picture"],
+        "--with_prior_preservation needs --class_data_dir",
+    ),
+    "two optimizers": (
+        nothing,
+        ["--optimizer", "prodigy", "--use_8bit_adam"],
+        "--use_8bit_adam is for --optimizer adamw, not prodigy",
+    ),
+    "seed of 65 bits": (nothing, ["--seed", 2**64], f"--seed {2**64}: must be at most"),
+    "switch with another word": (nothing, ["--use_dora", "perhaps"], "--use_dora perhaps: the word after it"),
+    "layer that isn't there": (
+        nothing,
+        ["--lora_layers", "to_q", "to_z"],
+        "--lora_layers to_z: no linear or convolutional layer",
+    ),
 }
 CONFIGS = {
     "config missing": (nothing, ["--config", "ROOT/gone.yaml"], "gone.yaml: no such file"),
+    "config is a folder": (nothing, ["--config", "ROOT/icons"], "icons: is a directory"),
+    "config is empty": (
+        lambda w: w.write("c.yaml", ""),
+        ["--config", "ROOT/c.yaml"],
+        "c.yaml: must hold lines",
+    ),
     "config is no YAML": (lambda w: w.write("c.yaml", "a: ["), ["--config", "ROOT/c.yaml"], "not YAML"),
     "config with an unknown key": (
         lambda w: w.write("c.yaml", "flat_sigam: 0.1"),
@@ -333,55 +388,194 @@ OUTPUTS = {
         ["--resume_from_checkpoint", "checkpoint-7"],
         "(there: checkpoint-3)",
     ),
+    "no such checkpoint elsewhere": (
+        lambda w: (w.output / "checkpoint-3").mkdir(parents=True),
+        ["--resume_from_checkpoint", "ROOT/elsewhere/checkpoint-3"],
+        "elsewhere/checkpoint-3: not in ROOT/elsewhere (there: none)",
+    ),
     "only damaged checkpoints": (
         lambda w: (w.output / "checkpoint-3").mkdir(parents=True),
         ["--resume_from_checkpoint", "latest"],
         "no checkpoint is sound",
+    ),
+    "checkpoint cut short": (
+        lambda w: (w.train("--checkpointing_steps", 1), w.cut("out/checkpoint-1/state.json")),
+        ["--resume_from_checkpoint", "checkpoint-1"],
+        "no checkpoint is sound",
+    ),
+    "checkpoint of another rank": (
+        lambda w: w.train("--checkpointing_steps", 1, "--rank", 2),
+        ["--resume_from_checkpoint", "latest"],
+        "checkpoint-1 belongs to other settings (lora_alpha 2 then and 4 now, rank 2 then and 4 now)",
+    ),
+    "checkpoint of other images": (
+        lambda w: (w.train("--checkpointing_steps", 1), (w.root / "icons/green.png").unlink()),
+        ["--resume_from_checkpoint", "latest"],
+        "checkpoint-1 belongs to other settings (images and captions",
+    ),
+}
+
+
+def adapter_file(world, content):
+    save_file(content, world.root / "a.safetensors")
+
+
+KOHYA = ["-m", "flatlora_diffusion.kohya"]
+GENERATE = [
+    *("-m", "flatlora_diffusion.generate", "--base", "ROOT/base", "--output", "ROOT/out"),
+    *("--resolution", 16, "--steps", 1, "--device", "cpu", "--prompt", "a"),
+]
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+# The same for other commands, and adapters for input.
+TOOLS = {
+    "adapter missing": (nothing, [*GENERATE, "--adapter", "x=ROOT/gone"], "gone: not a sound safetensors"),
+    "adapter damaged": (
+        lambda w: w.write("a.safetensors", "junk"),
+        [*GENERATE, "--adapter", "x=ROOT/a.safetensors"],
+        "a.safetensors: not a sound safetensors file",
+    ),
+    "adapter of another base": (
+        lambda w: adapter_file(
+            w, {f"{TO_Q}.lora_{m}.weight": torch.zeros(s) for m, s in (("A", (4, 9)), ("B", (9, 4)))}
+        ),
+        [*GENERATE, "--adapter", "x=ROOT/a.safetensors"],
+        "a.safetensors: doesn't fit this base",
+    ),
+    "adapter that is none": (
+        lambda w: adapter_file(w, {"conv_in.weight": torch.zeros(1)}),
+        [*GENERATE, "--adapter", "x=ROOT/a.safetensors"],
+        "a.safetensors: doesn't fit this base",
+    ),
+    "adapter without a name": (nothing, [*GENERATE, "--adapter", "x"], "--adapter: x: must be NAME=PATH"),
+    "adapter called base": (nothing, [*GENERATE, "--adapter", "Base=x"], "--adapter Base=...: each needs a"),
+    "adapters of one name": (
+        nothing,
+        [*GENERATE, "--adapter", "x=a", "--adapter", "X=b"],
+        "--adapter X=...: each needs a name of its own",
+    ),
+    "pictures from no base": (nothing, [*GENERATE, "--base", "ROOT/gone"], "gone: no such folder"),
+    "pictures of no size": (nothing, [*GENERATE, "--resolution", 0], "--resolution 0: must be a multiple"),
+    "pictures in no steps": (nothing, [*GENERATE, "--steps", 0], "--steps 0: must be greater than 0"),
+    "pictures with no guidance": (nothing, [*GENERATE, "--guidance", "nan"], "--guidance nan: must be"),
+    "pictures of no seed": (nothing, [*GENERATE, "--seed", -1], "--seed -1: must be 0 or more"),
+    "pictures on no device": (nothing, [*GENERATE, "--device", "abacus"], "--device abacus: "),
+    "pictures into a file": (
+        nothing,
+        [*GENERATE, "--output", "ROOT/icons/red.png"],
+        "red.png is a file, not a folder",
+    ),
+    "conversion of nothing": (nothing, [*KOHYA, "ROOT/gone.safetensors", "ROOT/b.safetensors"], "gone.safe"),
+    "conversion of damage": (
+        lambda w: w.write("a.safetensors", "junk"),
+        [*KOHYA, "ROOT/a.safetensors", "ROOT/b.safetensors"],
+        "a.safetensors: not a sound safetensors file",
+    ),
+    "conversion of no adapter": (
+        lambda w: adapter_file(w, {"conv_in.weight": torch.zeros(1)}),
+        [*KOHYA, "ROOT/a.safetensors", "ROOT/b.safetensors"],
+        "conv_in.weight, 1 of 1 such keys, is no LoRA weight of SDXL",
+    ),
+    "conversion onto another file": (
+        lambda w: adapter_file(w, {f"{TO_Q}.lora_A.weight": torch.zeros(4, 9)}),
+        [*KOHYA, "ROOT/a.safetensors", f"ROOT/{UNET_WEIGHTS}"],
+        "diffusion_pytorch_model.safetensors: exists; name another file",
+    ),
+    "sheet of nothing": (
+        nothing,
+        ["-m", "flatlora_diffusion.grid", "ROOT/gone", "--columns", "a", "--output", "ROOT/sheet.png"],
+        "the picture ROOT/gone does not exist",
+    ),
+}
+for suffix in (".bin", ".pt", ".ckpt"):
+    pickled = functools.partial(
+        lambda suffix, w: torch.save({"a": torch.zeros(1)}, w.root / f"a{suffix}"), suffix
+    )
+    TOOLS[f"adapter pickled as {suffix}"] = (
+        pickled,
+        [*GENERATE, "--adapter", f"x=ROOT/a{suffix}"],
+        f"a{suffix}: must be a .safetensors file; a pickled one could run code",
+    )
+    TOOLS[f"conversion of a pickled {suffix}"] = (
+        pickled,
+        [*KOHYA, f"ROOT/a{suffix}", "ROOT/b.safetensors"],
+        f"a{suffix}: must be a .safetensors file; a pickled one could run code",
+    )
+INCOMPLETE = {
+    "nothing given": (nothing, [], "missing: --pretrained_model_name_or_path, --instance_data_dir"),
+    "no prompt given": (
+        nothing,
+        ["--pretrained_model_name_or_path", "ROOT/base", "--instance_data_dir", "ROOT/icons"],
+        "missing: --instance_prompt",
     ),
 }
 
 
 @pytest.mark.parametrize(
     ("damage", "flags", "fragment"),
-    [pytest.param(*case, id=name) for name, case in (IMAGES | BASES | FLAGS | CONFIGS | OUTPUTS).items()],
+    [
+        pytest.param(*case, id=name)
+        for name, case in (IMAGES | CLASSES | BASES | FLAGS | CONFIGS | OUTPUTS).items()
+    ],
 )
-def test_bad_input(world, damage, flags, fragment):
+def test_bad_input_to_the_script(world, damage, flags, fragment):
     damage(world)
-    assert_refused(world, flags, fragment)
+    assert_refused(world, lambda: world.run_script(*flags), fragment)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "fragment"),
+    [pytest.param(*case, id=name) for name, case in (TOOLS | INCOMPLETE).items()],
+)
+def test_bad_input_to_another_command(world, damage, words, fragment):
+    damage(world)
+    assert_refused(world, lambda: world.run_process(*words), fragment)
+
+
+def without(package):
+    """Let a process be as if a package were not installed."""
+    sys.modules[package] = None
+
+
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [("bitsandbytes", ["--use_8bit_adam"]), ("prodigyopt", ["--optimizer", "prodigy"])],
+)
+def test_a_package_that_is_not_installed(world, package, flags):
+    def run():
+        return world.run_process(*world.flags(*flags), prepare=functools.partial(without, package))
+
+    assert_refused(world, run, f"{' '.join(flags)} needs the package {package}: pip install")
 
 
 def test_what_an_earlier_run_left_stays(world):
     world.output.mkdir()
     save_file({"unet": torch.zeros(1)}, world.output / WEIGHTS_NAME)
     world.cut(UNET_WEIGHTS)
-    assert_refused(world, [], "base: unet: cannot be loaded")
+    assert_refused(world, world.run_script, "base: unet: cannot be loaded")
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]], ids=["again", "resumed"])
 def test_a_damaged_adapter_of_an_earlier_run_is_replaced(world, resume):
     world.write(f"out/{WEIGHTS_NAME}", b"damaged")
-    code, lines = world.run(*resume)
-    assert code == 0, lines
+    world.train(*resume)
     assert load_file(world.output / WEIGHTS_NAME)
 
 
-def test_the_script_itself_answers_bad_flags_at_once(world):
-    assert_refused(world, *FLAGS["unknown flag"][1:], run=world.run_script)
-
-
-def test_damage_found_while_loading_by_the_script_itself(world):
-    """The log has said by then what is about to be trained; the error is still the last line, and alone."""
+def test_the_command_as_users_type_it(world):
+    """With nothing imported before: the log says what is to be trained, then comes the error, and alone."""
     world.cut(UNET_WEIGHTS)
     before = world.contents()
-    code, lines = world.run_script()
-    assert "base: unet: cannot be loaded" in the_error(code, lines)
+    command = [sys.executable, "train_dreambooth_flat.py", *world.flags()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert "base: unet: cannot be loaded" in the_error(done.returncode, lines)
     assert len(lines) <= 2, lines
     assert world.contents() == before
 
 
 def test_a_compared_run_refuses_alike(world):
     world.cut(UNET_WEIGHTS)
-    assert_refused(world, ["--compare"], "base: unet: cannot be loaded")
+    assert_refused(world, lambda: world.run_script("--compare"), "base: unet: cannot be loaded")
 
 
 # Disks.
@@ -412,14 +606,18 @@ def mount(tmp_path):
 @pytest.mark.parametrize("name", ["disk", "disk/out", "disk/out/deeper"])
 def test_an_output_folder_on_a_disk_that_is_read_only(world, mount, name):
     mount("ro,size=64k")
-    assert_refused(world, ["--output_dir", f"ROOT/{name}"], "disk cannot be written to; give another folder")
+    assert_refused(
+        world,
+        lambda: world.run_script("--output_dir", f"ROOT/{name}"),
+        "disk cannot be written to; give another folder",
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_an_output_folder_without_permission(world):
     world.output.mkdir()
     world.output.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    assert_refused(world, [], "out cannot be written to; give another folder")
+    assert_refused(world, world.run_script, "out cannot be written to; give another folder")
 
 
 FULL = ["--checkpointing_steps", 1, "--max_train_steps", 60, "--output_dir", "ROOT/disk"]
@@ -509,7 +707,9 @@ def test_a_learning_rate_that_is_far_too_high(world):
 
 
 def test_a_learning_rate_that_no_float_holds(world):
-    assert_refused(world, ["--learning_rate", 1e300], "--learning_rate 1e+300: must be")
+    assert_refused(
+        world, lambda: world.run_script("--learning_rate", 1e300), "--learning_rate 1e+300: must be"
+    )
 
 
 def test_a_base_with_a_nan_in_it(world):

@@ -40,7 +40,7 @@ def test_each_part_has_its_rate_and_b_a_multiple_of_it(config, ratio):
         for parameter in group["params"]:
             assert id(parameter) not in rates
             rates[id(parameter)], decays[id(parameter)] = group["lr"], group["weight_decay"]
-    expected = {"unet": 2e-4, "text_encoder": 4e-5, "text_encoder_2": 6e-5}
+    expected = {"unet": 2e-4, "text_encoder": 2e-5, "text_encoder_2": 3e-5}
     count = 0
     for part, model in models.items():
         for name, parameter in model.named_parameters():

@@ -1,9 +1,12 @@
 """Killed at any instant and resumed, a run ends in the same file as one never interrupted."""
 
+import functools
 import hashlib
 import json
 import os
 import random
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,12 +14,18 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
-SCRIPT = Path(__file__).parents[1] / "train_dreambooth_flat.py"
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.output_folder import LOCK_NAME
+from tests.script import ROOT, SCRIPT
+
+LATEST = ("--resume_from_checkpoint", "latest")
+UNFINISHED = ".unfinished-checkpoint-*"
+KILLS = ["while loading"] * 4 + ["between two checkpoints"] * 8 + ["while a checkpoint is written"] * 8
 
 
-def command(base_path, icons, output, *extra) -> list[str]:
+def flags(base_path, icons, output, *extra) -> list[str]:
     settings = {
         "pretrained_model_name_or_path": base_path,
         "instance_data_dir": icons,
@@ -24,113 +33,203 @@ def command(base_path, icons, output, *extra) -> list[str]:
         "output_dir": output,
         "resolution": 16,
         "train_batch_size": 1,
-        "max_train_steps": 120,
+        "max_train_steps": 12,
         "checkpointing_steps": 2,
-        "checkpoints_total_limit": 3,
         "flat_sigma": 0.5,
         "learning_rate": 1e-3,
         "report_to": "none",
         "seed": 5,
     }
-    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return [sys.executable, str(SCRIPT), *flags, *map(str, extra)]
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return [*words, "--random_flip", *map(str, extra)]
+
+
+def command(base_path, icons, output, *extra) -> list[str]:
+    """The command as users type it, for a process that imports all by itself."""
+    return [sys.executable, str(ROOT / SCRIPT), *flags(base_path, icons, output, *extra)]
 
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen:
-    return subprocess.Popen(words, stdout=log.open("a"), stderr=subprocess.STDOUT, start_new_session=True)
+def steps(output: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*"))
 
 
-def wait_until_it_trains(process: subprocess.Popen, output: Path, since: float) -> None:
-    """Until the process has begun to write a checkpoint, or is over."""
-    while process.poll() is None:
-        if output.is_dir() and any(p.stat().st_mtime >= since for p in output.iterdir() if p.is_dir()):
-            return
-        time.sleep(0.005)
+def slow_disk(seconds: float = 0.01) -> None:
+    """Let a process take its time for every file that it writes."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        time.sleep(seconds)
+        original(descriptor)
+
+    os.fsync = fsync
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base_path, tmp_path_factory):
-    """The icons, and the hash of the adapter that an undisturbed run ends in."""
-    from PIL import Image, ImageDraw
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    icons = folder / "icons"
-    icons.mkdir()
+def three_icons(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "icons"
+    folder.mkdir()
     for index, colour in enumerate(("red", "green", "blue")):
         icon = Image.new("RGBA", (20, 16 + 4 * index), (0, 0, 0, 0))
         ImageDraw.Draw(icon).rectangle((2, 3, 12, 13), fill=colour)
-        icon.save(icons / f"{colour}.png")
-    output = folder / "out"
-    subprocess.run(command(base_path, icons, output, "--random_flip"), check=True, capture_output=True)
-    return icons, digest(output / WEIGHTS)
+        icon.save(folder / f"{colour}.png")
+    return folder
 
 
-def test_ten_kills_and_resumes_end_in_the_same_file(base_path, undisturbed, tmp_path):
-    icons, expected = undisturbed
-    output, log = tmp_path / "out", tmp_path / "log"
-    words = command(base_path, icons, output, "--random_flip", "--resume_from_checkpoint", "latest")
-    delays = random.Random(0)
-    kills = 0
-    for _ in range(10):
-        since = time.time()
-        process = start(words, log)
-        wait_until_it_trains(process, output, since)
-        time.sleep(delays.uniform(0, 0.12))
-        if process.poll() is None:
-            kills += 1
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills == 10, "the run was over before it could be killed ten times"
-    subprocess.run(words, check=True, capture_output=True)
-    assert digest(output / WEIGHTS) == expected
-    assert "resuming from" in log.read_text()
+@pytest.fixture(scope="module")
+def undisturbed(base_path, three_icons, tmp_path_factory, launcher) -> str:
+    """Hash of the adapter that an undisturbed run ends in."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert launcher.run(*flags(base_path, three_icons, output)).code == 0
+    return digest(output / WEIGHTS_NAME)
+
+
+def test_twenty_kills_and_resumes_end_in_the_same_file(base_path, three_icons, tmp_path, launcher):
+    """The undisturbed twin is run as users do, so this compares both kinds of processes too."""
+    twin, output = tmp_path / "twin", tmp_path / "out"
+    longer = ("--max_train_steps", 64, "--checkpoints_total_limit", 3)
+    subprocess.run(command(base_path, three_icons, twin, *longer), check=True, capture_output=True)
+    words = flags(base_path, three_icons, output, *longer, *LATEST)
+    draw = random.Random(0)
+    met = []
+    for moment in draw.sample(KILLS, len(KILLS)):
+        before = steps(output)
+        written = moment == "while a checkpoint is written"
+        running = launcher.start(*words, prepare=functools.partial(slow_disk, 0.05 if written else 0.01))
+        if moment == "while loading":
+            time.sleep(draw.uniform(0, 0.4))
+        elif moment == "between two checkpoints":
+            assert running.wait_until(lambda before=before: steps(output)[-1:] > before[-1:])
+            time.sleep(draw.uniform(0, 0.06))
+        else:
+            assert running.wait_until(lambda: list(output.glob(UNFINISHED)))
+            time.sleep(draw.uniform(0, 0.15))
+        running.kill()
+        assert running.code == -signal.SIGKILL, "the run was over before it could be killed 20 times"
+        met.append("writing" if list(output.glob(UNFINISHED)) else steps(output) != before)
+    assert met.count("writing") >= 5 and met.count(True) >= 5 and met.count(False) >= 2, met
+    last = launcher.run(*words)
+    assert last.code == 0, last.stderr
+    assert "resuming from" in last.stderr
+    assert digest(output / WEIGHTS_NAME) == digest(twin / WEIGHTS_NAME)
     assert not list(output.glob(".*")), "an unfinished file was left behind"
-    assert len(list(output.glob("checkpoint-*"))) == 3
-    # A finished run isn't trained on.
-    again = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "is complete already" in again.stderr
-    assert digest(output / WEIGHTS) == expected
+    assert steps(output) == steps(twin) == [60, 62, 64]
+    again = launcher.run(*words)
+    assert again.code == 0 and "is complete already" in again.stderr
+    assert digest(output / WEIGHTS_NAME) == digest(twin / WEIGHTS_NAME)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(base_path, undisturbed, tmp_path, number, code):
-    icons, expected = undisturbed
-    output, log = tmp_path / "out", tmp_path / "log"
-    words = command(base_path, icons, output, "--random_flip")
-    process = start(words, log)
-    wait_until_it_trains(process, output, 0)
-    process.send_signal(number)
-    assert process.wait() == code
-    told = log.read_text()
-    assert "stopped after step" in told and "--resume_from_checkpoint latest" in told
-    assert "Traceback" not in told
-    step = int(told.split("stopped after step ")[1].split()[0])
+@pytest.fixture(params=[(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def stop(request) -> tuple[signal.Signals, int]:
+    """A signal, and the exit code that belongs to it."""
+    return request.param
+
+
+def assert_it_goes_on(told: str, launcher) -> None:
+    """The command that an interrupted run prints."""
+    script, *words = shlex.split(told.strip().splitlines()[-1])[1:]
+    assert Path(script).name == SCRIPT and words[-2:] == list(LATEST)
+    resumed = launcher.run(*words)
+    assert resumed.code == 0, resumed.stderr
+
+
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    base_path, three_icons, undisturbed, tmp_path, launcher, stop
+):
+    number, code = stop
+    output = tmp_path / "out"
+    running = launcher.start(*flags(base_path, three_icons, output))
+    assert running.wait_until(lambda: steps(output))
+    os.kill(running.pid, number)
+    assert running.wait() == code
+    assert "stopped after step" in running.stderr and "Traceback" not in running.stderr
+    step = int(running.stderr.split("stopped after step ")[1].split()[0])
     state = json.loads((output / f"checkpoint-{step}" / "state.json").read_text())
     assert state["step"] == step and len(state["scalars"]["losses"]) == step
-    assert not (output / WEIGHTS).exists()
-    subprocess.run([*words, "--resume_from_checkpoint", "latest"], check=True, capture_output=True)
-    assert digest(output / WEIGHTS) == expected
+    assert not (output / WEIGHTS_NAME).exists()
+    assert_it_goes_on(running.stderr, launcher)
+    assert digest(output / WEIGHTS_NAME) == undisturbed
 
 
-def test_a_comparison_goes_on_with_the_arm_that_was_interrupted(base_path, undisturbed, tmp_path):
-    icons, expected = undisturbed
-    output, log = tmp_path / "out", tmp_path / "log"
-    drawing = ("--validation_inference_steps", 2, "--num_validation_images", 1)
-    words = command(base_path, icons, output, "--random_flip", "--compare", *drawing)
-    process = start(words, log)
-    while process.poll() is None and not list(output.glob("flat_lora/checkpoint-*")):
+def test_ctrl_c_in_a_terminal(base_path, three_icons, undisturbed, tmp_path, launcher):
+    """The command as users type it; the terminal sends the signal to all processes of the group."""
+    output = tmp_path / "out"
+    words = command(base_path, three_icons, output)
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while running.poll() is None and not steps(output):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    plain = digest(output / "lora" / WEIGHTS)
-    resumed = subprocess.run(
-        [*words, "--resume_from_checkpoint", "latest"], check=True, capture_output=True, text=True
-    )
+    os.killpg(running.pid, signal.SIGINT)
+    told = running.communicate()[1]
+    assert running.returncode == 130 and "Traceback" not in told, told
+    assert_it_goes_on(told, launcher)
+    assert digest(output / WEIGHTS_NAME) == undisturbed
+
+
+def test_a_signal_before_training_leaves_nothing(base_path, three_icons, tmp_path, launcher, stop):
+    number, code = stop
+    output = tmp_path / "out"
+    running = launcher.start(*flags(base_path, three_icons, output))
+    assert running.wait_until(lambda: (output / LOCK_NAME).exists())
+    os.kill(running.pid, number)
+    assert running.wait() == code
+    assert running.stderr.splitlines()[-1] == "interrupted; what was saved before is still there"
+    assert "Traceback" not in running.stderr
+    assert not output.exists()
+
+
+def test_a_signal_while_the_adapter_is_saved_waits_for_it(
+    base_path, three_icons, undisturbed, tmp_path, launcher, stop
+):
+    number, code = stop
+    output = tmp_path / "out"
+    running = launcher.start(*flags(base_path, three_icons, output), prepare=slow_disk)
+    assert running.wait_until(lambda: (output / f".{WEIGHTS_NAME}.tmp").exists())
+    os.kill(running.pid, number)
+    assert running.wait() == code
+    assert f"saved {output / WEIGHTS_NAME}; go on with" in running.stderr
+    assert digest(output / WEIGHTS_NAME) == undisturbed
+    assert (output / "summary.json").exists()
+    assert_it_goes_on(running.stderr, launcher)
+
+
+def test_a_comparison_goes_on_with_the_arm_that_was_interrupted(
+    base_path, three_icons, undisturbed, tmp_path, launcher
+):
+    output = tmp_path / "out"
+    drawing = ("--validation_inference_steps", 2, "--num_validation_images", 1)
+    words = flags(base_path, three_icons, output, "--compare", *drawing)
+    running = launcher.start(*words)
+    assert running.wait_until(lambda: list(output.glob("flat_lora/checkpoint-*")))
+    running.kill()
+    plain = digest(output / "lora" / WEIGHTS_NAME)
+    resumed = launcher.run(*words, *LATEST)
+    assert resumed.code == 0, resumed.stderr
     assert "lora is complete already" in resumed.stderr and "resuming from" in resumed.stderr
-    assert digest(output / "lora" / WEIGHTS) == plain
-    assert digest(output / "flat_lora" / WEIGHTS) == expected
+    assert digest(output / "lora" / WEIGHTS_NAME) == plain
+    assert digest(output / "flat_lora" / WEIGHTS_NAME) == undisturbed
     assert (output / "comparison.png").is_file()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+def test_a_disk_that_takes_no_more_in_a_checkpoint(base_path, three_icons, undisturbed, tmp_path, launcher):
+    """The system itself refuses to write on, without a mock: here with a limit to the size of files."""
+    output = tmp_path / "out"
+    words = flags(base_path, three_icons, output)
+    running = launcher.start(*words, prepare=slow_disk)
+    assert running.wait_until(lambda: 4 in steps(output))
+    room = (output / "checkpoint-2" / "optimizer.safetensors").stat().st_size // 2
+    resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (room, room))
+    assert running.wait() == 2
+    kept = steps(output)
+    errors = [line for line in running.stderr.splitlines() if line.startswith("error: ")]
+    assert running.stderr.splitlines()[-1:] == errors and "Traceback" not in running.stderr
+    assert f"checkpoint-{kept[-1] + 2}: the checkpoint cannot be written (File too large)" in errors[0]
+    assert kept[:2] == [2, 4] and not list(output.glob(".*"))
+    resumed = launcher.run(*words, *LATEST)
+    assert resumed.code == 0, resumed.stderr
+    assert f"resuming from {output / f'checkpoint-{kept[-1]}'}" in resumed.stderr
+    assert digest(output / WEIGHTS_NAME) == undisturbed

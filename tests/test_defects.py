@@ -1,0 +1,314 @@
+"""The defects of diffusers' train_dreambooth_lora_sdxl.py, one by one: none of them is here.
+
+The table below says where each is tested: in this file, or in another one that has more about the same part.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flatlora_diffusion.validate
+from flatlora_diffusion import data, prior, record, sdxl
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.run import Run
+from tests.conftest import assert_equal, run
+
+TABLE = {
+    "1. In bf16 the LoRA is bf16 too, and most updates are lost": [
+        "test_defects.py::test_1_small_updates_move_a_in_bf16",
+        "test_train.py::test_lora_parameters_are_float32_whatever_the_base_is",
+    ],
+    "2. Two opinions on the precision, accelerate's and the flag's": [
+        "test_defects.py::test_2_precision_is_decided_once",
+    ],
+    "3. Wrong names and no alpha in kohya's format": [
+        "test_kohya.py::test_of_every_layer_of_sdxl_are_those_that_diffusers_reads_from_checkpoints",
+        "test_kohya.py::test_gives_the_update_that_peft_gives",
+        "test_objective.py::test_the_kohya_file_draws_the_same",
+    ],
+    "4. Prior preservation pairs prompts with other images, and has 2N min-SNR weights for N losses": [
+        "test_prior.py::test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class",
+        "test_defects.py::test_4_min_snr_weighs_each_sample_of_both_halves",
+    ],
+    "5. Class images have the size and crop of the training image": [
+        "test_prior.py::test_class_images_keep_their_own_size_and_crop_and_have_other_noise",
+    ],
+    "6. A text encoder's learning rate of 0 is 1e-4, and switches cannot be turned off": [
+        "test_defects.py::test_6_a_learning_rate_of_0_is_0",
+        "test_config.py::test_switches_that_are_on_by_default_can_be_turned_off",
+    ],
+    "7. Validation in training mode, and in fp16 where the run is bf16": [
+        "test_defects.py::test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run",
+        "test_train.py::test_validation_pictures_are_drawn_without_noise_and_reported",
+    ],
+    "8. All token embeddings gather gradients": [
+        "test_defects.py::test_8_nothing_but_the_adapter_gathers_gradients",
+    ],
+    "9. The VAE and the text encoders run in every step; crops and flips are drawn once": [
+        "test_defects.py::test_9_images_and_captions_are_encoded_once",
+        "test_data.py::test_every_variant_is_shown",
+    ],
+    "10. The end casts the UNet to float32 and loads a pipeline before it saves": [
+        "test_defects.py::test_10_the_adapter_is_saved_before_anything_else",
+    ],
+    "11. Resuming: no position in the data, only the path's last part, the old checkpoint removed first, "
+    "a step more after a finished run": [
+        "test_resume.py::test_twenty_kills_and_resumes_end_in_the_same_file",
+        "test_checkpoint.py::test_a_path_is_not_taken_for_the_checkpoint_of_that_name_in_the_output_folder",
+        "test_checkpoint.py::test_killed_at_any_moment_there_is_a_sound_checkpoint",
+        "test_defects.py::test_11_a_finished_run_trains_no_step_more",
+    ],
+    "12. Every file is opened as an image, and transparency is black": [
+        "test_data.py::test_junk_is_passed_over",
+        "test_data.py::test_transparency_is_composited_over_the_background",
+    ],
+    "13. No test of resuming, prior preservation, min-SNR, bf16, DoRA, kohya's format or bad input": [
+        "test_resume.py",
+        "test_prior.py",
+        "test_objective.py::test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times",
+        "test_objective.py::test_other_adapters_load_as_they_were_trained",
+        "test_kohya.py",
+        "test_bad_input.py",
+    ],
+}
+
+
+@pytest.mark.parametrize("defect", TABLE)
+def test_the_table_names_tests_that_exist(defect):
+    for place in TABLE[defect]:
+        file, _, test = place.partition("::")
+        text = (Path(__file__).parent / file).read_text()
+        assert re.search(rf"^ *def {test or 'test_'}", text, re.MULTILINE), place
+
+
+def test_1_small_updates_move_a_in_bf16(config, tmp_path):
+    config = dataclasses.replace(config, mixed_precision="bf16", learning_rate=1e-4, max_train_steps=3)
+    start = run(config, learning_rate=0.0, output_dir=str(tmp_path / "start"))
+    end = run(config)
+    moved, moved_in_bf16, count = 0, 0, 0
+    for name, before in start.items():
+        if "lora.down" in name:
+            moved += (end[name] != before).sum().item()
+            update = (end[name] - before).bfloat16()
+            moved_in_bf16 += (before.bfloat16() + update != before.bfloat16()).sum().item()
+            count += before.numel()
+    assert moved > 0.99 * count
+    assert moved_in_bf16 < 0.5 * count, "the twin: this is what would be lost"
+
+
+@pytest.mark.parametrize(
+    ("launcher_says", "flag", "expected"),
+    [("bf16", None, "bf16"), ("bf16", "no", "no"), ("no", "bf16", "bf16"), ("no", None, "no")],
+)
+def test_2_precision_is_decided_once(config, monkeypatch, launcher_says, flag, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher_says)  # as `accelerate launch` does
+    seen = []
+    original = Learner.loss
+
+    def look(self, micro_step):
+        def inside(module, arguments, output):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+
+        unet = self.base.unet
+        with unet.conv_in.register_forward_hook(inside):
+            loss = original(self, micro_step)
+        seen.append(
+            (self.accelerator.mixed_precision, unet.dtype, self.prompts.embed(["a icon"]).tokens.dtype)
+        )
+        return loss
+
+    monkeypatch.setattr(Learner, "loss", look)
+    run(config, mixed_precision=flag, max_train_steps=1)
+    dtype = torch.bfloat16 if expected == "bf16" else torch.float32
+    (autocasts, autocast_dtype), told = seen
+    assert told == (expected, dtype, dtype)
+    assert autocasts == (expected == "bf16")
+    assert not autocasts or autocast_dtype == dtype
+
+
+def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        config,
+        with_prior_preservation=True,
+        class_data_dir=str(tmp_path / "class"),
+        class_prompt="a picture",
+        num_class_images=2,
+        prior_loss_weight=0.7,
+        train_batch_size=3,
+        max_train_steps=2,
+        snr_gamma=0.5,
+        flat_sigma=0.0,
+    )
+    prior.class_samples(config)
+    original, compared = Learner.loss, []
+
+    def compare(self, micro_step):
+        loss = original(self, micro_step)
+        parts = []
+        for latents in (self.latents, self.class_latents):
+            batch = latents.batch(range(3 * micro_step, 3 * micro_step + 3))
+            weights = sdxl.min_snr_weights(self.base.noise_scheduler, batch.timesteps, 0.5)
+            with torch.no_grad():
+                plain = [self._losses(single(batch, index)).item() for index in range(3)]
+            parts.append(sum(w * e for w, e in zip(weights.tolist(), plain, strict=True)) / 3)
+        compared.append((loss.item(), parts[0] + 0.7 * parts[1]))
+        return loss
+
+    def single(batch, index):
+        chosen = {
+            field.name: getattr(batch, field.name)[index : index + 1] for field in dataclasses.fields(batch)
+        }
+        return dataclasses.replace(batch, **chosen)
+
+    unweighted = sdxl.diffusion_losses
+    weighing = []
+
+    def losses(*arguments):
+        size = len(arguments[2])
+        weighing.append(size)
+        return unweighted(*arguments) if size > 1 else unweighted(*arguments[:-1], None)
+
+    monkeypatch.setattr(sdxl, "diffusion_losses", losses)
+    monkeypatch.setattr(Learner, "loss", compare)
+    run(config)
+    assert weighing.count(6) == len(compared) == 2
+    for actual, expected in compared:
+        assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_6_a_learning_rate_of_0_is_0(config, tmp_path):
+    config = dataclasses.replace(config, train_text_encoder=True, max_train_steps=3, train_batch_size=1)
+    still = run(config, text_encoder_lr=0.0)
+    moving = run(config, text_encoder_lr=1e-4, output_dir=str(tmp_path / "moving"))
+    start = run(config, text_encoder_lr=0.0, learning_rate=0.0, output_dir=str(tmp_path / "start"))
+    parts = {name.split(".")[0] for name in start}
+    assert parts == {"unet", "text_encoder", "text_encoder_2"}
+    for part in parts:
+        mine = [name for name in start if name.startswith(f"{part}.")]
+        assert all(torch.equal(still[name], start[name]) for name in mine) == (part != "unet")
+        assert not all(torch.equal(moving[name], start[name]) for name in mine)
+
+
+def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, monkeypatch):
+    original, seen = flatlora_diffusion.validate.draw, []
+
+    def look(pipeline, *arguments, **settings):
+        def inside(module, *ignored):
+            autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            seen.append((module.training, autocast, torch.is_grad_enabled()))
+
+        with pipeline.unet.register_forward_pre_hook(inside):
+            picture = original(pipeline, *arguments, **settings)
+        seen.append(np.asarray(picture).std())
+        return picture
+
+    monkeypatch.setattr(flatlora_diffusion.validate, "draw", look)
+    run(
+        config,
+        mixed_precision="bf16",
+        max_train_steps=2,
+        lora_dropout=0.5,
+        validation_prompt=("a icon",),
+        num_validation_images=1,
+        validation_inference_steps=2,
+    )
+    *passes, contrast = seen
+    assert len(passes) == 2
+    assert all(settings in ((False, torch.bfloat16, False), (False, None, False)) for settings in passes)
+    assert contrast > 1, "black, or grey"
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_8_nothing_but_the_adapter_gathers_gradients(config, monkeypatch, text_encoders):
+    original, gradients = Run._optimizer_step, {}
+
+    def look(self, step, stop):
+        models = dict(self.learner.trained)
+        self.wrapped_optimizer.zero_grad = lambda: gradients.update(
+            (f"{part}.{name}", parameter.grad)
+            for part, model in models.items()
+            for name, parameter in model.named_parameters()
+        )
+        return original(self, step, stop)
+
+    monkeypatch.setattr(Run, "_optimizer_step", look)
+    run(config, train_text_encoder=text_encoders, max_train_steps=1, flat_sigma=0.0)
+    assert any("token_embedding" in name for name in gradients) == text_encoders
+    for name, gradient in gradients.items():
+        assert gradient is None or ".lora_" in name, name
+    assert sum(gradient is not None for gradient in gradients.values()) > 40
+
+
+def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
+    calls = []
+
+    def count(name):
+        original = getattr(sdxl, name)
+
+        def encode(*arguments):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(sdxl, name, encode)
+
+    original = Learner.loss
+
+    def look(self, micro_step):
+        assert self.base.vae is None and self.base.text_encoders == (), "they have left memory"
+        calls.append("step")
+        return original(self, micro_step)
+
+    count("encode_images")
+    count("encode_prompts")
+    monkeypatch.setattr(Learner, "loss", look)
+    run(config, random_flip=True)
+    samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+    assert calls.count("step") == 6
+    assert "step" not in calls[: calls.index("step")] and set(calls[calls.index("step") :]) == {"step"}
+    assert calls.count("encode_images") == 2 * len(samples), "each as it is and mirrored"
+    assert calls.count("encode_prompts") == len({sample.caption for sample in samples} | {""})
+
+
+def test_10_the_adapter_is_saved_before_anything_else(config, tmp_path, monkeypatch):
+    whole = run(config, mixed_precision="bf16", output_dir=str(tmp_path / "whole"))
+
+    def summary(*arguments):
+        raise MemoryError
+
+    dtypes = []
+    original = Run._finish
+
+    def finish(self):
+        try:
+            original(self)
+        finally:
+            dtypes.append(self.learner.base.unet.dtype)
+
+    monkeypatch.setattr(Run, "_finish", finish)
+    monkeypatch.setattr(record, "summary", summary)
+    with pytest.raises(MemoryError):
+        run(config, mixed_precision="bf16")
+    assert_equal(load_file(Path(config.output_dir, WEIGHTS_NAME)), whole)
+    assert dtypes == [torch.bfloat16], "nothing was cast"
+
+
+def test_11_a_finished_run_trains_no_step_more(config, monkeypatch):
+    whole = run(config, checkpointing_steps=3)
+    path = Path(config.output_dir, WEIGHTS_NAME)
+    content = path.read_bytes()
+    path.unlink()  # so that it goes on from its last checkpoint
+    steps, original = [], Run._optimizer_step
+
+    def count(self, step, stop):
+        steps.append(step)
+        return original(self, step, stop)
+
+    monkeypatch.setattr(Run, "_optimizer_step", count)
+    assert_equal(run(config, checkpointing_steps=3, resume_from_checkpoint="latest"), whole)
+    assert steps == [] and path.read_bytes() == content
