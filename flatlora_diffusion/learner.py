@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,19 @@ from flatlora_diffusion.noise import hash64
 HELDOUT_TIMESTEPS = 8
 
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Objective(nn.Module):
+    """The losses of a batch as one module: what averages gradients over processes wraps one forward pass."""
+
+    def __init__(self, models: dict[str, nn.Module], losses: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self._losses = losses
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) losses."""
+        return self._losses(batch)
 
 
 class Learner:
@@ -39,6 +52,7 @@ class Learner:
         base: The base; its models carry the adapters.
         trained: `unet`, and `text_encoder` and `text_encoder_2` where they are trained.
         prompts: Embeddings of all captions and validation prompts, where the text encoders aren't trained.
+        objective: Computes the losses of a batch; `prepare` gives it, and what wraps it may take its place.
     """
 
     def __init__(
@@ -68,11 +82,17 @@ class Learner:
             self._cache_prompts([*samples, *class_samples, *heldout_samples])
         self._add_adapters()
         self._wrapped = self.trained
+        self.objective: nn.Module = _Objective(self._wrapped, self._losses)
 
-    def prepare(self) -> list[nn.Module]:
-        """Wrap the models for the accelerator's processes, and compute losses with the wrapped ones."""
-        self._wrapped = {name: self.accelerator.prepare(model) for name, model in self.trained.items()}
-        return list(self._wrapped.values())
+    def prepare(self) -> nn.Module:
+        """Give the models the accelerator's precision; the objective with all of them in it."""
+        self._wrapped = {
+            # Processes are joined around the objective: its models may run several times in one pass.
+            name: self.accelerator.prepare_model(model, evaluation_mode=True)
+            for name, model in self.trained.items()
+        }
+        self.objective = _Objective(self._wrapped, self._losses)
+        return self.objective
 
     def loss(self, micro_step: int) -> Tensor:
         """The loss of this process's share of a micro-batch, with the models as they are."""
@@ -82,8 +102,8 @@ class Learner:
         batch = self.latents.batch(positions)
         with self._dropout_randomness(micro_step):
             if self.class_latents is None:
-                return self._losses(batch).mean()
-            losses = self._losses(batch.joined(self.class_latents.batch(positions)))
+                return self.objective(batch).mean()
+            losses = self.objective(batch.joined(self.class_latents.batch(positions)))
             return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
 
     def heldout_loss(self) -> float:

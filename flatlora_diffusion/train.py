@@ -16,6 +16,7 @@ from flatlora_diffusion import data, prior, record, sdxl
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, compare, load_pipeline, release
+from flatlora_diffusion.launch import join_processes, leave_processes
 from flatlora_diffusion.run import Run
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def train(config: TrainConfig) -> None:
     """
     disable_progress_bar()
     disable_transformers_progress_bar()
+    join_processes(config)
     samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
     data.parse_background(config.background)
     sdxl.check_base(config.pretrained_model_name_or_path)
@@ -50,6 +52,7 @@ def train(config: TrainConfig) -> None:
         release()
     if AcceleratorState().is_main_process and (config.compare or config.validation_prompt):
         _draw_comparison(config, samples, adapters)
+    leave_processes()
 
 
 def _heldout_samples(config: TrainConfig) -> list[data.Sample]:
