@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import LIVE_NAME, WEIGHTS_NAME, read_tensors, sync_folder
+from flatlora_diffusion.export import WEIGHTS_NAME, read_tensors, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +63,9 @@ class Stored:
     settings: dict[str, Any]
     scalars: dict[str, Any]
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Tensors of the adapter, under the names of the diffusers format."""
-        return read_tensors(self.folder / WEIGHTS_NAME)
-
-    def live(self) -> dict[str, Tensor]:
-        """Tensors of the adapter in training, where `adapter` gives its average."""
-        return read_tensors(self.folder / LIVE_NAME)
-
-    def optimizer(self) -> dict[str, Tensor]:
-        """Tensors of the optimizer's state."""
-        return read_tensors(self.folder / OPTIMIZER_NAME)
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one of its safetensors files."""
+        return read_tensors(self.folder / name)
 
 
 def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int | None) -> Path:

@@ -64,7 +64,9 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     An interruption exits with 128 plus its signal. Anything else that goes wrong is a bug of ours and
     keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Of several processes one tells how it goes, and all what is wrong.
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
     # The libraries read these when they are imported, which the command does.
     for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(verbosity, "error")
@@ -76,7 +78,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         with sigterm_interrupts():
             command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
@@ -84,7 +86,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         print(f"error: {error.filename or 'writing failed'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except RunInterruptedError as stop:
-        print(stop, file=sys.stderr)
+        if not rank:
+            print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt as stop:
         print("interrupted; what was saved before is still there", file=sys.stderr)

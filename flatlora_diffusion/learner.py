@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,19 @@ from flatlora_diffusion.quantised import quantise
 HELDOUT_TIMESTEPS = 8
 
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Objective(nn.Module):
+    """The losses of a batch as one module: what averages gradients over processes wraps one forward pass."""
+
+    def __init__(self, models: dict[str, nn.Module], losses: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self._losses = losses
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) losses."""
+        return self._losses(batch)
 
 
 class Learner:
@@ -44,6 +57,7 @@ class Learner:
         tokens: The new tokens of pivotal tuning, where there are any.
         learning: All models with parameters that are trained: adapters or embeddings of new tokens.
         prompts: Embeddings of all captions and validation prompts, while the text encoders aren't trained.
+        objective: Computes the losses of a batch; `prepare` gives it, and what wraps it may take its place.
     """
 
     def __init__(
@@ -85,12 +99,18 @@ class Learner:
             self.trained |= text_encoders
         self.learning = self.trained | text_encoders
         self._wrapped = self.learning
+        self.objective: nn.Module = _Objective(self._wrapped, self._losses)
         self._add_adapters(resuming)
 
-    def prepare(self) -> list[nn.Module]:
-        """Wrap the models for the accelerator's processes, and compute losses with the wrapped ones."""
-        self._wrapped = {name: self.accelerator.prepare(model) for name, model in self.learning.items()}
-        return list(self._wrapped.values())
+    def prepare(self) -> nn.Module:
+        """Give the models the accelerator's precision; the objective with all of them in it."""
+        self._wrapped = {
+            # Processes are joined around the objective: its models may run several times in one pass.
+            name: self.accelerator.prepare_model(model, evaluation_mode=True)
+            for name, model in self.learning.items()
+        }
+        self.objective = _Objective(self._wrapped, self._losses)
+        return self.objective
 
     def in_tokens(self, prompt: str) -> str:
         """The prompt with its new tokens in the place of the words that stand for them."""
@@ -222,8 +242,8 @@ class Learner:
         """The mean loss of the samples at these positions of the stream, with that of class images."""
         batch = self.latents.batch(positions)
         if self.class_latents is None:
-            return self._losses(batch).mean()
-        losses = self._losses(batch.joined(self.class_latents.batch(positions)))
+            return self.objective(batch).mean()
+        losses = self.objective(batch.joined(self.class_latents.batch(positions)))
         size = len(positions)
         return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
 

@@ -15,6 +15,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
 from flatlora_diffusion.generate import DTYPES, load_pipeline, release
+from flatlora_diffusion.launch import from_main
 from flatlora_diffusion.noise import hash64
 from flatlora_diffusion.output_folder import check_writable
 
@@ -29,9 +30,7 @@ def class_samples(config: TrainConfig) -> list[data.Sample]:
     """
     folder = Path(config.class_data_dir)
     state = PartialState()
-    with state.main_process_first():
-        if state.is_main_process:
-            _draw_missing(config, folder, state.device)
+    from_main(lambda: _draw_missing(config, folder, state.device))
     flag = f"--class_data_dir {folder}"
     return data.find_samples(folder, config.class_prompt, flag)[: config.num_class_images]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion import data, kohya, record
 from flatlora_diffusion.checkpoint import (
+    OPTIMIZER_NAME,
     Checkpoint,
     Stored,
     find_checkpoint,
@@ -40,17 +39,18 @@ from flatlora_diffusion.export import (
     WEIGHTS_NAME,
     adapter_bytes,
     load_adapter_tensors,
-    read_tensors,
     write_atomically,
 )
 from flatlora_diffusion.gallery import BASE, FOLDER, Gallery, SideBySide, step_name
 from flatlora_diffusion.hub import without_token
 from flatlora_diffusion.interrupt import StopRequest, stop_request
+from flatlora_diffusion.launch import from_main, make_accelerator, require_same
 from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.norms import UpdateNorms
 from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.perturb import FlatLoRA
 from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY
+from flatlora_diffusion.updates import make_updates
 from flatlora_diffusion.validate import draw_validation, report_validation
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Run:
         self.heldout_samples = heldout_samples
         self.side_by_side = side_by_side
         self.output = Path(config.output_dir)
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
         self.samples_a_step = samples_a_micro_step * config.gradient_accumulation_steps
         samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
@@ -94,6 +94,7 @@ class Run:
         self.settings = record.deciding_settings(
             config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
+        require_same(self.settings)
         self.gallery = self._gallery(self.output / FOLDER)
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -103,13 +104,15 @@ class Run:
         """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
         config = self.config
         resuming = config.resume_from_checkpoint == "latest"
-        if resuming and record.is_complete(self.output, self.settings, self.total_steps):
+        if resuming and from_main(lambda: record.is_complete(self.output, self.settings, self.total_steps)):
             logger.info("%s is complete already", self.output)
             return
         stored = None
         if config.resume_from_checkpoint:
-            with self.accelerator.main_process_first():  # it removes what a killed run left unfinished
-                stored = find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
+            # Other machines may not see the main process's disk.
+            stored = from_main(
+                lambda: find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
+            )
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
         self._prepare(resuming=stored is not None)
@@ -129,7 +132,9 @@ class Run:
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
         finally:
             self.flat.remove()
-            self.accelerator.end_training()
+            self.updates.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _prepare(self, resuming: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -164,8 +169,8 @@ class Run:
         )
         # The learning rate's schedule counts optimizer steps, so it isn't handed to accelerate, which would
         # step it once for every process.
-        self.wrapped_models = self.learner.prepare()
-        self.wrapped_optimizer = accelerator.prepare(self.optimizer)
+        self.updates = make_updates(accelerator, self.learner.prepare(), self.optimizer, config)
+        self.learner.objective = self.updates.model
 
     def _start_trackers(self) -> None:
         settings = {
@@ -216,26 +221,21 @@ class Run:
         """One optimizer step: the mean loss of its samples, and whether to stop after it."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
-        for micro in range(config.gradient_accumulation_steps):
-            with accelerator.accumulate(*self.wrapped_models):
-                loss = self.learner.loss(step * config.gradient_accumulation_steps + micro)
-                accelerator.backward(loss)
-                total += loss.detach() / config.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    # All processes stop together, or none: their flags travel with the loss.
-                    flags = torch.stack(
-                        [total, torch.full_like(total, float(stop.signal_number is not None))]
-                    )
-                    mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
-                    if not math.isfinite(mean_loss):
-                        raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
-                    parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    # With a gradient scaler (fp16) such a step is skipped and the scale lowered.
-                    if accelerator.scaler is None and not math.isfinite(norm):
-                        raise UserError(self._divergence(step, f"the gradient's norm became {float(norm)}"))
-                self.wrapped_optimizer.step()
-                self.wrapped_optimizer.zero_grad()
+        micro_steps = config.gradient_accumulation_steps
+        for micro in range(micro_steps):
+            with self.updates.accumulating(last=micro + 1 == micro_steps):
+                loss = self.learner.loss(step * micro_steps + micro)
+                self.updates.backward(loss)
+            total += loss.detach() / micro_steps
+        # All processes stop together, or none: their flags travel with the loss.
+        flags = torch.stack([total, torch.full_like(total, float(stop.signal_number is not None))])
+        mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
+        if not math.isfinite(mean_loss):
+            raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
+        norm = self.updates.step()
+        # With a gradient scaler (fp16) such a step is skipped and the scale lowered.
+        if accelerator.scaler is None and not math.isfinite(norm):
+            raise UserError(self._divergence(step, f"the gradient's norm became {norm}"))
         if self.learner.tokens is not None:
             self.learner.tokens.keep_scale()
         return mean_loss, stopping > 0
@@ -270,6 +270,7 @@ class Run:
     # Checkpoints and results.
 
     def _save_checkpoint(self, step: int) -> None:
+        whole = self.updates.whole_optimizer()
         if self.accelerator.is_main_process:
             scalars = {
                 "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -278,21 +279,26 @@ class Run:
             }
             if self.accelerator.scaler is not None:
                 scalars["scaler"] = self.accelerator.scaler.state_dict()
-            scalars["optimizer"] = optimizer_numbers(self.optimizer)
-            optimizer = flatten_optimizer(self.optimizer)
+            scalars["optimizer"] = optimizer_numbers(whole)
+            optimizer = flatten_optimizer(whole)
             adapter, others = self._files(step)
             checkpoint = Checkpoint(step, adapter, optimizer, self.settings, scalars, others)
             write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, stored: Stored) -> int:
-        load_adapter_tensors(self.learner.trained, stored.adapter())
+        def tensors(name: str) -> dict[str, Tensor]:
+            return from_main(lambda: stored.tensors(name))
+
+        load_adapter_tensors(self.learner.trained, tensors(WEIGHTS_NAME))
         if self.average:
             self.average.resume(stored.step)
-            load_adapter_tensors(self.learner.trained, stored.live())
+            load_adapter_tensors(self.learner.trained, tensors(LIVE_NAME))
         if self.learner.tokens is not None:
-            self.learner.tokens.load(read_tensors(stored.folder / EMBEDDINGS_NAME))
-        restore_optimizer(self.optimizer, stored.optimizer(), stored.scalars["optimizer"])
+            self.learner.tokens.load(tensors(EMBEDDINGS_NAME))
+        whole = self.updates.whole_optimizer()
+        restore_optimizer(whole, tensors(OPTIMIZER_NAME), stored.scalars["optimizer"])
+        self.updates.adopt(whole)
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -313,8 +319,11 @@ class Run:
         resume = ["--resume_from_checkpoint", "latest"]
         words = without_token(sys.argv)
         command = shlex.join(words if words[-2:] == resume else [*words, *resume])
+        how = f"\n  python {command}"
+        if self.accelerator.num_processes > 1:  # the launcher's own words aren't known here
+            how = f" the same launcher and\n  {command}"
         raise RunInterruptedError(
-            f"{what}; go on with\n  python {command}",
+            f"{what}; go on with{how}",
             stop.signal_number or signal.SIGINT,  # another process may have got the signal
         )
 
@@ -405,24 +414,3 @@ class Run:
 
     def _gallery(self, folder: Path) -> Gallery:
         return Gallery(folder, self.config, self.accelerator.mixed_precision, len(self.samples))
-
-
-def _make_accelerator(config: TrainConfig) -> Accelerator:
-    tracker = config.report_to if config.report_to not in (None, "none") else None
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        logger.warning("tensorboard isn't installed, so nothing is tracked (pip install tensorboard)")
-        tracker = None
-    # The first text encoder's last layer never enters the prompt's embedding: no gradient reaches its LoRA.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
-    try:
-        return Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=tracker,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-            ),
-            kwargs_handlers=[unused],
-        )
-    except (ValueError, ImportError) as error:  # an unknown tracker, a precision that the device lacks
-        raise UserError(f"accelerate refuses these settings: {' '.join(str(error).split())}") from error

@@ -22,6 +22,7 @@ from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.gallery import FOLDER, SideBySide, footer, validation_drawing, validation_seeds
 from flatlora_diffusion.generate import DTYPES, compare, load_pipeline, release, save_picture
 from flatlora_diffusion.hf_dataset import dataset_samples
+from flatlora_diffusion.launch import from_main, join_processes, leave_processes
 from flatlora_diffusion.output_folder import check_writable, output_lock
 from flatlora_diffusion.quantised import require_bitsandbytes
 from flatlora_diffusion.run import Run
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> None:
     """
     disable_progress_bar()
     disable_transformers_progress_bar()
+    join_processes(config)
     samples = _training_samples(config)
     if config.train_text_encoder_ti:
         pivotal.require_words(config, samples)
@@ -58,20 +60,22 @@ def train(config: TrainConfig) -> None:
     heldout_samples = _heldout_samples(config)
     arms = _arms(config)
     with contextlib.ExitStack() as locks:
-        if PartialState().is_main_process:
+
+        def lock() -> None:
             for folder in dict.fromkeys([config.output_dir, *(arm.output_dir for arm in arms)]):
                 locks.enter_context(output_lock(Path(folder)))
+
+        from_main(lock)
         class_samples = prior.class_samples(config) if config.with_prior_preservation else ()
-        repository = None
-        if config.push_to_hub and PartialState().is_main_process:
-            repository = hub.open_repository(config)
+        repository = from_main(lambda: hub.open_repository(config)) if config.push_to_hub else None
         side_by_side = _side_by_side(config, arms)
         for arm in arms:
             logger.info("%s: %d images, into %s", record.method(arm), len(samples), arm.output_dir)
             Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
             release()
-        if AcceleratorState().is_main_process:
+        if PartialState().is_main_process:
             _present(config, arms, samples, side_by_side, repository)
+        leave_processes()
 
 
 def _training_samples(config: TrainConfig) -> list[data.Sample]:

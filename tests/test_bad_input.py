@@ -689,7 +689,7 @@ def assert_sound(folder, step):
     settings = json.loads((folder / "state.json").read_text())["settings"]
     stored = find_checkpoint(folder.parent, folder.name, settings)
     assert (stored.folder, stored.step) == (folder, step)
-    for tensors in (stored.adapter(), stored.optimizer()):
+    for tensors in (stored.tensors(WEIGHTS_NAME), stored.tensors(OPTIMIZER_NAME)):
         assert tensors
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 

@@ -75,8 +75,8 @@ def assert_sound(stored, step):
     assert (stored.step, stored.folder.name) == (step, f"checkpoint-{step}")
     assert stored.scalars == expected.scalars
     assert stored.settings == SETTINGS | {"validation_prompt": ["a", "b"]}
-    assert_same_tensors(stored.adapter(), load(expected.adapter))
-    assert_same_tensors(stored.optimizer(), expected.optimizer)
+    assert_same_tensors(stored.tensors(WEIGHTS_NAME), load(expected.adapter))
+    assert_same_tensors(stored.tensors(OPTIMIZER_NAME), expected.optimizer)
 
 
 def assert_same_tensors(actual, expected):
@@ -410,7 +410,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(small_disk):
     assert names(small_disk) == [f"checkpoint-{step}" for step in range(1, failed)]
     for step in range(1, failed):
         stored = find(small_disk, f"checkpoint-{step}")
-        assert (stored.step, len(stored.adapter()["unet.lora"])) == (step, 10_000)
+        assert (stored.step, len(stored.tensors(WEIGHTS_NAME)["unet.lora"])) == (step, 10_000)
     shutil.rmtree(small_disk / "checkpoint-1")
     write_checkpoint(small_disk, make_checkpoint(failed, size=10_000), None)
     assert find(small_disk).step == failed, "it goes on once there is room"
@@ -699,7 +699,7 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path, make_optimizer):
         parameter.data.copy_(value)
     other.param_groups[0]["lr"] = 1e-2
     stored = find(tmp_path)
-    restore_optimizer(other, stored.optimizer(), stored.scalars["optimizer"])
+    restore_optimizer(other, stored.tensors(OPTIMIZER_NAME), stored.scalars["optimizer"])
     assert_same_tensors(flatten_optimizer(other), state)
     advance(resumed, other, range(7, 15))
     for actual, wanted in zip(resumed, expected, strict=True):

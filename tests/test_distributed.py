@@ -1,76 +1,328 @@
-"""Two processes: noise of their own, equal adapters."""
+"""Several processes give the gradients of one with the whole batch; with noise, of the mean over theirs."""
 
+import dataclasses
 import json
-import os
-import subprocess
+import runpy
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flatlora_diffusion import data, launch, perturb, prior
+from flatlora_diffusion import run as run_module
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.launch import make_accelerator
+from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.perturb import FlatLoRA
+from flatlora_diffusion.run import Run
+from flatlora_diffusion.train import train
+from tests.conftest import assert_equal, run
+from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
 from tests.test_resume import command
 
 PROJECT = Path(__file__).parents[1]
-
-# The script itself, with a look at what each process holds before and after training.
-PROBE = """
-import hashlib, json, sys
-from pathlib import Path
-sys.path.insert(0, {project!r})
-sys.argv[0] = "train_dreambooth_flat.py"
-from flatlora_diffusion.run import Run
-from train_dreambooth_flat import main
-
-loop, report = Run._loop, {{"epsilon": [], "captions": []}}
-
-def digest(tensors):
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-def watched(self, start, stop):
-    step = self._optimizer_step
-    def look(*arguments):
-        name = next(iter(self.flat.layers))
-        report["epsilon"].append(digest([self.flat.epsilon(name)]))
-        return step(*arguments)
-    self._optimizer_step = look
-    loop(self, start, stop)
-    trained = [p for model in self.learner.trained.values() for p in model.parameters() if p.requires_grad]
-    report["adapter"] = digest(trained)
-    unet = self.learner.base.unet.named_parameters()
-    report["moved"] = sum(float(p.detach().abs().sum()) for name, p in unet if "lora_B" in name)
-    Path({folder!r}, f"rank-{{self.accelerator.process_index}}.json").write_text(json.dumps(report))
-
-Run._loop = watched
-main()
-"""
+CONFIGS = PROJECT / "assets" / "accelerate"
 
 
-def launch(launcher: list[str], script: Path, base_path, icons, output, *extra) -> None:
-    flags = command(base_path, icons, output, "--max_train_steps", 4, *extra)[2:]
-    words = [sys.executable, "-m", *launcher, str(script), *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def config(config, icons, tmp_path) -> TrainConfig:
+    for index, colour in enumerate(("navy", "teal", "olive")):
+        Image.new("RGB", (24, 40), colour).save(icons / f"tall-{index}.png")
+    classes = tmp_path / "class"
+    classes.mkdir()
+    for index in range(3):
+        Image.new("RGB", (20, 20 + 4 * index), (80 * index, 90, 30)).save(classes / f"{index}.png")
+    return dataclasses.replace(config, class_data_dir=str(classes), class_prompt="a picture")
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return json.loads((Path(config.output_dir) / "summary.json").read_text())["losses"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "two", "one"),
+    [
+        (
+            {"snr_gamma": 5.0},
+            {"train_batch_size": 2, "scale_lr": True, "learning_rate": 0.025},
+            {"train_batch_size": 4},
+        ),
+        (
+            {
+                "train_text_encoder": True,
+                "with_prior_preservation": True,
+                "num_class_images": 3,
+                "prior_loss_weight": 0.7,
+                "gradient_checkpointing": True,
+            },
+            {"train_batch_size": 1, "gradient_accumulation_steps": 2},
+            {"train_batch_size": 4},
+        ),
+        # A batch has images of one size; two processes have two such batches.
+        (
+            {"aspect_buckets": True, "resolution": 32, "train_batch_size": 2},
+            {},
+            {"gradient_accumulation_steps": 2},
+        ),
+    ],
+    ids=["scaled learning rate", "text encoders and class images", "aspect buckets"],
+)
+def test_two_processes_train_as_one_with_the_same_global_batch(config, tmp_path, settings, two, one):
+    config = dataclasses.replace(config, **SMOOTH | settings)
+    alone = dataclasses.replace(config, **one, output_dir=str(tmp_path / "one"))
+    together = dataclasses.replace(config, **two, output_dir=str(tmp_path / "two"))
+    adapter = run(alone)
+    in_processes(lambda rank: train(together))
+    assert_close(load_file(tmp_path / "two" / WEIGHTS_NAME), adapter, 3e-5)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, train_batch_size=1, flat_sigma=0.5, flat_schedule="constant")
+    noted, step = tmp_path / "noted.safetensors", 2
+    loop = Run._loop
+
+    def watched(self, start, stop):
+        update = self.updates.step
+
+        def note():
+            if self.flat.global_step == step and self.accelerator.is_main_process:
+                named = dict(self.learner.base.unet.named_parameters())
+                trained = {name: p.detach() for name, p in named.items() if p.requires_grad}
+                gradients = {f"{name}.grad": named[name].grad for name in trained}
+                save_file({**trained, **gradients}, noted)
+            return update()
+
+        self.updates.step = note
+        loop(self, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_loop", watched)
+        in_processes(lambda rank: train(config))
+
+    # The same gradient in one process, with each noise in turn on the real weights.
+    samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+    learner = Learner(config, make_accelerator(config), samples)
+    flat = FlatLoRA(learner.base.unet, sigma=0.5, total_steps=6, schedule="constant", seed=config.seed)
+    parameters = {name: p for name, p in learner.base.unet.named_parameters() if p.requires_grad}
+    then = load_file(noted)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(then[name])
+    flat.global_step = step
+    for rank in (0, 1):
+        monkeypatch.setattr(perturb, "_rank", lambda rank=rank: rank)
+        weights = {name: layer.get_base_layer().weight for name, layer in flat.layers.items()}
+        epsilons = {name: flat.epsilon(name) for name in weights}
+        with flat.paused():
+            for name, weight in weights.items():
+                weight.data += epsilons[name]
+            position = step * 2 + rank
+            (learner.objective(learner.latents.batch([position])).mean() / 2).backward()
+            for name, weight in weights.items():
+                weight.data -= epsilons[name]
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in parameters.items()}
+    assert_close({name: then[name] for name in gradients}, gradients, 1e-4)
+
+
+def test_what_one_process_does_for_all(config, tmp_path, monkeypatch):
+    """Class images, held-out losses, pictures, files; in both runs of a comparison."""
+    config = dataclasses.replace(
+        config,
+        compare=True,
+        train_text_encoder=True,
+        with_prior_preservation=True,
+        num_class_images=5,
+        heldout_data_dir=config.instance_data_dir,
+        heldout_steps=1,
+        max_train_steps=2,
+        train_batch_size=1,
+        checkpointing_steps=1,
+        validation_prompt=("a icon",),
+        validation_epochs=1,
+        num_validation_images=1,
+        validation_inference_steps=2,
+        num_train_epochs=1,
+    )
+
+    def refuse(*arguments):
+        raise AssertionError("only the main process does this")
+
+    def work(rank):
+        if rank:
+            for owner, name in (
+                (prior, "_draw_missing"),
+                (Learner, "heldout_loss"),
+                (run_module, "draw_validation"),
+                (run_module, "write_checkpoint"),
+                (run_module, "write_atomically"),
+            ):
+                setattr(owner, name, refuse)
+        train(config)
+        return torch.distributed.is_initialized()
+
+    assert in_processes(work) == [False, False]
+    output = Path(config.output_dir)
+    assert (output / "comparison.png").is_file()
+    assert len(list(Path(config.class_data_dir).iterdir())) == 5
+    for arm in ("lora", "flat_lora"):
+        summary = json.loads((output / arm / "summary.json").read_text())
+        assert summary["processes"] == 2 and len(summary["heldout_losses"]) == 2
+
+
+def test_a_signal_to_one_stops_all_and_the_resumed_run_has_the_same_bits(config, tmp_path):
+    config = dataclasses.replace(
+        config, flat_sigma=0.5, train_batch_size=1, max_train_steps=5, lora_dropout=0.1
+    )
+    stop_and_resume(config, tmp_path)
+    assert_equal(load_file(tmp_path / "whole" / WEIGHTS_NAME), load_file(tmp_path / "0" / WEIGHTS_NAME))
+    assert not (tmp_path / "1").exists()
+
+
+def test_a_process_with_other_images_is_refused(config, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (24, 24), "pink").save(other / "pink.png")
+
+    def work(rank):
+        folder = str(other) if rank else config.instance_data_dir
+        with pytest.raises(UserError, match="process 1 has another images and captions than process 0"):
+            train(dataclasses.replace(config, instance_data_dir=folder))
+
+    in_processes(work)
+    assert not Path(config.output_dir).exists()
+
+
+def test_an_error_of_the_main_process_is_everybodys(config):
+    def work(rank):
+        with pytest.raises(UserError, match="checkpoint-9"):
+            train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-9"))
+
+    in_processes(work)
+
+
+def test_processes_wait_long_for_each_other(config, monkeypatch):
+    seen = {}
+    state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    monkeypatch.setattr(launch, "PartialState", lambda **settings: seen.update(settings) or state)
+    launch.join_processes(config)
+    assert seen["timeout"] >= timedelta(hours=12)
+    state.distributed_type = DistributedType.XLA
+    with pytest.raises(UserError, match="TPUs"):
+        launch.join_processes(config)
+
+
+def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=2)
+    alone = run(config)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert_equal(run(config, output_dir=str(tmp_path / "launched")), alone)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "told"),
+    [
+        ({"USE_FSDP": "true"}, {}, "FSDP splits weights .* whole rows .* use data parallelism"),
+        ({"USE_MEGATRON_LM": "true"}, {}, "Megatron-LM splits weights"),
+        ({"USE_PARALLELISM_CONFIG": "true"}, {}, "sequence parallelism splits weights"),
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, {}, "ZeRO-3 splits weights .* whole rows"),
+        ({"DEEPSPEED_ZERO_STAGE": "0"}, {}, "zero_stage 0 splits nothing"),
+        ({"DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "file ds.json isn't read"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "cannot offload"),
+        ({}, {"optimizer": "prodigy"}, "only plain AdamW"),
+        ({}, {"use_8bit_adam": True}, "only plain AdamW"),
+        ({}, {"mixed_precision": "fp16"}, "not used with fp16"),
+        ({"MIXED_PRECISION": "fp16"}, {}, "not used with fp16"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_cannot_train_is_refused(config, monkeypatch, environment, changes, told):
+    if not any(name.startswith("USE_") for name in environment):
+        environment = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", **environment}
+        find = launch.importlib.util.find_spec
+        monkeypatch.setattr(
+            launch.importlib.util, "find_spec", lambda name: name == "deepspeed" or find(name)
+        )
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=f"{told}.*assets/accelerate/ddp.yaml"):
+        train(dataclasses.replace(config, with_prior_preservation=True, **changes))
+    assert not Path(config.output_dir).exists()
+
+
+def test_deepspeed_that_is_missing_is_named(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    find = launch.importlib.util.find_spec
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
+    )
+    with pytest.raises(UserError, match=r"DeepSpeed is not installed; pip install deepspeed, or use data"):
+        train(config)
+
+
+def test_the_script_refuses_fsdp(base_path, icons, tmp_path, capfd):
+    output = tmp_path / "out"
+
+    def script(rank):
+        sys.argv = command(base_path, icons, output)[1:]
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return left.value.code
+
+    assert in_processes(script, 1, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2") == [2]
+    told = capfd.readouterr().err
+    assert told.startswith("error: FSDP splits weights") and told.count("\n") == 1
+    assert not output.exists()
+
+
+def test_accelerate_launch_with_the_shipped_configuration(config, base_path, icons, tmp_path):
+    output = tmp_path / "out"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
+    flags = ("--max_train_steps", 3, "--mixed_precision", "no")
+    python, *rest = command(base_path, icons, output, *flags)
+    done = launched([python, *launcher, "--main_process_port", 0, *rest], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_two_processes_train_with_noise_of_their_own_and_equal_adapters(base_path, icons, tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(PROBE.format(project=str(PROJECT), folder=str(tmp_path)))
-    output = tmp_path / "out"
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(torchrun, probe, base_path, icons, output, "--train_text_encoder", "--flat_schedule", "constant")
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert len(first["epsilon"]) == 4
-    noises = first["epsilon"] + second["epsilon"]
-    assert len(set(noises)) == len(noises)
-    assert first["adapter"] == second["adapter"] and first["moved"] > 0
+    assert done.stderr.count("saved ") == 1, "only the main process should report"
     assert json.loads((output / "summary.json").read_text())["processes"] == 2
-    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    # The forked processes of the other tests are a fair stand-in for launched ones.
+    same = dataclasses.replace(
+        config,
+        flat_sigma=0.5,
+        train_batch_size=1,
+        max_train_steps=3,
+        seed=5,
+        output_dir=str(tmp_path / "forked"),
+    )
+    in_processes(lambda rank: train(same))
+    assert_equal(load_file(output / WEIGHTS_NAME), load_file(tmp_path / "forked" / WEIGHTS_NAME))
 
 
-def test_accelerate_launch(base_path, icons, tmp_path):
-    output = tmp_path / "out"
-    launcher = ["accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    launch(launcher, PROJECT / "train_dreambooth_flat.py", base_path, icons, output)
-    assert (output / "pytorch_lora_weights.safetensors").is_file()
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ("ddp.yaml", ["--num_processes", "8"], {"multi_gpu": True, "num_machines": 1, "num_processes": 8}),
+        (
+            "multi_node.yaml",
+            ["--machine_rank", "1", "--main_process_ip", "10.0.0.7"],
+            {"multi_gpu": True, "num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.7"},
+        ),
+        (
+            "deepspeed_zero2.yaml",
+            ["--num_processes", "8"],
+            {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "none", "num_processes": 8},
+        ),
+    ],
+)
+def test_accelerate_understands_the_shipped_configurations(file, flags, expected):
+    words = ["--config_file", str(CONFIGS / file), *flags, "train_dreambooth_flat.py"]
+    given, _, precision_is_from_file = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert {name: getattr(given, name) for name in expected} == expected
+    assert given.mixed_precision == "bf16" and precision_is_from_file
