@@ -18,16 +18,12 @@ import argparse
 import copy
 import functools
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -37,32 +33,24 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.bases import SDXL
+from benchmarks.common import (
+    DEMO_BASE,
+    DTYPES,
+    RANK,
+    SIGMA,
+    TARGETS,
+    add_common_options,
+    default_dtype,
+    dtype_name,
+    machine,
+    now,
+    positive,
+    write_report,
+)
 from benchmarks.inplace import InPlaceFlatLoRA
 from benchmarks.memory import MIB, CpuLedger, CudaLedger, Memory, sampled_between_layers
 from flatlora_diffusion import FlatLoRA
-
-DEMO_BASE = Path(__file__).parents[1] / "assets" / "micro-sdxl"
-SIGMA = 0.1
-RANK = 4
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# stabilityai/stable-diffusion-xl-base-1.0
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
 
 # Cases: a model with LoRA, and its loss.
 
@@ -171,7 +159,7 @@ def stack_case(
 def sdxl_case() -> Case:
     """(c) The whole SDXL UNet on a GPU, random weights in bf16, gradient checkpointing, batch 1."""
     with torch.device("cuda"):
-        unet = UNet2DConditionModel(**SDXL_UNET).to(torch.bfloat16)
+        unet = UNet2DConditionModel(**SDXL.unet).to(torch.bfloat16)
     unet.enable_gradient_checkpointing()
     return unet_case("(c) SDXL UNet, bf16, GPU, batch 1, 128 x 128 latents, gradient checkpointing", unet)
 
@@ -306,50 +294,7 @@ def measure(case: Case, deadline: float, repeats: int | None) -> Result:
     )
 
 
-def now(device: torch.device) -> float:
-    """The time when all work given to the device so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 # Reporting.
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Short name of a precision."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def processor() -> tuple[str, list[str]]:
-    """Name of the processor, and those of its instruction sets that decide the speed of matrix products."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine(), []
-    lines = [line.partition(":") for line in info.read_text().splitlines()]
-    fields = {key.strip(): value.strip() for key, _, value in lines}
-    flags = fields.get("flags", "").split()
-    return fields.get("model name", platform.machine()), [flag for flag in CPU_FLAGS if flag in flags]
-
-
-def has_fast_bf16() -> bool:
-    """Whether the processor multiplies matrices in bf16 by instructions of its own."""
-    return any("bf16" in flag for flag in processor()[1])
-
-
-def machine() -> str:
-    """The machine in one line, with what its processor can do."""
-    name, flags = processor()
-    bf16 = "in hardware" if has_fast_bf16() else "emulated, and so slow"
-    parts = [
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        f"CPU flags: {' '.join(flags) or 'unknown'}",
-        f"bf16 matrix products on the CPU are {bf16}",
-        f"torch {torch.__version__}",
-    ]
-    if torch.cuda.is_available():
-        parts.insert(0, torch.cuda.get_device_name())
-    return "; ".join(parts)
 
 
 def table(result: Result) -> str:
@@ -393,14 +338,6 @@ def report(results: list[Result], skipped: list[str]) -> str:
     return "\n\n".join([head, *map(table, results), *skipped]) + "\n"
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -422,12 +359,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--repeats", type=positive, help="repeats of every case (as many as --minutes allows)"
     )
     parser.add_argument("--minutes", type=float, default=7, help="time for everything, about (7)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (torch's choice)")
-    parser.add_argument("--output", type=Path, help="also write the report to this .md or .json file")
-    options = parser.parse_args(arguments)
-    if options.output and options.output.suffix not in (".md", ".json"):
-        parser.error(f"--output {options.output} must end in .md or .json")
-    return options
+    add_common_options(parser)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -439,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    dtype = DTYPES[options.dtype or ("bf16" if has_gpu or has_fast_bf16() else "fp32")]
+    dtype = DTYPES[options.dtype or default_dtype()]
 
     builds: list[Callable[[], Case]] = []
     skipped = []
@@ -463,17 +396,8 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(measure(build(), time.monotonic() + share, options.repeats))
         print(table(results[-1]), end="\n\n", file=sys.stderr)  # progress: a full run takes minutes
 
-    text = report(results, skipped)
-    print(text)
-    if options.output and options.output.suffix == ".json":
-        content = {
-            "machine": machine(),
-            "skipped": skipped,
-            "results": [asdict(result) for result in results],
-        }
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    elif options.output:
-        options.output.write_text(text, encoding="utf-8")
+    content = {"skipped": skipped, "results": [asdict(result) for result in results]}
+    write_report(report(results, skipped), content, options.output)
 
 
 if __name__ == "__main__":
