@@ -76,8 +76,8 @@ def train_here(config: TrainConfig, steps: Steps) -> None:
     from flatlora_diffusion.run import Run
 
     class WatchedRun(Run):
-        def _prepare(self) -> None:
-            super()._prepare()
+        def _prepare(self, resuming: bool) -> None:
+            super()._prepare(resuming)
             steps.peak()
 
         def _optimizer_step(self, step: int, *rest: object) -> object:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 import flatlora_diffusion.run
 import flatlora_diffusion.train
 from flatlora_diffusion import sdxl
-from flatlora_diffusion.checkpoint import find_checkpoint
+from flatlora_diffusion.checkpoint import OPTIMIZER_NAME, find_checkpoint
 from flatlora_diffusion.cli import parse_train_config, run_command
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.train import train

@@ -71,7 +71,7 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
     seen.clear()
 
     run = Run(config, samples)
-    run._prepare()
+    run._prepare(resuming=False)
     adapter = adapter_of(run.learner.base.unet)
     for name, parameter in adapter.items():
         parameter.data.copy_(start[name])
