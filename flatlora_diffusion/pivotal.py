@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from flatlora_diffusion import data
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import FLAT_METADATA_KEY, _with_sorted_metadata
+from flatlora_diffusion.export import FLAT_METADATA_KEY, with_sorted_metadata
 
 EMBEDDINGS_NAME = "learned_embeds.safetensors"  # diffusers' own name for textual inversions
 FACTS_KEY = "new_tokens"
@@ -187,7 +187,7 @@ class NewTokens:
         tensors = {key: embedding.new.weight.detach().cpu() for key, embedding in self._embeddings.items()}
         facts = {"tokens": self._tokens, "words": self.words}
         metadata = {"format": "pt", FLAT_METADATA_KEY: json.dumps({FACTS_KEY: facts}, sort_keys=True)}
-        return _with_sorted_metadata(save(tensors, metadata=metadata))
+        return with_sorted_metadata(save(tensors, metadata=metadata))
 
     def facts(self) -> dict[str, Any]:
         """What the adapter's file says of the embeddings that belong to it.

@@ -89,6 +89,7 @@ DIFFUSERS_DEFAULTS = {
     "hub_model_id": None,
 }
 OURS = {
+    "quantize_base": None,
     "background": "white",
     "lora_alpha": None,
     "use_rslora": False,
