@@ -81,7 +81,7 @@ def train_here(config: TrainConfig, steps: Steps) -> None:
             steps.peak()
 
         def _optimizer_step(self, step: int, *rest: object) -> object:
-            if self.losses:  # the step before is done, with its logging
+            if self.state.losses:  # the step before is done, with its logging
                 steps.done()
             return super()._optimizer_step(step, *rest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,100 @@ from PIL import Image
 
 from flatlora_diffusion import record
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.gallery import Gallery, step_name, validation_drawing, validation_seeds
+from flatlora_diffusion.gallery import (
+    BASE,
+    Gallery,
+    SideBySide,
+    step_name,
+    validation_drawing,
+    validation_seeds,
+)
 from flatlora_diffusion.generate import draw, release
 from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.sdxl import PromptEmbeds, evaluating
+from flatlora_diffusion.state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Draws the validation prompts when they are due.
+
+    Args:
+        learner: What is drawn with.
+        state: Knows the average of the adapter, which is drawn with where there is one.
+        config: Prompts, seeds, size, steps and guidance, and how often.
+        folder: For pictures and sheets.
+        images: Number of training images, for the small print.
+        steps_an_epoch: Optimizer steps in a pass over the images.
+        total_steps: Of the run.
+        side_by_side: Shows the pictures of this run and of those that it is compared with.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        state: TrainingState,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        images: int,
+        steps_an_epoch: int,
+        total_steps: int,
+        side_by_side: SideBySide | None,
+    ) -> None:
+        self._learner = learner
+        self._state = state
+        self._config = config
+        self._images = images
+        self._steps_an_epoch = steps_an_epoch
+        self._total_steps = total_steps
+        self._side_by_side = side_by_side
+        self._gallery = self._gallery_in(folder)
+
+    def before(self, start: int) -> None:
+        """Draw what an interruption prevented after the last step; before the first one, the base."""
+        if self._learner.accelerator.is_main_process:
+            if start and self._is_due(start) and not self._gallery.has(step_name(start)):
+                self._show(start)
+            if not start and self._side_by_side and self._will_be_due():
+                self._draw_base(self._gallery_in(self._side_by_side.folder))
+        self._learner.accelerator.wait_for_everyone()
+
+    def after(self, step: int) -> None:
+        """Draw, if it is time: after the first epoch and then every so many, as in the diffusers script."""
+        if self._is_due(step):
+            if self._learner.accelerator.is_main_process:
+                self._show(step)
+            self._learner.accelerator.wait_for_everyone()
+
+    def _is_due(self, step: int) -> bool:
+        config = self._config
+        epoch, rest = divmod(step, self._steps_an_epoch)
+        if not config.validation_prompt or not config.validation_epochs or rest:
+            return False
+        return (epoch - 1) % config.validation_epochs == 0
+
+    def _will_be_due(self) -> bool:
+        return self._steps_an_epoch <= self._total_steps and self._is_due(self._steps_an_epoch)
+
+    def _show(self, step: int) -> None:
+        with self._state.averaged():
+            pictures = draw_validation(self._learner, self._config)
+        if pictures is None:
+            return
+        report_validation(pictures, step, self._gallery, self._config, self._learner.accelerator)
+        if self._side_by_side and self._side_by_side.last == self._gallery.folder:
+            self._side_by_side.draw(step)
+
+    def _draw_base(self, gallery: Gallery) -> None:
+        """Draw with an adapter that was not trained yet, which changes nothing."""
+        if not gallery.has(BASE) and (pictures := draw_validation(self._learner, self._config)):
+            gallery.write(pictures, BASE, "The base")
+
+    def _gallery_in(self, folder: Path) -> Gallery:
+        precision = self._learner.accelerator.mixed_precision
+        return Gallery(folder, self._config, precision, self._images)
 
 
 def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] | None:

@@ -259,15 +259,15 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 @contextlib.contextmanager
 def stopped_after(monkeypatch: pytest.MonkeyPatch, last: int) -> Iterator[None]:
     """Training inside the block saves a checkpoint after step `last` and stops, as on Ctrl-C."""
-    original = Run._validates_after
+    original = Run._after_step
 
-    def stop(run: Run, step: int) -> bool:
+    def stop(run: Run, step: int) -> None:
+        original(run, step)
         if step == last:
             run._save_checkpoint(step)
             raise RunInterruptedError("stopped", 2)
-        return original(run, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_validates_after", stop)
+        patch.setattr(Run, "_after_step", stop)
         with pytest.raises(RunInterruptedError):
             yield

@@ -19,8 +19,8 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-import flatlora_diffusion.run
-import flatlora_diffusion.train
+import flatlora_diffusion.present
+import flatlora_diffusion.validate
 from flatlora_diffusion import sdxl
 from flatlora_diffusion.checkpoint import OPTIMIZER_NAME, find_checkpoint
 from flatlora_diffusion.cli import parse_train_config, run_command
@@ -659,9 +659,9 @@ def test_a_disk_with_no_room_for_the_adapter(world, mount):
 @pytest.mark.parametrize(
     ("module", "function", "flags"),
     [
-        (flatlora_diffusion.train, "compare", ["--compare"]),
+        (flatlora_diffusion.present, "compare", ["--compare"]),
         (
-            flatlora_diffusion.run,
+            flatlora_diffusion.validate,
             "report_validation",
             ["--validation_prompt", "a fox", "--max_train_steps", 2],
         ),

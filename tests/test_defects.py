@@ -230,7 +230,7 @@ def test_8_nothing_but_the_adapter_gathers_gradients(config, monkeypatch, text_e
 
     def look(self, step, stop):
         models = dict(self.learner.trained)
-        self.optimizer.zero_grad = lambda *_, **__: gradients.update(
+        self.state.optimizer.zero_grad = lambda *_, **__: gradients.update(
             (f"{part}.{name}", parameter.grad)
             for part, model in models.items()
             for name, parameter in model.named_parameters()

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flatlora_diffusion import data, launch, perturb, prior
+from flatlora_diffusion import data, launch, perturb, prior, validate
 from flatlora_diffusion import run as run_module
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
@@ -92,17 +92,17 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
     loop = Run._loop
 
     def watched(self, start, stop):
-        update = self.updates.step
+        update = self.state.updates.step
 
         def note():
-            if self.flat.global_step == step and self.accelerator.is_main_process:
+            if self.state.flat.global_step == step and self.accelerator.is_main_process:
                 named = dict(self.learner.base.unet.named_parameters())
                 trained = {name: p.detach() for name, p in named.items() if p.requires_grad}
                 gradients = {f"{name}.grad": named[name].grad for name in trained}
                 save_file({**trained, **gradients}, noted)
             return update()
 
-        self.updates.step = note
+        self.state.updates.step = note
         loop(self, start, stop)
 
     with monkeypatch.context() as patch:
@@ -161,7 +161,7 @@ def test_what_one_process_does_for_all(config, tmp_path, monkeypatch):
             for owner, name in (
                 (prior, "_draw_missing"),
                 (Learner, "heldout_loss"),
-                (run_module, "draw_validation"),
+                (validate, "draw_validation"),
                 (run_module, "write_checkpoint"),
                 (run_module, "write_atomically"),
             ):

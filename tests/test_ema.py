@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from flatlora_diffusion import data
-from flatlora_diffusion import run as run_module
+from flatlora_diffusion import data, validate
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ema import AdapterAverage
 from flatlora_diffusion.export import (
@@ -94,7 +93,7 @@ def test_pictures_and_the_heldout_loss_are_the_averages(config, tmp_path, monkey
         shown.append({name: tensor.clone() for name, tensor in adapter_tensors(learner.trained).items()})
         return [Image.new("RGB", (16, 16))]
 
-    monkeypatch.setattr(run_module, "draw_validation", look)
+    monkeypatch.setattr(validate, "draw_validation", look)
     judged = dataclasses.replace(
         config,
         output_dir=str(tmp_path / "judged"),

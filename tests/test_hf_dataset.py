@@ -201,7 +201,7 @@ def test_it_resumes_wherever_the_dataset_is_and_refuses_another(config, icons, t
 
 
 def test_the_comparison_shows_the_first_images(config, icons, monkeypatch):
-    monkeypatch.setattr("flatlora_diffusion.train._MOST_IN_STRIP", 3)
+    monkeypatch.setattr("flatlora_diffusion.present._MOST_IN_STRIP", 3)
     write_parquet(Path(config.dataset_name), icons=icons)
     settings = {"validation_inference_steps": 1, "num_validation_images": 1, "max_train_steps": 1}
     train(dataclasses.replace(config, compare=True, **settings))

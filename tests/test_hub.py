@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, httpx
 
-import flatlora_diffusion.train
+import flatlora_diffusion.present
 from flatlora_diffusion import hub
 from flatlora_diffusion.card import CARD, is_ours
 from flatlora_diffusion.cli import parse_train_config, run_command
@@ -116,18 +116,18 @@ def test_a_comparison_uploads_both_arms_and_the_pictures(pushed, fake):
 
 def test_the_token_is_written_nowhere(pushed, fake, capsys, caplog, monkeypatch):
     caplog.set_level("DEBUG")
-    original = Run._validates_after
+    original = Run._after_step
 
     def ask_to_stop(self, step):
         import signal
 
         signal.raise_signal(signal.SIGINT)
-        return original(self, step)
+        original(self, step)
 
     words = ["train_dreambooth_flat.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"]
     monkeypatch.setattr(sys, "argv", words)
     with monkeypatch.context() as patch, pytest.raises(RunInterruptedError) as stop:
-        patch.setattr(Run, "_validates_after", ask_to_stop)
+        patch.setattr(Run, "_after_step", ask_to_stop)
         train(pushed)
     assert str(stop.value).splitlines()[-1] == (
         "  python train_dreambooth_flat.py --hub_token HUB_TOKEN --hub_token=HUB_TOKEN "
@@ -215,7 +215,7 @@ def test_what_fails_after_training_keeps_nothing_else_from_being_done(pushed, fa
     def fail(*arguments):
         raise failure
 
-    monkeypatch.setattr(flatlora_diffusion.train, "_draw_comparison", fail)
+    monkeypatch.setattr(flatlora_diffusion.present, "_draw_comparison", fail)
     with pytest.raises(UserError) as error:
         train(dataclasses.replace(pushed, validation_prompt=("a icon",), validation_epochs=0))
     message = str(error.value)
@@ -229,7 +229,7 @@ def test_ctrl_c_after_training_says_where_the_adapter_is(pushed, fake, monkeypat
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flatlora_diffusion.train, "write_card", interrupt)
+    monkeypatch.setattr(flatlora_diffusion.present, "write_card", interrupt)
     with pytest.raises(RunInterruptedError, match=r"interrupted; what was trained is in .*run; with") as stop:
         train(pushed)
     assert stop.value.exit_code == 130

@@ -106,7 +106,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch
 
     def keep(self):
         original(self)
-        self.flat.remove()
+        self.state.flat.remove()
         kept["unet"] = self.learner.base.unet.eval()
 
     monkeypatch.setattr(Run, "_finish", keep)

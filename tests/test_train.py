@@ -166,7 +166,7 @@ def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path
 
     def keep(self):
         original(self)
-        self.flat.remove()
+        self.state.flat.remove()
         self.learner.base.unet.eval()
         kept["unet"] = self.learner.base.unet
         kept["encoders"] = [m.eval() for name, m in self.learner.trained.items() if name != "unet"]

@@ -90,8 +90,7 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
     )
     for step, loss in enumerate(losses):
         assert run._optimizer_step(step, StopRequest())[0] == pytest.approx(loss, rel=1e-5)
-        run.lr_scheduler.step()
-        run.flat.step()
+        run.state.advance(loss)
     for one, other in zip(seen, expected, strict=True):
         for mine, theirs in zip(one, other, strict=True):
             torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import flatlora_diffusion.train
+import flatlora_diffusion.present
 from flatlora_diffusion import contact_sheet, validate
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.gallery import Gallery, SideBySide
@@ -50,7 +50,7 @@ def compared(validated):
 @pytest.fixture(autouse=True)
 def without_final_comparison(monkeypatch):
     """What is drawn after training is not the subject here."""
-    monkeypatch.setattr(flatlora_diffusion.train, "_draw_comparison", lambda *arguments: None)
+    monkeypatch.setattr(flatlora_diffusion.present, "_draw_comparison", lambda *arguments: None)
 
 
 _finished: dict[bool, Path] = {}

@@ -1,0 +1,113 @@
+"""What follows training: the comparison picture, model cards, the upload."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from flatlora_diffusion import data, hub, record
+from flatlora_diffusion.card import Exhibit, Making, comparison_exhibit, write_card
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.errors import RunInterruptedError, UserError
+from flatlora_diffusion.gallery import SideBySide, footer, validation_drawing, validation_seeds
+from flatlora_diffusion.generate import DTYPES, compare, load_pipeline, release, save_picture
+
+logger = logging.getLogger(__name__)
+
+COMPARISON = "comparison.png"
+
+_MOST_IN_STRIP = 64  # training images above the comparison
+
+
+def present(
+    config: TrainConfig,
+    arms: list[TrainConfig],
+    samples: list[data.Sample],
+    side_by_side: SideBySide | None,
+    repository: str | None,
+) -> None:
+    """Draw, describe and upload what was trained: each of these, whatever became of those before.
+
+    Raises:
+        UserError: One of them failed.
+        RunInterruptedError: Ctrl-C.
+    """
+    adapters = {record.method(arm): Path(arm.output_dir) for arm in arms}
+    saved = (
+        f"what was trained is in {' and '.join(map(str, adapters.values()))}; "
+        "with --resume_from_checkpoint latest the same command does only what follows training"
+    )
+    failures = []
+
+    def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except torch.OutOfMemoryError:
+            failures.append("out of memory while the comparison was drawn")
+        except (UserError, OSError) as error:
+            failures.append(str(error))
+        except KeyboardInterrupt as stop:
+            raise RunInterruptedError(f"interrupted; {saved}", signal.SIGINT) from stop
+        return None
+
+    if side_by_side:
+        attempt(side_by_side.draw_missing)
+    exhibit = None
+    if config.compare or config.validation_prompt:
+        exhibit = attempt(_draw_comparison, config, samples, adapters)
+        release()
+    state = AcceleratorState()
+    making = Making(len(samples), state.num_processes, state.mixed_precision)
+    if config.compare:
+        for arm in arms:
+            attempt(write_card, arm, {record.method(arm): Path(arm.output_dir)}, making)
+    attempt(write_card, config, adapters, making, exhibit, repository)
+    if repository:
+        attempt(hub.upload, config, repository)
+    if failures:
+        raise UserError(f"{'; '.join(failures)} ({saved})")
+
+
+def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: dict[str, Path]) -> Exhibit:
+    """The base beside the adapters, loaded from disk as any user would load them."""
+    output = Path(config.output_dir)
+    captions = list(dict.fromkeys(sample.caption for sample in samples))
+    state = AcceleratorState()
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        device=state.device,
+        dtype=DTYPES.get(state.mixed_precision, torch.float32),
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.pretrained_vae_model_name_or_path,
+    )
+    sheet = compare(
+        pipeline,
+        adapters,
+        config.validation_prompt or captions[:4],
+        validation_seeds(config),
+        validation_drawing(config),
+        output / "comparison",
+        title="The same prompt, seed and initial noise in every row",
+        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
+        footer=footer(config, len(samples)),
+    )
+    save_picture(sheet, output / COMPARISON)
+    logger.info("the comparison is in %s", output / COMPARISON)
+    return comparison_exhibit(output / COMPARISON, output / "comparison")
+
+
+def _picture_file(image: Path | data.EmbeddedImage, folder: Path) -> Path:
+    """The file of a training image; one that isn't a file is written into the folder."""
+    if isinstance(image, Path):
+        return image
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{image.name}.png"
+    data.composite(data.open_image(image), (255, 255, 255)).save(file)
+    return file
