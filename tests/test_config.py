@@ -89,6 +89,7 @@ OURS = {
     "aspect_buckets": False,
     "lora_layers": None,
     "noise_offset": 0.0,
+    "quantize_base": None,
     "text_encoder_2_lr": None,
     "loraplus_lr_ratio": None,
     "flat_sigma": 0.1,
