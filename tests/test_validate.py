@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import flatlora_diffusion.run
 import flatlora_diffusion.train
 from flatlora_diffusion import contact_sheet, validate
+from flatlora_diffusion.data import find_samples
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.gallery import Gallery, SideBySide
 from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.grid import Sheet
 from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.train import _arms, _side_by_side, train
 from flatlora_diffusion.validate import report_validation
 from tests.conftest import assert_equal, run
 
@@ -298,6 +300,18 @@ def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undistu
     assert not (output / "validation" / "step-000004.png").exists()
     train(resumed)
     assert contents(output) == expected
+
+
+def test_a_sheet_waits_for_the_last_arm(compared, monkeypatch):
+    """The second arm's pictures may be those of an earlier run as long as the first one trains."""
+    arms, shown = _arms(compared), []
+    monkeypatch.setattr(flatlora_diffusion.run, "draw_validation", lambda *arguments: pictures(2))
+    monkeypatch.setattr(SideBySide, "draw", lambda self, step: shown.append(step))
+    for arm, step in zip(arms, STEPS, strict=True):
+        one = Run(arm, find_samples(Path(arm.instance_data_dir), ""), (), (), _side_by_side(compared, arms))
+        one.learner = None
+        one._show(step)
+    assert shown == [STEPS[1]]
 
 
 def test_nothing_is_shown_side_by_side_that_was_drawn_otherwise(validated, tmp_path):
