@@ -150,7 +150,7 @@ def assert_refused(world, run, fragment):
 def test_these_settings_are_sound(world):
     """The twin of every test below: without the damage the command succeeds."""
     world.train()
-    assert sorted(path.name for path in world.output.iterdir()) == [WEIGHTS_NAME, "summary.json"]
+    assert sorted(path.name for path in world.output.iterdir()) == ["README.md", WEIGHTS_NAME, "summary.json"]
 
 
 def nothing(world):

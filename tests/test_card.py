@@ -70,7 +70,7 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
     assert run_code_of(output / CARD, tmp_path, monkeypatch).tobytes() == shown.tobytes()
 
     plain = ModelCard.load(output / "lora" / CARD)
-    assert plain.data.tags == TAGS and plain.data.widget is None
+    assert plain.data.tags == TAGS and "widget" not in plain.data.to_dict()
     assert "](validation/step-000002.png)" in plain.text and "bibtex" not in plain.text
     shown = Image.open(output / "comparison" / "000-lora.png")
     assert run_code_of(output / "lora" / CARD, tmp_path, monkeypatch).tobytes() == shown.tobytes()
@@ -91,9 +91,8 @@ def test_the_code_of_a_run_without_pictures_and_with_another_vae(short, base_pat
     train(short)
     card = Path(short.output_dir, CARD)
     assert "![" not in card.read_text() and "<Gallery />" not in card.read_text()
-    assert ModelCard.load(card).data.tags == [
-        tag.replace("lora", "dora") if tag == "lora" else tag for tag in TAGS
-    ] + ["flat-lora"]
+    tags = [tag if tag != "lora" else "dora" for tag in TAGS]
+    assert ModelCard.load(card).data.tags == [*tags, "flat-lora"]
     drawn = run_code_of(card, tmp_path, monkeypatch)
     pipeline = load_pipeline(str(base_path), vae=str(vae))
     load_adapter(pipeline, "mine", Path(short.output_dir))
@@ -168,7 +167,7 @@ def test_the_table_has_what_somebody_would_ask_for(written):
     }
     assert {name: table[name] for name in expected} == expected
     assert table["base"].endswith("tiny-sdxl`")
-    assert "You should use `a \\| icon` to trigger" in card.read_text()
+    assert "You should use `a | icon` to trigger" in card.read_text()
 
 
 def test_the_hub_is_named_where_it_is_there(written):
@@ -196,6 +195,18 @@ def test_the_hub_is_named_where_it_is_there(written):
     assert ast.literal_eval(calls["pipeline"].args[0]) == exhibit.examples[0].prompt
     assert "# SDXL Flat-LoRA DreamBooth - me/icons\n" in card.read_text()
     assert f"That of the base, `{base}`: `openrail++`." in card.read_text()
+
+
+def test_a_comparison_on_the_hub_names_the_folder_of_the_last_arm(config, adapter):
+    folders = {
+        method: Path(config.output_dir, name) for method, name in (("LoRA", "lora"), ("Flat-LoRA", "flat"))
+    }
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS_NAME).write_bytes(adapter)
+    write_card(config, folders, MAKING, repository="me/icons")
+    code = code_of(Path(config.output_dir, CARD))
+    assert f'load_lora_weights("me/icons", subfolder="flat", weight_name="{WEIGHTS_NAME}")' in code
 
 
 @pytest.mark.parametrize(
@@ -232,13 +243,12 @@ def test_a_base_of_unknown_licence(written):
 
 
 @pytest.mark.parametrize(
-    "words", ["# My icons\n", "", "\ufeff# Latin-1: \udce9"], ids=["text", "empty", "bytes"]
+    "content", [b"# My icons\n", b"", b"\xe9t\xe9\r\n"], ids=["text", "empty", "latin-1"]
 )
-def test_a_readme_of_somebody_else_stays(written, config, caplog, words):
+def test_a_readme_of_somebody_else_stays(written, config, caplog, content):
     caplog.set_level("INFO")
     path = Path(config.output_dir, CARD)
     path.parent.mkdir()
-    content = words.encode(errors="surrogateescape")
     path.write_bytes(content)
     written()
     assert path.read_bytes() == content

@@ -112,7 +112,6 @@ OURS = {
     "token_abstraction": "TOK",
     "num_new_tokens_per_abstraction": 2,
     "noise_offset": 0.0,
-    "quantize_base": None,
     "text_encoder_2_lr": None,
     "loraplus_lr_ratio": None,
     "flat_sigma": 0.1,

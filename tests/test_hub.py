@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, httpx
 
 import flatlora_diffusion.present
-from flatlora_diffusion import hub
+from flatlora_diffusion import card, hub
 from flatlora_diffusion.card import CARD, is_ours
 from flatlora_diffusion.cli import parse_train_config, run_command
 from flatlora_diffusion.config import TrainConfig
@@ -101,39 +102,23 @@ def test_a_run_opens_the_repository_first_and_uploads_what_it_made(pushed, fake,
     assert 'load_lora_weights("me/run", weight_name=' in (output / CARD).read_text()
 
 
-def test_a_comparison_uploads_both_arms_and_the_pictures(pushed, fake):
-    drawing = {"validation_inference_steps": 1, "num_validation_images": 1, "validation_prompt": ("a icon",)}
-    train(dataclasses.replace(pushed, compare=True, hub_model_id="icons", validation_epochs=1, **drawing))
-    assert fake.calls[0][1]["repo_id"] == "icons"
-    hidden = {name for name in fake.uploaded if "checkpoint" in name or "logs" in name}
-    assert not hidden
-    arms = {f"{arm}/{name}" for arm in ("lora", "flat_lora") for name in (WEIGHTS_NAME, "summary.json", CARD)}
-    pictures = {"comparison.png", "comparison/000-base.png", "validation/step-000002.png"}
-    assert arms | pictures | {CARD, "flat_lora/validation/step-000002/000-seed3.png"} <= fake.uploaded
-    card = Path(pushed.output_dir, CARD).read_text()
-    assert 'load_lora_weights("me/icons", subfolder="flat_lora", weight_name=' in card
-
-
 def test_the_token_is_written_nowhere(pushed, fake, capsys, caplog, monkeypatch):
     caplog.set_level("DEBUG")
-    original = Run._after_step
+    original = Run._optimizer_step
 
-    def ask_to_stop(self, step):
-        import signal
-
+    def ask_to_stop(self, step, stop):
         signal.raise_signal(signal.SIGINT)
-        original(self, step)
+        return original(self, step, stop)
 
     words = ["train_dreambooth_flat.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"]
     monkeypatch.setattr(sys, "argv", words)
     with monkeypatch.context() as patch, pytest.raises(RunInterruptedError) as stop:
-        patch.setattr(Run, "_after_step", ask_to_stop)
+        patch.setattr(Run, "_optimizer_step", ask_to_stop)
         train(pushed)
     assert str(stop.value).splitlines()[-1] == (
         "  python train_dreambooth_flat.py --hub_token HUB_TOKEN --hub_token=HUB_TOKEN "
         "--resume_from_checkpoint latest"
     )
-    fake.failure = None
     train(dataclasses.replace(pushed, resume_from_checkpoint="latest"))
     files = [path for path in Path(pushed.output_dir).rglob("*") if path.is_file()]
     assert {"state.json", "summary.json", "hparams.yml", CARD, WEIGHTS_NAME} <= {path.name for path in files}
@@ -241,9 +226,7 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays(pushed, fake, tmp_path, who
     output = Path(pushed.output_dir)
     output.mkdir()
     fake.readme = tmp_path / "README.md"
-    from flatlora_diffusion.card import _sealed
-
-    fake.readme.write_bytes(_sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
+    fake.readme.write_bytes(card._sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
     for name in (CARD, WEIGHTS_NAME, "checkpoint-2"):
         (output / name).touch()
     hub.upload(pushed, "me/run")
@@ -253,7 +236,10 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays(pushed, fake, tmp_path, who
 @pytest.mark.parametrize("logging_dir", ["logs", "my/logs"])
 def test_what_stays_at_home(pushed, fake, logging_dir):
     output = Path(pushed.output_dir)
-    kept = {"summary.json", "lora/summary.json", "my/notes.txt", "comparison/000-base.png"}
+    kept = {
+        *("summary.json", "lora/summary.json", "my/notes.txt", "comparison.png", "comparison/000-base.png"),
+        *("validation/step-000002.png", "flat_lora/validation/step-000002/000-seed3.png"),
+    }
     left = {
         *("checkpoint-2/state.json", "lora/checkpoint-10/optimizer.safetensors"),
         *(".unfinished-checkpoint-4/state.json", "lora/.hidden", ".pytorch_lora_weights.safetensors.tmp"),

@@ -1,5 +1,6 @@
 """Validation during training: what is drawn, where it goes, and that nothing of it changes or stops a run."""
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -17,9 +18,8 @@ from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.gallery import Gallery, SideBySide
 from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.grid import Sheet
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
-from flatlora_diffusion.validate import report_validation
+from flatlora_diffusion.train import _arms, _side_by_side, train
+from flatlora_diffusion.validate import Validation, report_validation
 from tests.conftest import assert_equal, run
 
 PROMPTS = ("a red icon", "a blue icon, far away")
@@ -275,14 +275,14 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
     assert (output / "flat_lora" / WEIGHTS_NAME).read_bytes() == alone, "drawing the base changed the arm"
 
 
-@pytest.mark.parametrize("killed", [Run, SideBySide], ids=["before the pictures", "before the sheet"])
+@pytest.mark.parametrize("killed", [Validation, SideBySide], ids=["before the pictures", "before the sheet"])
 def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undisturbed, monkeypatch, killed):
     """Killed in the second arm, after the last validation step's checkpoint."""
     expected, output = contents(undisturbed(compare=True)), Path(compared.output_dir)
     shutil.copytree(undisturbed(compare=True), output, ignore=shutil.ignore_patterns("flat_lora"))
     for sheet in output.glob("validation/step-*.png"):
         sheet.unlink()
-    name = "_show" if killed is Run else "draw"
+    name = "_show" if killed is Validation else "draw"
     original = getattr(killed, name)
 
     def kill(self, step):
@@ -298,6 +298,26 @@ def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undistu
     assert not (output / "validation" / "step-000004.png").exists()
     train(resumed)
     assert contents(output) == expected
+
+
+def test_a_sheet_waits_for_the_last_arm(compared, monkeypatch):
+    """The second arm's pictures may be those of an earlier run as long as the first one trains."""
+    arms, shown = _arms(compared), []
+    monkeypatch.setattr(validate, "draw_validation", lambda *arguments: pictures(2))
+    monkeypatch.setattr(SideBySide, "draw", lambda self, step: shown.append(step))
+    for arm, step in zip(arms, STEPS, strict=True):
+        validation = Validation(
+            SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="no", trackers=[])),
+            SimpleNamespace(averaged=contextlib.nullcontext),
+            arm,
+            folder=Path(arm.output_dir, "validation"),
+            images=4,
+            steps_an_epoch=STEPS[0],
+            total_steps=STEPS[1],
+            side_by_side=_side_by_side(compared, arms),
+        )
+        validation._show(step)
+    assert shown == [STEPS[1]]
 
 
 def test_nothing_is_shown_side_by_side_that_was_drawn_otherwise(validated, tmp_path):
