@@ -166,9 +166,11 @@ def base_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory) -> Launcher:
+def launcher(tmp_path_factory) -> Iterator[Launcher]:
     """Runs the script in real processes that need not import anything."""
-    return Launcher(tmp_path_factory.mktemp("processes"))
+    launcher = Launcher(tmp_path_factory.mktemp("processes"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._started: list[Running] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.conftest"])
         with pytest.MonkeyPatch.context() as patch:
@@ -90,13 +91,20 @@ class Launcher:
         command = [SCRIPT, *map(str, words)] if words[:1] != ("-m",) else [*map(str, words[1:])]
         process = self._context.Process(target=_become, args=(command, logs, prepare), daemon=True)
         process.start()
-        return Running(process, logs)
+        self._started.append(Running(process, logs))
+        return self._started[-1]
 
     def run(self, *words: object, prepare: Callable[[], None] | None = None) -> Running:
         """The same to its end."""
         running = self.start(*words, prepare=prepare)
         running.wait()
         return running
+
+    def close(self) -> None:
+        """Kill what a failed test left."""
+        for running in self._started:
+            if running.code is None:
+                running.kill()
 
 
 def _become(command: list[str], logs: Path, prepare: Callable[[], None] | None) -> None:
