@@ -237,7 +237,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="compute activations again in the backward pass (only in case c)",
+        help="compute activations again in the backward pass (by default in case c only)",
     )
     add_common_options(parser)
     return parser.parse_args(arguments)
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     has_gpu = torch.cuda.is_available()
     results, skipped = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for letter in options.case:
+        for letter in sorted(set(options.case)):
             if letter == "c" and not has_gpu:
                 skipped.append("Case (c) was left out: there is no GPU.")
                 continue
@@ -268,6 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
 def make_case(letter: str, options: argparse.Namespace, folder: Path) -> Case:
     """A case by its letter; a base with random weights is written into the folder."""
     from benchmarks.bases import MIDSIZE, SDXL, write_base
+    from flatlora_diffusion.generate import release
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if letter == "a":
@@ -275,6 +276,7 @@ def make_case(letter: str, options: argparse.Namespace, folder: Path) -> Case:
     else:
         what, sizes = ("mid-size SDXL", MIDSIZE) if letter == "b" else ("SDXL", SDXL)
         write_base(sizes, folder, device)
+        release()
         what, base, resolution = f"{what} with random weights", folder, sizes.resolution
     checkpointing = options.gradient_checkpointing
     if checkpointing is None:
