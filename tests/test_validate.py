@@ -130,7 +130,7 @@ def test_validation_changes_nothing_of_the_adapter(validated, undisturbed):
 def test_what_an_interruption_prevented_is_drawn_on_resuming(validated, undisturbed, monkeypatch):
     """The kill comes after the checkpoint and before the pictures of the same step."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "_show", interrupt)
+        patch.setattr(Validation, "_show", interrupt)
         train(validated)
     output = Path(validated.output_dir)
     assert not (output / "validation").exists()
