@@ -501,7 +501,7 @@ for suffix in (".bin", ".pt", ".ckpt"):
         f"a{suffix}: must be a .safetensors file; a pickled one could run code",
     )
 INCOMPLETE = {
-    "nothing given": (nothing, [], "missing: --pretrained_model_name_or_path, --instance_data_dir"),
+    "nothing given": (nothing, [], "missing: --pretrained_model_name_or_path, --instance_prompt"),
     "no prompt given": (
         nothing,
         ["--pretrained_model_name_or_path", "ROOT/base", "--instance_data_dir", "ROOT/icons"],

@@ -298,6 +298,7 @@ def test_accelerate_launch_with_the_shipped_configuration(config, base_path, ico
         flat_sigma=0.5,
         train_batch_size=1,
         max_train_steps=3,
+        random_flip=True,
         seed=5,
         output_dir=str(tmp_path / "forked"),
     )

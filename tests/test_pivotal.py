@@ -240,7 +240,7 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
     # Three steps with two prompts and the four held-out images at eight timesteps, then every prompt (three
     # captions and the empty one) once, and never again.
     assert calls == 3 * [2, 8, 8, 8, 8] + 4 * [1]
-    assert len(done.heldout_losses) == 6
+    assert len(done.state.heldout_losses) == 6
     assert not any(done.learner.learning[name].training for name in sdxl.TEXT_ENCODERS)
 
     def parts(step: int) -> tuple[bytes, bytes]:
@@ -404,7 +404,7 @@ def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_
         pipeline = load_pipeline(config.pretrained_model_name_or_path)
         load_adapter(pipeline, "x", done.output / f"checkpoint-{step}")
         expected = draw_with(pipeline, "x", "a TOK icon", config.seed, DRAWING)
-        picture = Image.open(done.output / "validation" / f"step-{step:06d}.png")
+        picture = Image.open(done.output / "validation" / f"step-{step:06d}" / f"000-seed{config.seed}.png")
         assert picture.tobytes() == expected.tobytes()
 
 
