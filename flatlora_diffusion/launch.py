@@ -147,6 +147,7 @@ def _check_deepspeed(config: TrainConfig) -> None:
         name: os.environ.get(_PREFIX + "DEEPSPEED_" + name, "none")
         for name in ("CONFIG_FILE", "ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
     }
+    trains_text = config.train_text_encoder or config.train_text_encoder_ti
     precision = config.mixed_precision or os.environ.get(f"{_PREFIX}MIXED_PRECISION")
     if importlib.util.find_spec("deepspeed") is None:
         problem = "is not installed; pip install deepspeed"
@@ -160,6 +161,11 @@ def _check_deepspeed(config: TrainConfig) -> None:
         problem = "cannot offload here; an adapter's optimizer state is small"
     elif config.optimizer != "adamw" or config.use_8bit_adam:
         problem = "splits the optimizer's state, which only plain AdamW (--optimizer adamw) bears"
+    elif trains_text and config.text_encoder_steps(1000) < 1000:
+        problem = (
+            "cannot stop training text encoders before the end; give --train_text_encoder_frac 1 or "
+            "--train_text_encoder_ti_frac 1"
+        )
     elif precision == "fp16":
         problem = "is not used with fp16; use --mixed_precision bf16"
     else:

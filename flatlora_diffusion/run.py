@@ -105,7 +105,7 @@ class Run:
                 self.validation.before(start)
                 self._loop(start, stop)
                 self._finish()
-                if stop.signal_number is not None:  # it came while the adapter was being saved
+                if self._anyone_stops(stop):  # it came while the adapter was being saved
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
         finally:
             self.state.close()
@@ -223,6 +223,10 @@ class Run:
         self._save_checkpoint(step)
         saved = f"{self.output}/checkpoint-{step}"
         self._stop(f"stopped after step {step} of {self.total_steps}, saved {saved}", stop)
+
+    def _anyone_stops(self, stop: StopRequest) -> bool:
+        flag = torch.tensor(float(stop.signal_number is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, reduction="sum").item() > 0
 
     def _stop(self, what: str, stop: StopRequest) -> NoReturn:
         resume = ["--resume_from_checkpoint", "latest"]

@@ -80,8 +80,9 @@ class PlainUpdates:
         if accelerator.num_processes > 1:
             self.model = nn.parallel.DistributedDataParallel(
                 objective,
-                # The first text encoder's last layer never enters the prompt's embedding.
-                find_unused_parameters=config.train_text_encoder,
+                # The first text encoder's last layer never enters the prompt's embedding, a caption may lack
+                # a new token, and text encoders may be frozen before the end.
+                find_unused_parameters=config.train_text_encoder or config.train_text_encoder_ti,
             )
         self._accelerator = accelerator
         self._whole = optimizer

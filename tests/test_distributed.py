@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import runpy
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from flatlora_diffusion import data, launch, perturb, prior, validate
 from flatlora_diffusion import run as run_module
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.launch import make_accelerator
 from flatlora_diffusion.learner import Learner
@@ -67,6 +69,21 @@ def losses(config: TrainConfig) -> list[float]:
             {"train_batch_size": 1, "gradient_accumulation_steps": 2},
             {"train_batch_size": 4},
         ),
+        (
+            {"train_text_encoder": True, "train_text_encoder_frac": 0.34, "scale_weight_norms": 0.02},
+            {"train_batch_size": 1},
+            {"train_batch_size": 2},
+        ),
+        (
+            {
+                "train_text_encoder_ti": True,
+                "train_text_encoder_ti_frac": 0.67,
+                "token_abstraction": "icon",
+                "use_ema": True,
+            },
+            {"train_batch_size": 1},
+            {"train_batch_size": 2},
+        ),
         # A batch has images of one size; two processes have two such batches.
         (
             {"aspect_buckets": True, "resolution": 32, "train_batch_size": 2},
@@ -74,7 +91,13 @@ def losses(config: TrainConfig) -> list[float]:
             {"gradient_accumulation_steps": 2},
         ),
     ],
-    ids=["scaled learning rate", "text encoders and class images", "aspect buckets"],
+    ids=[
+        "scaled learning rate",
+        "text encoders and class images",
+        "text encoders that stop",
+        "new tokens",
+        "aspect buckets",
+    ],
 )
 def test_two_processes_train_as_one_with_the_same_global_batch(config, tmp_path, settings, two, one):
     config = dataclasses.replace(config, **SMOOTH | settings)
@@ -187,6 +210,22 @@ def test_a_signal_to_one_stops_all_and_the_resumed_run_has_the_same_bits(config,
     assert not (tmp_path / "1").exists()
 
 
+def test_a_signal_while_the_adapter_is_saved_stops_all(config):
+    finish = Run._finish
+
+    def work(rank):
+        def signalled(self):
+            finish(self)
+            if rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Run._finish = signalled
+        with pytest.raises(RunInterruptedError, match=f"saved .*{WEIGHTS_NAME}"):
+            train(dataclasses.replace(config, max_train_steps=1))
+
+    in_processes(work)
+
+
 def test_a_process_with_other_images_is_refused(config, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -240,6 +279,11 @@ def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, mon
         ({}, {"optimizer": "prodigy"}, "only plain AdamW"),
         ({}, {"use_8bit_adam": True}, "only plain AdamW"),
         ({}, {"mixed_precision": "fp16"}, "not used with fp16"),
+        (
+            {},
+            {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
+            "cannot stop training text encoders",
+        ),
         ({"MIXED_PRECISION": "fp16"}, {}, "not used with fp16"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

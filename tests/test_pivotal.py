@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.multiprocessing import start_processes
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion import data, record, sdxl
@@ -36,6 +32,7 @@ from tests.conftest import (
     run,
     stopped_after,
 )
+from tests.processes import in_processes
 
 DRAWING = Drawing(resolution=16, steps=2, guidance=3.0)
 TOKENS = ["<s0>", "<s1>"]
@@ -411,22 +408,12 @@ def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_
 # Several processes.
 
 
-def one_of_two(rank: int, port: int, config: TrainConfig) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    train(config)
-
-
 def test_two_processes_train_the_rows_that_one_trains_with_both_their_images(pivotal_config):
     config = dataclasses.replace(pivotal_config, flat_sigma=0.0, max_train_steps=2)
     run(config)
     output = Path(config.output_dir).with_name("two")
     config_of_each = dataclasses.replace(config, train_batch_size=1, output_dir=str(output))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload([__name__])  # both processes share the time of its imports
-    start_processes(one_of_two, (port, config_of_each), nprocs=2, start_method="forkserver")
+    in_processes(lambda rank: train(config_of_each))
     assert json.loads((output / "summary.json").read_text())["processes"] == 2
     for key, rows in rows_of(config.output_dir).items():
         torch.testing.assert_close(rows_of(output)[key], rows, rtol=1e-4, atol=1e-6)

@@ -54,8 +54,17 @@ def test_two_processes_train_as_one_with_the_same_global_batch(config, tmp_path,
     )
 
 
-def test_the_adapter_stays_float32_under_bf16(config, tmp_path):
-    config = dataclasses.replace(config, mixed_precision="bf16", flat_sigma=0.5)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixed_precision": "bf16", "flat_sigma": 0.5},
+        {"scale_weight_norms": 0.02, "use_ema": True},
+        {"train_text_encoder_ti": True, "train_text_encoder_ti_frac": 1.0, "token_abstraction": "icon"},
+    ],
+    ids=["bf16", "norm limit and EMA", "new tokens"],
+)
+def test_it_gives_what_data_parallelism_gives(config, tmp_path, settings):
+    config = dataclasses.replace(config, **settings)
     plain = trained_in_two(dataclasses.replace(config, output_dir=str(tmp_path / "plain")))
     assert_close(trained_in_two(config, **zero()), plain, 3e-5)
 
