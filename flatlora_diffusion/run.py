@@ -81,7 +81,7 @@ class Run:
         self.settings = record.deciding_settings(
             config, self.total_steps, data.digest([*samples, *class_samples]), self.accelerator
         )
-        self.gallery = self._gallery(self.output / FOLDER)
+        self.gallery = self._gallery(self.output / FOLDER, len(samples))
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.heldout_losses: dict[int, float] = {}
@@ -317,7 +317,7 @@ class Run:
                 self._show(start)
             will_validate = config.validation_prompt and config.validation_epochs
             if not start and self.side_by_side and will_validate and self.steps_an_epoch <= self.total_steps:
-                self._draw_base(self._gallery(self.side_by_side.folder))
+                self._draw_base(self._gallery(self.side_by_side.folder, 0))
         self.accelerator.wait_for_everyone()
 
     def _draw_base(self, gallery: Gallery) -> None:
@@ -325,8 +325,8 @@ class Run:
         if not gallery.has(BASE) and (pictures := draw_validation(self.learner, self.config)):
             gallery.write(pictures, BASE, "The base")
 
-    def _gallery(self, folder: Path) -> Gallery:
-        return Gallery(folder, self.config, self.accelerator.mixed_precision, len(self.samples))
+    def _gallery(self, folder: Path, images: int) -> Gallery:
+        return Gallery(folder, self.config, self.accelerator.mixed_precision, images)
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:
