@@ -40,14 +40,15 @@ def validation_seeds(config: TrainConfig) -> range:
 
 
 def footer(config: TrainConfig, images: int) -> str:
-    """The small print of a sheet: what was trained, and how the pictures were drawn."""
-    noise = f", Flat-LoRA sigma {config.flat_sigma:g} ({config.flat_schedule})" if config.flat_sigma else ""
+    """The small print of a sheet: what was trained, where there are training images, and how it was drawn."""
+    trained = ""
+    if images:
+        trained = f", {images} training images, rank {config.rank}, learning rate {config.learning_rate:g}"
+        if config.flat_sigma:
+            trained += f", Flat-LoRA sigma {config.flat_sigma:g} ({config.flat_schedule})"
     drawing = validation_drawing(config)
-    return (
-        f"{Path(config.pretrained_model_name_or_path).name}, {images} training images, rank {config.rank}, "
-        f"learning rate {config.learning_rate:g}{noise}; {drawing.steps} denoising steps, "
-        f"guidance {drawing.guidance:g}"
-    )
+    base = Path(config.pretrained_model_name_or_path).name
+    return f"{base}{trained}; {drawing.steps} denoising steps, guidance {drawing.guidance:g}"
 
 
 class Gallery:
@@ -57,7 +58,7 @@ class Gallery:
         folder: Made when the first pictures are written.
         config: What is drawn, and how.
         precision: In which it is drawn.
-        images: Number of training images, for the small print.
+        images: Number of training images, for the small print; 0 for pictures of the base.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, precision: str, images: int) -> None:

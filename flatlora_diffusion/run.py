@@ -88,6 +88,8 @@ class Run:
             )
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._prepare(resuming=stored is not None)
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -98,8 +100,6 @@ class Run:
             start = stored.step
             logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
         self._start_trackers()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         try:
             with stop_request() as stop:
                 self.validation.before(start)

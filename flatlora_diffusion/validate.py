@@ -60,11 +60,10 @@ class Validation:
         self._learner = learner
         self._state = state
         self._config = config
-        self._images = images
         self._steps_an_epoch = steps_an_epoch
         self._total_steps = total_steps
         self._side_by_side = side_by_side
-        self._gallery = self._gallery_in(folder)
+        self._gallery = self._gallery_in(folder, images)
 
     def before(self, start: int) -> None:
         """Draw what an interruption prevented after the last step; before the first one, the base."""
@@ -72,7 +71,7 @@ class Validation:
             if start and self._is_due(start) and not self._gallery.has(step_name(start)):
                 self._show(start)
             if not start and self._side_by_side and self._will_be_due():
-                self._draw_base(self._gallery_in(self._side_by_side.folder))
+                self._draw_base(self._gallery_in(self._side_by_side.folder, 0))
         self._learner.accelerator.wait_for_everyone()
 
     def after(self, step: int) -> None:
@@ -106,9 +105,9 @@ class Validation:
         if not gallery.has(BASE) and (pictures := draw_validation(self._learner, self._config)):
             gallery.write(pictures, BASE, "The base")
 
-    def _gallery_in(self, folder: Path) -> Gallery:
+    def _gallery_in(self, folder: Path, images: int) -> Gallery:
         precision = self._learner.accelerator.mixed_precision
-        return Gallery(folder, self._config, precision, self._images)
+        return Gallery(folder, self._config, precision, images)
 
 
 def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] | None:

@@ -251,6 +251,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
         expected = draw_with(pipeline, None, prompt, 3, Drawing(16, 1, 5.0))
         drawn = Image.open(output / "validation" / "base" / f"{number:03d}-seed3.png")
         assert drawn.tobytes() == expected.tobytes()
+    assert Sheet.load(output / "validation" / "base").footer == "tiny-sdxl; 1 denoising steps, guidance 5"
     for step in STEPS:
         name = f"step-{step:06d}"
         columns = {
