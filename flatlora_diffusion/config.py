@@ -10,13 +10,23 @@ import dataclasses
 import difflib
 import functools
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from flatlora_diffusion.config_rules import (
+    BELOW_ONE,
+    FRACTION,
+    INITIALISATION,
+    LEARNING_RATE,
+    MULTIPLE_OF_8,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    reject_contradictions,
+)
 from flatlora_diffusion.errors import UserError
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -24,13 +34,32 @@ OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
 QUANTISATIONS = ("4bit", "8bit")
-INITIALISATIONS = re.compile(r"gaussian|default|eva|pissa(_niter_[1-9]\d*)?|olora|lora_ga")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None, secret: bool = False) -> Any:
-    """A field of the configuration with what the command line says about it; a secret is never written."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "secret": secret}
+def option(
+    default: Any,
+    help: str,
+    choices: Iterable[str] | None = None,
+    *,
+    rules: tuple[Rule, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """A field of the configuration.
+
+    Args:
+        default: `REQUIRED` where there is none.
+        help: What the command line says about it.
+        choices: The values that it may have.
+        rules: That a value must keep to, unless it is None.
+        secret: It is never written anywhere.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices) if choices else None,
+        "rules": rules,
+        "secret": secret,
+    }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -85,9 +114,11 @@ class TrainConfig:
         "Prompt of every image that has no caption of its own. Captions of a folder come from metadata.jsonl "
         "(file_name, text) or from .txt files beside the images. Captions may say {instance_prompt}.",
     )
-    repeats: int = option(1, "How often an epoch passes over the training images.")
+    repeats: int = option(1, "How often an epoch passes over the training images.", rules=(POSITIVE,))
     resolution: int = option(
-        1024, "Images are resized to this many pixels on their shorter side, and cropped."
+        1024,
+        "Images are resized to this many pixels on their shorter side, and cropped.",
+        rules=(POSITIVE, MULTIPLE_OF_8),
     )
     aspect_buckets: bool = option(
         False, "Keep the shape of images: batches of one size each, all of about resolution x resolution."
@@ -100,12 +131,14 @@ class TrainConfig:
         "Colour under the transparent parts of images: a name, #rrggbb, or random (another one each time).",
     )
     caption_dropout_rate: float = option(
-        0.0, "Share of the samples whose caption is replaced by the empty prompt."
+        0.0, "Share of the samples whose caption is replaced by the empty prompt.", rules=(FRACTION,)
     )
     shuffle_caption: bool = option(
         False, "Shuffle the comma-separated tags of captions; each caption has up to 8 orders."
     )
-    keep_tokens: int = option(0, "So many tags at the start of a caption keep their place.")
+    keep_tokens: int = option(
+        0, "So many tags at the start of a caption keep their place.", rules=(NOT_NEGATIVE,)
+    )
 
     # Prior preservation.
     with_prior_preservation: bool = option(
@@ -115,9 +148,9 @@ class TrainConfig:
         None, "Folder of class images; the base draws those that are missing."
     )
     class_prompt: str | None = option(None, "Prompt of the class images.")
-    prior_loss_weight: float = option(1.0, "Weight of the class images' loss.")
-    num_class_images: int = option(100, "How many class images there should be.")
-    sample_batch_size: int = option(4, "Class images drawn at once.")
+    prior_loss_weight: float = option(1.0, "Weight of the class images' loss.", rules=(NOT_NEGATIVE,))
+    num_class_images: int = option(100, "How many class images there should be.", rules=(POSITIVE,))
+    sample_batch_size: int = option(4, "Class images drawn at once.", rules=(POSITIVE,))
     prior_generation_precision: str | None = option(
         None,
         "Precision in which class images are drawn. Default: fp16 on a GPU, else fp32.",
@@ -131,14 +164,16 @@ class TrainConfig:
     heldout_split: str | None = option(
         None, "Split of the dataset, such as validation, to be held out in place of a folder."
     )
-    heldout_steps: int = option(50, "Measure the held-out loss every so many steps, and at the end.")
+    heldout_steps: int = option(
+        50, "Measure the held-out loss every so many steps, and at the end.", rules=(POSITIVE,)
+    )
 
     # The adapter.
-    rank: int = option(4, "Rank of the LoRA.")
+    rank: int = option(4, "Rank of the LoRA.", rules=(POSITIVE,))
     lora_alpha: float | None = option(
-        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank."
+        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank.", rules=(POSITIVE,)
     )
-    lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.", rules=(BELOW_ONE,))
     use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
     use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
     init_lora_weights: str = option(
@@ -147,11 +182,13 @@ class TrainConfig:
         "(a uniform A), pissa or pissa_niter_N (principal components of the base's weights, by an exact SVD "
         "or by one of N iterations), olora (their QR decomposition), eva (principal components of what the "
         "layers are shown) or lora_ga (those of the base's gradients).",
+        rules=(INITIALISATION,),
     )
     scale_weight_norms: float | None = option(
         None,
         "Max-norm regularisation as in kohya's scripts: after each step, layers whose update s*B@A has a "
         "greater Frobenius norm than this are scaled down to it (1 is a good start).",
+        rules=(POSITIVE,),
     )
     use_ema: bool = option(
         False,
@@ -159,7 +196,9 @@ class TrainConfig:
         "are the average's. pytorch_lora_weights_live.safetensors, beside the saved one, is not averaged.",
     )
     ema_decay: float = option(
-        0.999, "Decay of the average at most; after t steps it is t / (t + 9) where that is less."
+        0.999,
+        "Decay of the average at most; after t steps it is t / (t + 9) where that is less.",
+        rules=(BELOW_ONE,),
     )
     lora_layers: tuple[str, ...] | None = option(
         None,
@@ -168,7 +207,9 @@ class TrainConfig:
     )
     train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
     train_text_encoder_frac: float = option(
-        1.0, "After this fraction of the steps the text encoders' LoRA is trained no further."
+        1.0,
+        "After this fraction of the steps the text encoders' LoRA is trained no further.",
+        rules=(FRACTION,),
     )
 
     # Pivotal tuning.
@@ -176,18 +217,21 @@ class TrainConfig:
         False, "Train the embeddings of new tokens in both text encoders (textual inversion) with the LoRA."
     )
     train_text_encoder_ti_frac: float = option(
-        0.5, "After this fraction of the steps the new tokens are trained no further."
+        0.5, "After this fraction of the steps the new tokens are trained no further.", rules=(FRACTION,)
     )
     token_abstraction: str = option(
         "TOK",
         "The word of prompts and captions that new tokens replace; several with commas between them.",
     )
-    num_new_tokens_per_abstraction: int = option(2, "How many new tokens replace such a word.")
+    num_new_tokens_per_abstraction: int = option(
+        2, "How many new tokens replace such a word.", rules=(POSITIVE,)
+    )
 
     # Flat-LoRA.
     flat_sigma: float = option(
         0.1,
         "Strength of Flat-LoRA's noise on the merged weights, relative to each filter; 0 is plain LoRA.",
+        rules=(NOT_NEGATIVE,),
     )
     flat_schedule: str = option("cosine", "How the noise grows over the run.", FLAT_SCHEDULES)
     flat_noise: str = option("table", "Source of the noise: a table of normals, or fresh ones.", FLAT_NOISES)
@@ -199,46 +243,62 @@ class TrainConfig:
 
     # The objective.
     snr_gamma: float | None = option(
-        None, "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it."
+        None,
+        "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it.",
+        rules=(POSITIVE,),
     )
     noise_offset: float = option(
-        0.0, "Adds this times one normal a channel to the noise, so that whole images can be dark or bright."
+        0.0,
+        "Adds this times one normal a channel to the noise, so that whole images can be dark or bright.",
+        rules=(NOT_NEGATIVE,),
     )
 
     # The optimisation.
-    train_batch_size: int = option(4, "Images a step, on each device.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.")
-    num_train_epochs: int = option(1, "Passes over the images; max_train_steps overrides it.")
-    max_train_steps: int | None = option(None, "Optimizer steps in all.")
-    learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.")
-    text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.")
+    train_batch_size: int = option(4, "Images a step, on each device.", rules=(POSITIVE,))
+    gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.", rules=(POSITIVE,))
+    num_train_epochs: int = option(
+        1, "Passes over the images; max_train_steps overrides it.", rules=(POSITIVE,)
+    )
+    max_train_steps: int | None = option(None, "Optimizer steps in all.", rules=(POSITIVE,))
+    learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.", rules=LEARNING_RATE)
+    text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.", rules=LEARNING_RATE)
     scale_lr: bool = option(
         False,
         "Multiply the learning rate (not that of the text encoders) by devices, accumulation steps and "
         "batch size.",
     )
     lr_scheduler: str = option("constant", "Schedule of the learning rate.", LR_SCHEDULERS)
-    lr_warmup_steps: int = option(500, "Warm-up steps, for the schedules that have a warm-up.")
-    lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.")
+    lr_warmup_steps: int = option(
+        500, "Warm-up steps, for the schedules that have a warm-up.", rules=(NOT_NEGATIVE,)
+    )
+    lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.", rules=(POSITIVE,))
     lr_power: float = option(1.0, "Power of the polynomial schedule.")
     text_encoder_2_lr: float | None = option(
-        None, "Learning rate of the second text encoder. Default: that of --text_encoder_lr."
+        None,
+        "Learning rate of the second text encoder. Default: that of --text_encoder_lr.",
+        rules=LEARNING_RATE,
     )
     loraplus_lr_ratio: float | None = option(
-        None, "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio."
+        None,
+        "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio.",
+        rules=(POSITIVE,),
     )
     optimizer: str = option("adamw", "The optimizer.", OPTIMIZERS)
     use_8bit_adam: bool = option(False, "Keep AdamW's moments in 8 bits (needs bitsandbytes).")
-    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.")
-    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.")
-    prodigy_beta3: float | None = option(None, "Third beta of Prodigy. Default: the root of the second.")
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
+    prodigy_beta3: float | None = option(
+        None, "Third beta of Prodigy. Default: the root of the second.", rules=(BELOW_ONE,)
+    )
     prodigy_decouple: bool = option(True, "Prodigy with AdamW's kind of weight decay.")
     prodigy_use_bias_correction: bool = option(True, "Prodigy with Adam's bias correction.")
     prodigy_safeguard_warmup: bool = option(True, "Prodigy that does not take warm-up for progress.")
-    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.")
-    adam_weight_decay_text_encoder: float = option(1e-3, "Weight decay of the text encoders' LoRA.")
-    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.", rules=(NOT_NEGATIVE,))
+    adam_weight_decay_text_encoder: float = option(
+        1e-3, "Weight decay of the text encoders' LoRA.", rules=(NOT_NEGATIVE,)
+    )
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", rules=(NOT_NEGATIVE,))
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", rules=(POSITIVE,))
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass to save memory."
     )
@@ -246,13 +306,15 @@ class TrainConfig:
         None, "Precision of the frozen base; LoRA parameters are always float32.", ("no", "fp16", "bf16")
     )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs.")
-    seed: int = option(0, "Decides everything random: runs can always be repeated.")
+    seed: int = option(0, "Decides everything random: runs can always be repeated.", rules=(NOT_NEGATIVE,))
 
     # Output, checkpoints, tracking.
     output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
     output_kohya_format: bool = option(False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.")
-    checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
+    checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.", rules=(POSITIVE,))
+    checkpoints_total_limit: int | None = option(
+        None, "Keep only so many checkpoints, the newest.", rules=(POSITIVE,)
+    )
     resume_from_checkpoint: str | None = option(
         None, '"latest", the name of a checkpoint in the output folder (checkpoint-500), or the path of one.'
     )
@@ -275,13 +337,17 @@ class TrainConfig:
         None, "One or more prompts to draw during and after training."
     )
     num_validation_images: int = option(
-        4, "Pictures of each validation prompt, with seeds counted from --seed."
+        4, "Pictures of each validation prompt, with seeds counted from --seed.", rules=(POSITIVE,)
     )
     validation_epochs: int = option(
-        50, "Draw the validation prompts every so many epochs; 0: only after training."
+        50, "Draw the validation prompts every so many epochs; 0: only after training.", rules=(NOT_NEGATIVE,)
     )
-    validation_inference_steps: int = option(50, "Denoising steps of a validation picture.")
-    validation_guidance_scale: float = option(5.0, "Classifier-free guidance of a validation picture.")
+    validation_inference_steps: int = option(
+        50, "Denoising steps of a validation picture.", rules=(POSITIVE,)
+    )
+    validation_guidance_scale: float = option(
+        5.0, "Classifier-free guidance of a validation picture.", rules=(NOT_NEGATIVE,)
+    )
 
     def __post_init__(self) -> None:
         """Check every value by itself, and those that depend on each other."""
@@ -295,113 +361,13 @@ class TrainConfig:
                 raise UserError(f"--{field.name} {value}: not one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{field.name} {value}: must be a finite number")
-        for name in (
-            *(
-                "rank",
-                "train_batch_size",
-                "gradient_accumulation_steps",
-                "num_train_epochs",
-                "checkpointing_steps",
-            ),
-            *("num_validation_images", "validation_inference_steps", "resolution"),
-            *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
-            *("snr_gamma", "repeats", "num_class_images", "sample_batch_size", "loraplus_lr_ratio"),
-            *("heldout_steps", "scale_weight_norms", "num_new_tokens_per_abstraction"),
-        ):
-            self._require(name, "must be greater than 0", lambda value: value > 0)
-        for name in (
-            *(
-                "flat_sigma",
-                "learning_rate",
-                "text_encoder_lr",
-                "text_encoder_2_lr",
-                "lr_warmup_steps",
-                "adam_weight_decay",
-                "seed",
-            ),
-            *("adam_weight_decay_text_encoder", "adam_epsilon", "validation_guidance_scale"),
-            *("validation_epochs", "noise_offset", "prior_loss_weight", "keep_tokens"),
-        ):
-            self._require(name, "must be 0 or more", lambda value: value >= 0)
-        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
-            self._require(name, "must be in [0, 1)", lambda value: 0 <= value < 1)
-        for name in ("caption_dropout_rate", "train_text_encoder_frac", "train_text_encoder_ti_frac"):
-            self._require(name, "must be in [0, 1]", lambda value: 0 <= value <= 1)
-        for name in ("learning_rate", "text_encoder_lr", "text_encoder_2_lr"):
-            self._require(name, "must be at most 1e30", lambda value: value <= 1e30)
+            for rule in field.metadata["rules"]:
+                if value is not None and not rule.holds(value):
+                    raise UserError(f"--{field.name} {value}: {rule.text}")
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
-        self._require("seed", f"must be at most {last}", lambda value: value <= last)
-        self._require("resolution", "must be a multiple of 8", lambda value: value % 8 == 0)
-        self._require(
-            "init_lora_weights",
-            "must be gaussian, default, pissa, pissa_niter_N (with N at least 1), olora, eva or lora_ga",
-            INITIALISATIONS.fullmatch,
-        )
-        start = f"--init_lora_weights {self.init_lora_weights}"
-        if self.use_dora and self.starts_with_update:
-            raise UserError(
-                f"--use_dora with {start}: DoRA and the frozen adapter that this adds have no single merged "
-                "weight; leave out one of the two"
-            )
-        if self.scale_weight_norms and (self.use_dora or self.starts_with_update):
-            other = "--use_dora" if self.use_dora else start
-            raise UserError(
-                f"--scale_weight_norms with {other}: its update isn't s*B@A, so scaling A and B doesn't "
-                "scale it; leave out one of the two"
-            )
-        if self.use_8bit_adam and self.optimizer != "adamw":
-            raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {self.optimizer}; leave it out")
-        if self.optimizer == "prodigy" and self.loraplus_lr_ratio:
-            raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
-        if not self.instance_data_dir and not self.dataset_name:
-            raise UserError(
-                "give --instance_data_dir or --dataset_name: one of them says where the images are"
-            )
-        if self.instance_data_dir and self.dataset_name:
-            raise UserError("--instance_data_dir and --dataset_name: give only one of them")
-        if self.heldout_split and self.heldout_data_dir:
-            raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
-        if self.heldout_split and not self.dataset_name:
-            raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
-        if self.heldout_split == "train":
-            raise UserError("--heldout_split train: that split is trained; give another one")
-        if self.keep_tokens and not self.shuffle_caption:
-            raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
-        if self.quantize_base == "8bit" and self.use_dora:
-            raise UserError("--use_dora: PEFT has no DoRA on 8 bits that works on every device; use 4bit")
-        for name in ("class_data_dir", "class_prompt"):
-            if self.with_prior_preservation and getattr(self, name) is None:
-                raise UserError(f"--with_prior_preservation needs --{name}")
-        if self.train_text_encoder and self.train_text_encoder_ti:
-            raise UserError(
-                "--train_text_encoder and --train_text_encoder_ti: give one of them; the first trains LoRA "
-                "layers in the text encoders, the second new tokens"
-            )
-        if self.use_ema and self.train_text_encoder and self.train_text_encoder_frac < 1:
-            raise UserError(
-                "--use_ema with --train_text_encoder_frac below 1: the average of the text encoders would go "
-                "on changing; leave one of them out"
-            )
-        words = self.abstractions
-        if not all(words) or len(set(words)) != len(words):
-            raise UserError(
-                f"--token_abstraction {self.token_abstraction}: must be one word, or different ones with "
-                "commas between them"
-            )
-        if self.hub_token is not None and self.report_to in ("wandb", "all"):
-            raise UserError(
-                f"--hub_token with --report_to {self.report_to}: wandb records the command line and would "
-                "expose the token; log in with `hf auth login` and leave --hub_token out"
-            )
-        if self.compare and self.flat_sigma == 0:
-            raise UserError(
-                "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
-            )
-
-    def _require(self, name: str, rule: str, holds: typing.Callable[[Any], bool]) -> None:
-        value = getattr(self, name)
-        if value is not None and not holds(value):
-            raise UserError(f"--{name} {value}: {rule}")
+        if self.seed > last:
+            raise UserError(f"--seed {self.seed}: must be at most {last}")
+        reject_contradictions(self)
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
