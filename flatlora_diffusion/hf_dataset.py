@@ -35,7 +35,7 @@ def dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
         UserError: The package is missing or old; there is no such dataset, split or column; a column holds
             something else; an image is missing or damaged.
     """
-    library = import_extra("datasets", "--dataset_name", "datasets")
+    library = import_extra("datasets", "--dataset_name")
     flag = f"--dataset_name {config.dataset_name}"
     rows = _load(library, config, flag, split)
     _check_columns(library, config, rows)

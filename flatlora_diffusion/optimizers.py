@@ -68,11 +68,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
     if config.optimizer == "adamw":
         kind = torch.optim.AdamW
         if config.use_8bit_adam:
-            kind = import_extra("bitsandbytes", "--use_8bit_adam", "bnb").optim.AdamW8bit
+            kind = import_extra("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit
         return kind(groups, betas=betas, eps=config.adam_epsilon)
     if config.learning_rate <= LOW_FOR_PRODIGY:
         logger.warning("Prodigy's learning rate is a factor: 1.0 is usual, %g is low", config.learning_rate)
-    return import_extra("prodigyopt", "--optimizer prodigy", "prodigy").Prodigy(
+    return import_extra("prodigyopt", "--optimizer prodigy").Prodigy(
         groups,
         betas=betas,
         beta3=config.prodigy_beta3,

@@ -22,7 +22,7 @@ def require_bitsandbytes(kind: str) -> Any:
     Raises:
         UserError: It is not installed.
     """
-    return import_extra("bitsandbytes", f"--quantize_base {kind}", "bnb")
+    return import_extra("bitsandbytes", f"--quantize_base {kind}")
 
 
 def quantise(model: nn.Module, kind: str, device: torch.device) -> None:

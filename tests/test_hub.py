@@ -188,8 +188,10 @@ def test_a_failed_upload_loses_nothing(pushed, fake, monkeypatch, capsys):
     fake.failure, fake.calls = None, []
     for name in ("create_repo", "hf_hub_download", "upload_folder"):
         monkeypatch.setattr(hub, name, getattr(fake, name))
-    monkeypatch.setattr(Run, "_prepare", lambda self: pytest.fail("it trains again"))
-    train(dataclasses.replace(pushed, resume_from_checkpoint="latest"))
+    monkeypatch.setattr(Run, "_prepare", lambda *_, **__: pytest.fail("it trains again"))
+    elsewhere = {"hub_model_id": "icons", "hub_token": None}
+    train(dataclasses.replace(pushed, resume_from_checkpoint="latest", **elsewhere))
+    assert fake.calls[-1][1]["repo_id"] == "me/icons"
     assert fake.uploaded == {WEIGHTS_NAME, "summary.json", CARD}
 
 
