@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.gallery import FOLDER, numbered_steps, step_name, validation_drawing
 from flatlora_diffusion.generate import MANIFEST
+from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, replace_words
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def write_card(
         "## Trigger words\n",
         f"You should use {_code(config.instance_prompt)} to trigger the image generation.\n",
         "## Use\n",
-        f"```python\n{_snippet(config, adapters, making.precision, exhibit, repository)}```\n",
+        f"```python\n{_snippet(config, adapters, facts, making.precision, exhibit, repository)}```\n",
         "## Training\n",
         _table(config, facts, making),
         *([_METHOD] if _is_flat(facts) else []),
@@ -199,6 +200,7 @@ def _pictures(exhibit: Exhibit | None) -> list[str]:
 def _snippet(
     config: TrainConfig,
     adapters: dict[str, Path],
+    facts: dict[str, dict[str, Any]],
     precision: str,
     exhibit: Exhibit | None,
     repository: str | None,
@@ -221,9 +223,15 @@ def _snippet(
         "subfolder": _quoted(subfolder) if subfolder != "." else None,
         "weight_name": _quoted(WEIGHTS_NAME),
     }
+    new_tokens = list(facts.values())[-1].get(FACTS_KEY)
+    embeddings, imports = [], []
+    if new_tokens:
+        prompt = replace_words(prompt, new_tokens["words"])
+        embeddings, imports = _embeddings_lines(new_tokens["tokens"], subfolder, config, repository)
     lines = [
         "import torch",
         f"from diffusers import {'AutoencoderKL, ' if vae else ''}StableDiffusionXLPipeline",
+        *imports,
         "",
     ]
     if vae:
@@ -234,6 +242,7 @@ def _snippet(
         f"    {_arguments(_quoted(config.pretrained_model_name_or_path), chosen)}",
         ').to("cuda")',
         f"pipeline.load_lora_weights({_arguments(_quoted(repository or config.output_dir), file)})",
+        *embeddings,
         "picture = pipeline(",
         f"    {_quoted(prompt)},",
         f"    height={drawing.resolution},",
@@ -245,6 +254,29 @@ def _snippet(
         'picture.save("picture.png")',
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _embeddings_lines(
+    tokens: Sequence[str], subfolder: str, config: TrainConfig, repository: str | None
+) -> tuple[list[str], list[str]]:
+    """Code that loads the embeddings of new tokens, and what it imports."""
+    imports = ["from safetensors.torch import load_file"]
+    file = PurePosixPath(subfolder, EMBEDDINGS_NAME).as_posix()
+    if repository:
+        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        path = f"hf_hub_download({_quoted(repository)}, {_quoted(file)})"
+    else:
+        path = _quoted(Path(config.output_dir, file).as_posix())
+    names = ", ".join(f'"{token}"' for token in tokens)
+    return [
+        f"embeddings = load_file({path})",
+        "for key, tokenizer, text_encoder in (",
+        '    ("clip_l", pipeline.tokenizer, pipeline.text_encoder),',
+        '    ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2),',
+        "):",
+        f"    pipeline.load_textual_inversion(embeddings[key], [{names}], "
+        "tokenizer=tokenizer, text_encoder=text_encoder)",
+    ], imports
 
 
 def _arguments(first: str | None, named: dict[str, str | None]) -> str:

@@ -156,8 +156,9 @@ class Learner:
     ) -> None:
         """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
         config, vae = self.config, self.base.vae
-        # The base's own VAE overflows in half precision; one that the user chose is trusted to work in it.
-        vae.to(self.accelerator.device, dtype if config.pretrained_vae_model_name_or_path else torch.float32)
+        # The base's own VAE overflows in half precision; one that the user chose says so itself.
+        chosen = config.pretrained_vae_model_name_or_path and not vae.config.force_upcast
+        vae.to(self.accelerator.device, dtype if chosen else torch.float32)
         hidden = not self.accelerator.is_local_main_process
 
         def cache(samples: Sequence[data.Sample], seed: int, config: TrainConfig = config) -> LatentCache:

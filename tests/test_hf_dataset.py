@@ -363,9 +363,7 @@ def test_an_empty_split_is_refused(config, monkeypatch):
 
 def test_a_missing_package_is_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        UserError, match=r"--dataset_name needs the package datasets: .*flatlora_diffusion\[datasets\]"
-    ):
+    with pytest.raises(UserError, match="--dataset_name needs the package datasets: pip install datasets"):
         train(config)
 
 
