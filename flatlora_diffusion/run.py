@@ -77,7 +77,7 @@ class Run:
         """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
         config = self.config
         resuming = config.resume_from_checkpoint == "latest"
-        if resuming and from_main(lambda: record.is_complete(self.output, self.settings, self.total_steps)):
+        if resuming and from_main(self._is_complete):
             logger.info("%s is complete already", self.output)
             return
         stored = None
@@ -111,6 +111,11 @@ class Run:
             self.state.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def _is_complete(self) -> bool:
+        # The summary is written last: without it, a kill may have come before the kohya file too.
+        written = (self.output / SUMMARY).is_file()
+        return written and record.is_complete(self.output, self.settings, self.total_steps)
 
     def _prepare(self, resuming: bool) -> None:
         config = self.config

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import flatlora_diffusion.validate
-from flatlora_diffusion import data, prior, record, sdxl
+from flatlora_diffusion import data, kohya, prior, record, sdxl
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.run import Run
+from flatlora_diffusion.run import KOHYA_NAME, SUMMARY, Run
 from tests.conftest import assert_equal, run
 
 TABLE = {
@@ -312,3 +312,20 @@ def test_11_a_finished_run_trains_no_step_more(config, monkeypatch):
     monkeypatch.setattr(Run, "_optimizer_step", count)
     assert_equal(run(config, checkpointing_steps=3, resume_from_checkpoint="latest"), whole)
     assert steps == [] and path.read_bytes() == content
+
+
+def test_10_a_kill_just_after_the_adapter_was_saved_costs_no_other_file(config, monkeypatch):
+    config = dataclasses.replace(config, checkpointing_steps=3, output_kohya_format=True)
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kohya, "convert", kill)
+        run(config)
+    output = Path(config.output_dir)
+    saved = (output / WEIGHTS_NAME).read_bytes()
+    assert not (output / KOHYA_NAME).exists()
+    run(config, resume_from_checkpoint="latest")
+    assert (output / KOHYA_NAME).is_file() and (output / SUMMARY).is_file()
+    assert (output / WEIGHTS_NAME).read_bytes() == saved
