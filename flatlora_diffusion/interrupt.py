@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: an exception, or a request that the training loop answers between two steps."""
+"""Ctrl-C and SIGTERM: an exception, at once or after a block, or a request that the training loop answers."""
 
 from __future__ import annotations
 
@@ -56,3 +56,15 @@ def stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM that come within the block take effect after it: it is done whole or not begun."""
+    request = StopRequest()
+    try:
+        with stop_request() as request:
+            yield
+    finally:
+        if request.signal_number is not None:
+            signal.raise_signal(request.signal_number)

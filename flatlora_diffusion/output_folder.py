@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.interrupt import signals_wait
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +46,36 @@ def output_lock(folder: Path) -> Iterator[None]:
         UserError: Another run has the lock, or the folder cannot be written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = None
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _open_locked(folder / LOCK_NAME)
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"
-            ) from error
-        if descriptor is None:
-            raise UserError(
-                f"--output_dir {folder}: another run{_holder(folder / LOCK_NAME)} writes to it; "
-                "wait until it has ended, or give another folder"
-            )
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # while it is locked: nobody else can hold it
-                (folder / LOCK_NAME).unlink()
-            os.close(descriptor)
+        with signals_wait():  # no lock is taken without being given back
+            descriptor = _take(folder)
+        yield
     finally:
-        for path in made:
-            with contextlib.suppress(OSError):  # something is in it
-                path.rmdir()
+        with signals_wait():
+            if descriptor is not None:
+                with contextlib.suppress(OSError):  # while it is locked: nobody else can hold it
+                    (folder / LOCK_NAME).unlink()
+                os.close(descriptor)
+            for path in made:
+                with contextlib.suppress(OSError):  # something is in it
+                    path.rmdir()
+
+
+def _take(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(folder / LOCK_NAME)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"
+        ) from error
+    if descriptor is None:
+        raise UserError(
+            f"--output_dir {folder}: another run{_holder(folder / LOCK_NAME)} writes to it; "
+            "wait until it has ended, or give another folder"
+        )
+    return descriptor
 
 
 def _open_locked(path: Path) -> int | None:

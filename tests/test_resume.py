@@ -1,5 +1,6 @@
 """Killed at any instant and resumed, a run ends in the same file as one never interrupted."""
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -67,6 +68,17 @@ def slow_disk(seconds: float = 0.01) -> None:
         original(descriptor)
 
     os.fsync = fsync
+
+
+def slow_lock() -> None:
+    """Let a process take its time between making a lock's file and holding the lock."""
+    original = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        time.sleep(0.3)
+        original(descriptor, operation)
+
+    fcntl.flock = flock
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +181,11 @@ def test_ctrl_c_in_a_terminal(base_path, three_icons, undisturbed, tmp_path, lau
     assert digest(output / WEIGHTS_NAME) == undisturbed
 
 
-def test_a_signal_before_training_leaves_nothing(base_path, three_icons, tmp_path, launcher, stop):
+@pytest.mark.parametrize("prepare", [None, slow_lock], ids=["while loading", "while locking"])
+def test_a_signal_before_training_leaves_nothing(base_path, three_icons, tmp_path, launcher, stop, prepare):
     number, code = stop
     output = tmp_path / "out"
-    running = launcher.start(*flags(base_path, three_icons, output))
+    running = launcher.start(*flags(base_path, three_icons, output), prepare=prepare)
     assert running.wait_until(lambda: (output / LOCK_NAME).exists())
     os.kill(running.pid, number)
     assert running.wait() == code
