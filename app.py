@@ -54,7 +54,7 @@ class Studio:
         """One picture for each label, from the same initial noise."""
         if not prompt.strip() or len(prompt) > MAX_PROMPT:
             raise gr.Error(f"The prompt must have 1 to {MAX_PROMPT} characters.")
-        drawing = Drawing(self._resolution, int(steps), float(guidance))
+        drawing = Drawing(self._resolution, self._resolution, int(steps), float(guidance))
         with self._lock:
             pictures = [
                 draw_with(self._pipeline, f"adapter_{index}" if index else None, prompt, int(seed), drawing)

@@ -31,7 +31,8 @@ BASE = "base"
 
 def validation_drawing(config: TrainConfig) -> Drawing:
     """How validation pictures are drawn."""
-    return Drawing(config.resolution, config.validation_inference_steps, config.validation_guidance_scale)
+    side = config.resolution
+    return Drawing(side, side, config.validation_inference_steps, config.validation_guidance_scale)
 
 
 def validation_seeds(config: TrainConfig) -> range:

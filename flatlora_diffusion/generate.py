@@ -11,16 +11,19 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.cli import OneLineParser, run_command
@@ -30,6 +33,8 @@ from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.grid import Sheet
 from flatlora_diffusion.output_folder import check_writable
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
+from flatlora_diffusion.rows import rows_as_alone
+from flatlora_diffusion.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl import check_base, load_vae
 
 logger = logging.getLogger(__name__)
@@ -43,16 +48,24 @@ class Drawing:
     """How a picture is drawn.
 
     Attributes:
-        resolution: Height and width in pixels.
+        width: In pixels, a multiple of 8.
+        height: The same.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
         negative_prompt: What guidance steers away from.
+        sampler: One of `samplers.SAMPLERS`.
     """
 
-    resolution: int
+    width: int
+    height: int
     steps: int = 50
     guidance: float = 5.0
     negative_prompt: str | None = None
+    sampler: str = DEFAULT
+
+
+OnStep = Callable[[int, Tensor], None]
+"""Called after each denoising step: its number from 1, and the latents of the pictures that are expected."""
 
 
 def load_pipeline(
@@ -125,48 +138,149 @@ def draw(
     Args:
         pipeline: With the wanted adapter active.
         seed: Of the private generator of the initial noise.
-        drawing: Size, steps and guidance.
+        drawing: How; what it says of a negative prompt counts in `draw_batch` only.
         name: The prompt in words, for that line, where embeddings stand in for it.
         prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
     """
-    latents = pipeline(
-        height=drawing.resolution,
-        width=drawing.resolution,
-        num_inference_steps=drawing.steps,
-        guidance_scale=drawing.guidance,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        **prompt,
-    ).images
-    pixels = decode(pipeline.vae, latents)
-    problem = why_black(latents, pixels, pipeline.unet.dtype, decoding_dtype(pipeline.vae))
-    if problem:
-        shown = name or prompt.get("prompt")
-        logger.warning('the picture of "%s" with seed %d is black or damaged: %s', shown, seed, problem)
-    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")[0]
+    latents = _denoise(pipeline, [seed], drawing, None, **prompt)
+    return _decoded(pipeline, latents, name or prompt["prompt"], seed)
 
 
 def draw_with(
-    pipeline: StableDiffusionXLPipeline, adapter: str | None, prompt: str, seed: int, drawing: Drawing
+    pipeline: StableDiffusionXLPipeline,
+    adapter: str | None,
+    prompt: str,
+    seed: int,
+    drawing: Drawing,
+    scale: float = 1.0,
 ) -> Image.Image:
-    """One picture with one of the loaded adapters, or with the base alone.
+    """One picture with one of the loaded adapters, or with the base alone; see `draw_batch`."""
+    return draw_batch(pipeline, adapter, [(prompt, seed)], drawing, scale=scale)[0]
+
+
+def draw_batch(
+    pipeline: StableDiffusionXLPipeline,
+    adapter: str | None,
+    pictures: Sequence[tuple[str, int]],
+    drawing: Drawing,
+    *,
+    scale: float = 1.0,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """Pictures with one of the loaded adapters, or with the base alone, denoised together.
+
+    On the CPU each has the very bits that it has alone. GPUs choose their kernels by size: there it has the
+    same initial noise, and differs in the last bits.
 
     Args:
         pipeline: Its adapters are switched; callers that share it take turns.
         adapter: Name under which the adapter was loaded, or None.
-        prompt: What to draw. Words for which the adapter has new tokens are replaced by them.
-        seed: Decides the initial noise.
-        drawing: Size, steps, guidance and negative prompt.
+        pictures: The prompt and the seed of each. Words for which the adapter has new tokens are replaced by
+            them. The seed decides the initial noise.
+        drawing: How.
+        scale: Of the adapter's update.
+        on_step: Told of every step. What it raises ends the drawing; the pipeline stays sound.
     """
-    loaded = bool(pipeline.get_list_adapters())
     if adapter is not None:
         pipeline.enable_lora()
-        pipeline.set_adapters(adapter)
-    elif loaded:
+        pipeline.set_adapters(adapter, scale)
+    elif pipeline.get_list_adapters():
         pipeline.disable_lora()
     words = loaded_words(pipeline, adapter)
     negative = drawing.negative_prompt and replace_words(drawing.negative_prompt, words)
-    return draw(pipeline, seed, drawing, prompt=replace_words(prompt, words), negative_prompt=negative)
+    known = {
+        prompt: _encode(pipeline, replace_words(prompt, words), negative, drawing.guidance)
+        for prompt in dict.fromkeys(prompt for prompt, _ in pictures)
+    }
+    conditions = {
+        name: torch.cat([known[prompt][name] for prompt, _ in pictures]) for name in known[pictures[0][0]]
+    }
+    latents = _denoise(pipeline, [seed for _, seed in pictures], drawing, on_step, **conditions)
+    return [
+        _decoded(pipeline, own[None], prompt, seed)
+        for own, (prompt, seed) in zip(latents, pictures, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _encode(
+    pipeline: StableDiffusionXLPipeline, prompt: str, negative: str | None, guidance: float
+) -> dict[str, Tensor]:
+    """One prompt's conditions as the pipeline's arguments. Alone: its bits depend on no other's length."""
+    guided = guidance > 1  # the pipeline's own rule
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    tensors = pipeline.encode_prompt(prompt, negative_prompt=negative, do_classifier_free_guidance=guided)
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+
+
+def _denoise(
+    pipeline: StableDiffusionXLPipeline,
+    seeds: Sequence[int],
+    drawing: Drawing,
+    on_step: OnStep | None,
+    **conditions: Any,
+) -> Tensor:
+    """The pipeline's own denoising: latents (N, channels, height / 8, width / 8)."""
+    settings: dict[str, Any] = {}
+    own = pipeline.scheduler
+    scheduler = sampler(drawing.sampler, own)
+    if on_step is not None:
+        predictions: deque[Tensor] = deque(maxlen=1)
+        tell_predictions(scheduler, predictions.append)
+
+        def told(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            on_step(step + 1, predictions[-1])
+            return tensors
+
+        settings["callback_on_step_end"] = told
+    try:
+        pipeline.scheduler = scheduler
+        with rows_as_alone(len(seeds)):
+            return pipeline(
+                height=drawing.height,
+                width=drawing.width,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                **settings,
+                **conditions,
+            ).images
+    finally:
+        pipeline.scheduler = own
+
+
+def _decoded(pipeline: StableDiffusionXLPipeline, latents: Tensor, prompt: str, seed: int) -> Image.Image:
+    """The picture of latents (1, channels, height, width)."""
+    pixels = decode(pipeline.vae, latents)
+    problem = why_black(latents, pixels, pipeline.unet.dtype, decoding_dtype(pipeline.vae))
+    if problem:
+        logger.warning('the picture of "%s" with seed %d is black or damaged: %s', prompt, seed, problem)
+    return _to_pictures(pipeline, pixels)[0]
+
+
+def sketches(pipeline: StableDiffusionXLPipeline, latents: Tensor, longest: int = 32) -> list[Image.Image]:
+    """Small pictures of latents, cheap whatever their size: what denoising has come to.
+
+    Args:
+        pipeline: Its VAE decodes.
+        latents: (N, channels, height, width).
+        longest: Latents with a longer side are averaged down to it first; a picture is 8 times as large.
+    """
+    factor = min(1.0, longest / max(latents.shape[-2:]))
+    size = [max(1, round(side * factor)) for side in latents.shape[-2:]]
+    small = F.adaptive_avg_pool2d(latents.float(), size).to(latents.dtype)
+    return _to_pictures(pipeline, decode(pipeline.vae, small))
+
+
+def _to_pictures(pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> list[Image.Image]:
+    """Pixels (N, 3, height, width) in [-1, 1] as pictures; what isn't a number is black."""
+    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")
 
 
 def compare(
@@ -191,7 +305,7 @@ def compare(
         adapters: Label of the column -> the adapter's file or folder.
         prompts: One row for each prompt and seed.
         seeds: Shared by all columns: the initial noise is the same along a row.
-        drawing: Size, steps and guidance.
+        drawing: How.
         folder: Made where it doesn't exist.
         title: Heading of the sheet.
         strip: Images shown above: the training icons.
@@ -313,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=DTYPES[given.dtype],
         vae=given.pretrained_vae_model_name_or_path,
     )
-    drawing = Drawing(given.resolution, given.steps, given.guidance, given.negative_prompt)
+    drawing = Drawing(given.resolution, given.resolution, given.steps, given.guidance, given.negative_prompt)
     sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
     save_picture(sheet, given.output / "sheet.png")
     print(given.output / "sheet.png")

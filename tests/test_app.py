@@ -31,7 +31,7 @@ def test_three_pictures_are_those_of_lone_requests(client, base_path, adapters):
         if adapter is not None:
             load_adapter(pipeline, label, adapter)
         name = None if adapter is None else label
-        expected = draw_with(pipeline, name, "a red icon", 5, Drawing(16, 2, 3.0))
+        expected = draw_with(pipeline, name, "a red icon", 5, Drawing(16, 16, 2, 3.0))
         assert Image.open(path).convert("RGB").tobytes() == app.enlarge(expected).tobytes()
 
 

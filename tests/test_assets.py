@@ -164,7 +164,7 @@ def test_the_adapters_are_what_the_demo_trains(
 
 def test_the_adapters_change_what_is_drawn() -> None:
     pipeline = load_pipeline(str(MODEL))
-    drawing = Drawing(resolution=64, steps=5, guidance=3.0)
+    drawing = Drawing(64, 64, steps=5, guidance=3.0)
     for name in ("lora", "flat_lora"):
         load_adapter(pipeline, name, ADAPTERS / name)
     pictures = [

@@ -10,7 +10,7 @@ from flatlora_diffusion.decode import decode, why_black
 from flatlora_diffusion.generate import Drawing, draw, load_pipeline, main
 from tests.conftest import build_pipeline, run
 
-DRAWING = Drawing(resolution=16, steps=2, guidance=3.0)
+DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 
 
 @pytest.fixture

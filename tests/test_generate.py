@@ -2,15 +2,27 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import Drawing, compare, draw_with, load_adapter, load_pipeline, main
+from flatlora_diffusion.generate import (
+    Drawing,
+    compare,
+    draw_batch,
+    draw_with,
+    load_adapter,
+    load_pipeline,
+    main,
+    sketches,
+)
 from tests.conftest import global_rng_state
 
-DRAWING = Drawing(resolution=16, steps=2, guidance=3.0)
+DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 
 
 @pytest.fixture
@@ -43,9 +55,82 @@ def test_every_method_starts_from_the_noise_of_the_seed(pipeline, adapters, monk
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
+PICTURES = [("a icon", 5), ("a red icon with a much longer prompt", 5), ("a icon", 6), ("", 7), ("a icon", 8)]
+
+
+@pytest.mark.parametrize(
+    "drawing", [DRAWING, Drawing(16, 24, 3, 1.0), Drawing(16, 16, 3, 4.0, "blue", "Euler a")]
+)
+@pytest.mark.parametrize("adapter", [None, "LoRA"])
+def test_pictures_of_a_batch_have_the_bits_of_lone_ones(pipeline, adapters, drawing, adapter):
+    load_adapter(pipeline, "LoRA", adapters["LoRA"])
+    alone = [draw_with(pipeline, adapter, prompt, seed, drawing).tobytes() for prompt, seed in PICTURES]
+    assert len(set(alone)) == len(PICTURES)
+    for size in (2, 3, 5):
+        batch = [
+            picture.tobytes()
+            for start in range(0, len(PICTURES), size)
+            for picture in draw_batch(pipeline, adapter, PICTURES[start : start + size], drawing)
+        ]
+        assert batch == alone
+
+
+@pytest.mark.parametrize("negative", [None, "blue"])
+def test_a_picture_is_the_one_of_the_plain_pipeline(pipeline, adapters, negative):
+    load_adapter(pipeline, "LoRA", adapters["LoRA"])
+    ours = draw_with(pipeline, "LoRA", "a icon", 3, Drawing(16, 24, 3, 4.0, negative))
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 16, "height": 24}
+    generator = torch.Generator().manual_seed(3)
+    theirs = pipeline("a icon", negative_prompt=negative, generator=generator, **settings).images[0]
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_the_scale_of_an_adapter(pipeline, adapters):
+    base = draw_with(pipeline, None, "a icon", 3, DRAWING)
+    path = adapters["LoRA"]
+    load_adapter(pipeline, "LoRA", path)
+    assert draw_with(pipeline, "LoRA", "a icon", 3, DRAWING, scale=0.0).tobytes() == base.tobytes()
+    half = draw_with(pipeline, "LoRA", "a icon", 3, DRAWING, scale=0.5)
+    tensors = load_file(path)
+    tensors |= {name: tensor / 2 for name, tensor in tensors.items() if "lora_B" in name or "lora.up" in name}
+    halved = path.with_name("halved.safetensors")
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, halved, metadata=file.metadata())
+    load_adapter(pipeline, "halved", halved)
+    assert draw_with(pipeline, "halved", "a icon", 3, DRAWING).tobytes() == half.tobytes()
+    full = draw_with(pipeline, "LoRA", "a icon", 3, DRAWING)
+    assert full.tobytes() != half.tobytes() != base.tobytes()
+
+
+def test_every_step_tells_the_picture_that_is_expected(pipeline):
+    told = []
+    drawing = Drawing(16, 24, 4, 3.0)
+    pictures = draw_batch(pipeline, None, PICTURES[:3], drawing, on_step=lambda *step: told.append(step))
+    assert [step for step, _ in told] == [1, 2, 3, 4]
+    assert all(latents.shape == (3, 4, 12, 8) for _, latents in told)
+    # After the last step nothing is left to be removed; latents are 2 pixels wide here, 8 in SDXL.
+    for sketch, picture in zip(sketches(pipeline, told[-1][1]), pictures, strict=True):
+        assert np.abs(np.asarray(sketch, float) - np.asarray(picture, float)).max() <= 1
+    assert sketches(pipeline, told[0][1], longest=6)[0].size == (8, 12)
+
+
+def test_an_exception_in_a_step_ends_the_drawing_and_nothing_else(pipeline):
+    before = draw_batch(pipeline, None, PICTURES, DRAWING)
+    scheduler = pipeline.scheduler
+
+    def stop(step, latents):
+        raise KeyError(step)
+
+    with pytest.raises(KeyError, match="1"):
+        draw_batch(pipeline, None, PICTURES, DRAWING, on_step=stop)
+    assert pipeline.scheduler is scheduler
+    after = draw_batch(pipeline, None, PICTURES, DRAWING)
+    assert [picture.tobytes() for picture in before] == [picture.tobytes() for picture in after]
+
+
 def test_drawing_leaves_the_global_rng_alone(pipeline):
     state = global_rng_state()
-    draw_with(pipeline, None, "a icon", 3, DRAWING)
+    draw_batch(pipeline, None, PICTURES, Drawing(16, 16, 2, 3.0, sampler="Euler a"))
     assert global_rng_state() == state
 
 

@@ -34,7 +34,7 @@ from tests.conftest import (
 )
 from tests.processes import in_processes
 
-DRAWING = Drawing(resolution=16, steps=2, guidance=3.0)
+DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 TOKENS = ["<s0>", "<s1>"]
 # Text encoders as fast as the UNet, and with a decay that would show where only the gradient is gone.
 FAST = {"text_encoder_lr": 1e-2, "adam_weight_decay_text_encoder": 0.5}

@@ -116,7 +116,7 @@ def test_the_pictures_are_those_that_anybody_draws_with_the_saved_adapter(undist
     drawn = undisturbed() / "validation" / "step-000004"
     for number, prompt in enumerate(PROMPTS):
         for seed in (3, 4):
-            expected = draw_with(pipeline, "mine", prompt, seed, Drawing(16, 1, 5.0))
+            expected = draw_with(pipeline, "mine", prompt, seed, Drawing(16, 16, 1, 5.0))
             actual = Image.open(drawn / f"{number:03d}-seed{seed}.png")
             differences = [abs(a - b) for a, b in zip(actual.tobytes(), expected.tobytes(), strict=True)]
             assert max(differences) <= 1
@@ -248,7 +248,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
     output = undisturbed(compare=True)
     pipeline = load_pipeline(str(base_path))
     for number, prompt in enumerate(PROMPTS):
-        expected = draw_with(pipeline, None, prompt, 3, Drawing(16, 1, 5.0))
+        expected = draw_with(pipeline, None, prompt, 3, Drawing(16, 16, 1, 5.0))
         drawn = Image.open(output / "validation" / "base" / f"{number:03d}-seed3.png")
         assert drawn.tobytes() == expected.tobytes()
     assert Sheet.load(output / "validation" / "base").footer == "tiny-sdxl; 1 denoising steps, guidance 5"

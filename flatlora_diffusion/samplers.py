@@ -1,0 +1,81 @@
+"""Samplers by the names that users know, and what they think the finished picture is at each step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+DEFAULT = "default"  # the base's own
+
+_KINDS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler a": (EulerAncestralDiscreteScheduler, {}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
+    "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+}
+
+SAMPLERS = (DEFAULT, *_KINDS)
+
+
+def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
+    """A fresh scheduler, which shares no state with others.
+
+    Args:
+        name: One of `SAMPLERS`.
+        own: The base's scheduler, whose noise levels and kind of prediction it takes over.
+
+    Raises:
+        ValueError: There is no such sampler.
+    """
+    if name == DEFAULT:
+        return type(own).from_config(own.config)
+    if name not in _KINDS:
+        raise ValueError(f"sampler {name!r}: must be one of {', '.join(SAMPLERS)}")
+    kind, settings = _KINDS[name]
+    return kind.from_config(own.config, **settings)
+
+
+def sampler_name(name: str, own: SchedulerMixin) -> str:
+    """The name that A1111 has for a sampler, or the class of a base's own that has none."""
+    if name != DEFAULT:
+        return name
+    for known, (kind, settings) in _KINDS.items():
+        if type(own) is kind and all(own.config.get(key) == value for key, value in settings.items()):
+            return known
+    return type(own).__name__.removesuffix("Scheduler")
+
+
+def tell_predictions(scheduler: SchedulerMixin, listener: Callable[[Tensor], None]) -> None:
+    """Let a scheduler tell at each step which noiseless latents it expects; its results stay the same.
+
+    Schedulers that keep no such prediction tell the latents as they are.
+
+    Args:
+        scheduler: Changed in place.
+        listener: Gets the latents (N, channels, height, width).
+    """
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at its parameters
+    def telling(*arguments: Any, return_dict: bool = True, **settings: Any) -> Any:
+        output = step(*arguments, **settings, return_dict=True)
+        prediction = getattr(output, "pred_original_sample", None)
+        if prediction is None:  # multistep solvers keep their predictions for the next steps
+            prediction = getattr(scheduler, "model_outputs", [output.prev_sample])[-1]
+        listener(prediction)
+        return output if return_dict else (output.prev_sample,)
+
+    scheduler.step = telling
