@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from flatlora_diffusion.adapter_file import AdapterFacts, check_adapter, check_loaded
 from flatlora_diffusion.cli import OneLineParser, run_command
 from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
+from flatlora_diffusion.export import write_atomically
 from flatlora_diffusion.grid import Sheet
 from flatlora_diffusion.output_folder import check_writable
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
@@ -100,17 +101,23 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> None:
+def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
     """Load an adapter under a name, from its file or the folder that holds it, with its new tokens.
+
+    An adapter that cannot be loaded leaves the pipeline without one of that name.
+
+    Returns:
+        What the file says of itself.
 
     Raises:
         UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base.
+        ValueError: The pipeline has an adapter of that name.
     """
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    if file.is_file() and file.suffix != ".safetensors":
-        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
-    facts = read_facts(file)  # a missing or damaged file is named
-    embeddings = read_embeddings(file, facts)
+    if any(name in names for names in pipeline.get_list_adapters().values()):
+        raise ValueError(f"the pipeline has an adapter called {name!r}; unload it first")
+    adapter = check_adapter(pipeline, path)
+    file = adapter.file
+    embeddings = read_embeddings(file, adapter.facts)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
@@ -121,10 +128,15 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
                 use_safetensors=True,
                 local_files_only=True,
             )
-        load_embeddings(pipeline, name, facts, embeddings)
-    except (ValueError, KeyError, RuntimeError) as error:
+        check_loaded(pipeline, name, adapter)
+        load_embeddings(pipeline, name, adapter.facts, embeddings)
+    except (ValueError, KeyError, RuntimeError, UserError) as error:
+        pipeline.delete_adapters(name)
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
+    return adapter
 
 
 def draw(

@@ -444,7 +444,7 @@ TOOLS = {
     "adapter that is none": (
         lambda w: adapter_file(w, {"conv_in.weight": torch.zeros(1)}),
         [*GENERATE, "--adapter", "x=ROOT/a.safetensors"],
-        "a.safetensors: doesn't fit this base",
+        "a.safetensors: conv_in.weight, 1 of 1 such keys, is no LoRA weight of SDXL",
     ),
     "adapter without a name": (nothing, [*GENERATE, "--adapter", "x"], "--adapter: x: must be NAME=PATH"),
     "adapter called base": (nothing, [*GENERATE, "--adapter", "Base=x"], "--adapter Base=...: each needs a"),
