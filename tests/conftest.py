@@ -210,9 +210,8 @@ def clean_copy(tmp_path):
     return copy
 
 
-@pytest.fixture
-def adapters(tmp_path):
-    """Two adapters far from zero."""
+def write_adapters(folder: Path) -> dict[str, Path]:
+    """Two adapters far from zero: label -> file."""
     paths = {}
     for index, label in enumerate(("LoRA", "Flat-LoRA")):
         unet = build_unet()
@@ -222,10 +221,16 @@ def adapters(tmp_path):
         for parameter in unet.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        paths[label] = tmp_path / label / WEIGHTS_NAME
+        paths[label] = folder / label / WEIGHTS_NAME
         paths[label].parent.mkdir()
         paths[label].write_bytes(adapter_bytes({"unet": unet}, {}))
     return paths
+
+
+@pytest.fixture
+def adapters(tmp_path) -> dict[str, Path]:
+    """Those of `write_adapters`, for a test that may damage them."""
+    return write_adapters(tmp_path)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The app's page: a gradio interface to the engine in `studio`."""

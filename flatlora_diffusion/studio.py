@@ -1,0 +1,209 @@
+"""The app's engine: one pipeline with its adapters, which requests use one after the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from flatlora_diffusion.adapter_file import AdapterFacts
+from flatlora_diffusion.generate import DTYPES, Drawing, draw_batch, load_adapter, sketches
+from flatlora_diffusion.samplers import sampler_name
+from flatlora_diffusion.stamp import Stamp, versions
+
+BASE = "base"
+
+_SECONDS_BETWEEN_SKETCHES = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to be drawn together, with one method.
+
+    Attributes:
+        method: `BASE` or the label of an adapter.
+        pictures: The prompt and the seed of each.
+        drawing: How.
+        scale: Of the adapter's update.
+    """
+
+    method: str
+    pictures: Sequence[tuple[str, int]]
+    drawing: Drawing
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step was done.
+
+    Attributes:
+        job: Index of the job that it belongs to.
+        fraction: Of all steps of all jobs that are done.
+        seconds_left: Until all jobs are done, from the steps so far.
+        sketches: Small pictures of what the job's pictures have come to; None where they weren't due.
+    """
+
+    job: int
+    fraction: float
+    seconds_left: float
+    sketches: list[Image.Image] | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A job is done.
+
+    Attributes:
+        job: Its index.
+        pictures: In the order asked for.
+        seconds: That it took.
+    """
+
+    job: int
+    pictures: list[Image.Image]
+    seconds: float
+
+
+class Studio:
+    """A pipeline and its adapters, under labels that are fixed from the start.
+
+    Args:
+        pipeline: A base without adapters.
+        base: What it is called in public: no local path.
+        adapters: Label -> the adapter's file or folder.
+
+    Attributes:
+        adapters: Label -> what the adapter's file is.
+
+    Raises:
+        UserError: An adapter is missing, damaged, or doesn't fit the base.
+    """
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, base: str, adapters: Mapping[str, Path]) -> None:
+        self.base = base
+        self.adapters: dict[str, AdapterFacts] = {
+            label: load_adapter(pipeline, _key(index), path)
+            for index, (label, path) in enumerate(adapters.items())
+        }
+        self._pipeline = pipeline
+        self._keys: dict[str, str | None] = {
+            BASE: None,
+            **{label: _key(index) for index, label in enumerate(adapters)},
+        }
+        # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
+        self._lock = threading.Lock()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The base and the adapters' labels."""
+        return tuple(self._keys)
+
+    @property
+    def native_side(self) -> int:
+        """Side in pixels of the pictures that the base was trained on."""
+        return self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Step | Drawn]:
+        """Do jobs one after the other, without another's in between, and tell how it goes.
+
+        Closing the iterator stops at the end of the step that is being computed, and leaves the pipeline as
+        it was. What goes wrong is raised here.
+        """
+        events: queue.SimpleQueue[Step | Drawn | BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                while not self._lock.acquire(timeout=0.1):
+                    if stop.is_set():
+                        return
+                try:
+                    self._do(jobs, events.put, stop)
+                finally:
+                    self._lock.release()
+                events.put(None)
+            except _Stopped:
+                pass
+            except BaseException as error:
+                events.put(error)
+
+        worker = threading.Thread(target=work, name="drawing", daemon=True)
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            stop.set()
+            worker.join()
+
+    def stamp(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float = 1.0) -> Stamp:
+        """What a picture says of its making."""
+        adapter = self.adapters.get(method)
+        return Stamp(
+            prompt=prompt,
+            negative_prompt=drawing.negative_prompt,
+            seed=seed,
+            width=drawing.width,
+            height=drawing.height,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+            sampler=sampler_name(drawing.sampler, self._pipeline.scheduler),
+            base=self.base,
+            method=method,
+            adapter_sha256=adapter.sha256 if adapter else None,
+            scale=scale if adapter else None,
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype),
+            device=self._pipeline.device.type,
+            versions=versions(),
+        )
+
+    def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:
+        total = sum(job.drawing.steps * len(job.pictures) for job in jobs)
+        done = 0
+        began = sketched = time.perf_counter()
+
+        for index, job in enumerate(jobs):
+            started = time.perf_counter()
+
+            def after_step(step: int, latents: Tensor) -> None:
+                nonlocal sketched
+                if stop.is_set():
+                    raise _Stopped
+                now = time.perf_counter()
+                small = None
+                if now - sketched >= _SECONDS_BETWEEN_SKETCHES:
+                    small = sketches(self._pipeline, latents)
+                    sketched = time.perf_counter()
+                fraction = (done + step * len(job.pictures)) / total  # noqa: B023 - called in this turn
+                left = (now - began) * (1 - fraction) / fraction
+                tell(Step(index, fraction, left, small))  # noqa: B023
+
+            pictures = draw_batch(
+                self._pipeline,
+                self._keys[job.method],
+                job.pictures,
+                job.drawing,
+                scale=job.scale,
+                on_step=after_step,
+            )
+            done += job.drawing.steps * len(job.pictures)
+            tell(Drawn(index, pictures, time.perf_counter() - started))
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody waits for the pictures any longer."""
+
+
+def _key(index: int) -> str:
+    """Name of an adapter in the pipeline, whose names may not have every character that labels have."""
+    return f"adapter_{index}"

@@ -1,0 +1,351 @@
+"""The Compare tab: what a program, a crowd, an attacker and a browser's user get."""
+
+import io
+import json
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from flatlora_diffusion import stamp
+from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.page.build import build, launch_settings
+from flatlora_diffusion.page.site import MAX_PROMPT, Site
+from flatlora_diffusion.studio import Studio
+from tests.browser import chromium, open_page, served  # noqa: F401 - fixtures
+from tests.conftest import write_adapters
+
+ASKED = {
+    "prompt": "a icon",
+    "negative_prompt": "",
+    "seed": 5,
+    "steps": 2,
+    "guidance": 3.0,
+    "scale": 1.0,
+    "sampler": "default",
+    "width": 16,
+    "height": 16,
+}
+DRAWING = Drawing(16, 16, 2, 3.0)
+PRESETS = {"Unseen": ["a red icon", "a blue icon"], "The base's own": ["an icon"]}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def studio(base_path, adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    page = build(Site(studio, PRESETS, steps=2, guidance=3.0))
+    with served(page, **launch_settings()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return Client(address, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def lone(base_path, adapters):
+    """The pictures of a request that nobody disturbs, in the order of the methods."""
+    pipeline = load_pipeline(str(base_path))
+    for label, path in adapters.items():
+        load_adapter(pipeline, label, path)
+
+    def draw(prompt, seed, drawing=DRAWING, scale=1.0):
+        return [
+            draw_with(pipeline, adapter, prompt, seed, drawing, scale).tobytes()
+            for adapter in (None, *adapters)
+        ]
+
+    return draw
+
+
+def pixels(files):
+    return [Image.open(file).convert("RGB").tobytes() for file in files]
+
+
+def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client, studio, lone):
+    asked = {
+        **ASKED,
+        "negative_prompt": "blue",
+        "height": 24,
+        "sampler": "DDIM",
+        "scale": 0.5,
+    }
+    files, facts = client.predict(**asked, api_name="/compare")
+    drawing = Drawing(16, 24, 2, 3.0, "blue", "DDIM")
+    assert pixels(files) == lone("a icon", 5, drawing, 0.5)
+    assert [Path(file).name for file in files] == ["base-seed5.png", "lora-seed5.png", "flat-lora-seed5.png"]
+    for file, method in zip(files, studio.methods, strict=True):
+        made = studio.stamp(method, "a icon", 5, drawing, 0.5)
+        assert stamp.read(Path(file)) == made
+        assert facts[method].pop("seconds") > 0
+        assert facts[method] == json.loads(stamp.sidecar(made))
+    described = client.predict(api_name="/methods")
+    assert list(described) == list(studio.methods) and described["base"] == {"name": "tiny"}
+    assert described["LoRA"]["sha256"] == studio.adapters["LoRA"].sha256
+    assert described["LoRA"]["rank"] == "4" and described["LoRA"]["alpha"] == "8"
+
+
+def test_the_names_of_the_interface_are_stable(client):
+    assert sorted(client.view_api(return_format="dict")["named_endpoints"]) == ["/compare", "/methods"]
+    assert not client.view_api(return_format="dict")["unnamed_endpoints"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"prompt": "  "}, f"The prompt must have 1 to {MAX_PROMPT} characters"),
+        ({"prompt": "x" * (MAX_PROMPT + 1)}, f"The prompt must have 1 to {MAX_PROMPT} characters"),
+        ({"negative_prompt": "x" * (MAX_PROMPT + 1)}, "The negative prompt must have at most"),
+        ({"seed": -1}, "less than minimum"),
+        ({"seed": 2**32}, "greater than maximum"),
+        ({"seed": None}, "The seed must be a whole number from 0"),
+        ({"steps": 0}, "less than minimum"),
+        ({"steps": 101}, "greater than maximum"),
+        ({"steps": 2.5}, "Steps must be a whole number from 1 to 100"),
+        ({"guidance": 20.5}, "greater than maximum"),
+        ({"scale": 3}, "greater than maximum"),
+        ({"width": 10_000}, "greater than maximum"),
+        ({"height": 17}, "Height must be a multiple of 8 from 8 to 24"),
+        ({"sampler": "../../etc/passwd"}, "not in the list of choices"),
+    ],
+)
+def test_what_is_out_of_its_limits_is_refused(client, wrong, told):
+    with pytest.raises(AppError, match=re.escape(told)):
+        client.predict(**{**ASKED, **wrong}, api_name="/compare")
+
+
+def test_fifty_requests_at_once_each_get_their_own_pictures_or_a_clean_refusal(address, lone):
+    clients = [Client(address, verbose=False) for _ in range(10)]
+    answers, refusals = {}, []
+
+    def ask(seed):
+        try:
+            files, _ = clients[seed % 10].predict(**{**ASKED, "seed": seed}, api_name="/compare")
+            answers[seed] = pixels(files)
+        except Exception as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) + len(refusals) == 50 and len(answers) >= 8
+    assert all("queue is full" in told.lower() for told in refusals), refusals
+    for seed, drawn in answers.items():
+        assert drawn == lone("a icon", seed)
+
+
+@pytest.mark.parametrize("route", ["run/compare", "run/predict", "api/compare"])
+def test_nobody_gets_past_the_queue(address, route):
+    answer = httpx.post(f"{address}gradio_api/{route}", json={"data": list(ASKED.values()), "fn_index": 0})
+    assert answer.status_code in (404, 405) or "queue" in answer.text.lower()
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file=pyproject.toml",
+        "gradio_api/file=app.py",
+        "gradio_api/file=../../../../etc/passwd",
+        "gradio_api/file=..%2f..%2f..%2fetc%2fpasswd",
+        "gradio_api/file=assets/adapters/lora/pytorch_lora_weights.safetensors",
+        "static/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "gradio_api/proxy=http://127.0.0.1:1/",
+        "monitoring",
+    ],
+)
+def test_no_file_of_the_computer_is_served(address, path):
+    answer = httpx.get(address + path)
+    assert answer.status_code in (400, 403, 404, 422), answer.text[:200]
+    assert "root:" not in answer.text and "flatlora_diffusion" not in answer.text
+
+
+def test_uploads_are_small(address):
+    files = {"files": ("big.bin", io.BytesIO(bytes(2_000_000)))}
+    assert httpx.post(f"{address}gradio_api/upload", files=files).status_code == 413
+
+
+def test_a_method_that_is_not_there_is_refused(address, client):
+    """Whoever forges the page's own requests gets no further than the page."""
+    configuration = httpx.get(f"{address}config").json()
+    labels = {part["id"]: part["props"].get("label") for part in configuration["components"]}
+    asked = [[labels[part] for part in event["inputs"]] for event in configuration["dependencies"]]
+    number = asked.index([None, "Left side", "Right side"])
+    body = {"data": [None, "/etc/passwd", "../lora"], "fn_index": number, "session_hash": "forged"}
+    httpx.post(f"{address}gradio_api/queue/join", json=body).raise_for_status()
+    told = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "forged"}, timeout=30).text
+    assert "not in the list of choices" in told and "root:" not in told
+
+
+# In a browser.
+
+
+def compare(page, seed=5):
+    page.locator("#seed input").fill(str(seed))
+    page.locator("#compare").click()
+    page.locator("#status", has_text="Done in").wait_for()
+
+
+def shown(page, selector):
+    """The pixels of a picture on the page, as the server sent them."""
+    source = page.locator(f"{selector} img").first.get_attribute("src")
+    return Image.open(io.BytesIO(httpx.get(source).content))
+
+
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_path, device):  # noqa: F811
+    page = open_page(address, device)
+    page.locator("#prompt textarea").fill("a red icon")
+    compare(page)
+    expected = lone("a red icon", 5)
+    pictures = page.locator(".picture:not(#slider):not(#map) img")
+    sources = [pictures.nth(index).get_attribute("src") for index in range(3)]
+    assert pixels(io.BytesIO(httpx.get(source).content) for source in sources) == expected
+    assert pictures.nth(1).get_attribute("alt") == '"a red icon" drawn by LoRA with seed 5'
+    assert pictures.nth(1).bounding_box()["width"] >= 150  # of 16 pixels
+    assert "pixelated" in pictures.nth(1).evaluate("image => getComputedStyle(image).imageRendering")
+    sides = page.locator("#slider img")
+    assert [
+        pixels([io.BytesIO(httpx.get(sides.nth(i).get_attribute("src")).content)])[0] for i in (0, 1)
+    ] == (expected[1:])
+    one, other = (np.frombuffer(drawn, np.uint8).astype(float) for drawn in expected[1:])
+    percent = np.abs(one - other).mean() / 2.55
+    assert f"differ by {percent:.1f}%" in page.locator("#figure").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
+
+
+def test_the_slider_is_dragged_and_moved_by_keys(open_page, address):  # noqa: F811
+    page = open_page(address)
+    compare(page)
+    handle, right = page.locator("#slider [data-testid=slider] .inner"), page.locator("#slider img").nth(1)
+    page.locator("#slider").scroll_into_view_if_needed()
+
+    def cut():
+        inset = re.search(r"inset\(.* ([\d.]+)%\)", right.evaluate("image => image.style.clipPath"))
+        return float(inset[1])
+
+    page.wait_for_timeout(300)
+    assert cut() == pytest.approx(50, abs=1)
+    box, whole = handle.bounding_box(), page.locator("#slider").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(whole["x"] + whole["width"] * 0.8, box["y"] + 50, steps=5)
+    page.mouse.up()
+    assert 60 < cut() <= 100
+    divider = page.locator("#divider input[type=range]")
+    divider.focus()
+    divider.press("Home")
+    page.wait_for_function(
+        "/ [0-4](\\.\\d+)?%/.test(document.querySelectorAll('#slider img')[1].style.clipPath)"
+    )
+
+
+def test_other_sides_are_chosen(open_page, address, lone):  # noqa: F811
+    page = open_page(address)
+    compare(page)
+    page.get_by_label("Left side").click()
+    page.get_by_role("option", name="base").click()
+    page.locator("#slider img[alt='Left: base']").wait_for()
+    assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[0]
+    page.get_by_text("base and Flat-LoRA differ by").wait_for()
+
+
+def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, lone, studio):  # noqa: F811
+    page = open_page(address)
+    page.get_by_text("More settings").click()
+    page.get_by_label("number input for Denoising steps").fill("100")
+    page.locator("#compare").click()
+    page.locator("#status progress").wait_for()
+    page.locator("#stop").click()
+    page.locator("#status", has_text="Stopped.").wait_for()
+    page.wait_for_timeout(500)
+    assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
+    page.get_by_label("number input for Denoising steps").fill("2")
+    compare(page)
+    assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[1]
+
+
+def test_a_link_reproduces_a_comparison(open_page, address, lone):  # noqa: F811
+    page = open_page(address)
+    page.locator("#prompt textarea").fill("a blue, icon & more: ä")
+    page.get_by_label("Left side").click()
+    page.get_by_role("option", name="base").click()
+    compare(page, 77)
+    link = page.locator("#link textarea, #link input").first.input_value()
+    assert link == page.url and link.startswith(address)
+    other = open_page(link)
+    other.locator("#status", has_text="Done in").wait_for()
+    assert other.locator("#prompt textarea").input_value() == "a blue, icon & more: ä"
+    assert other.locator("#seed input").input_value() == "77"
+    drawn = shown(other, "#slider").convert("RGB").tobytes()
+    assert drawn == shown(page, "#slider").convert("RGB").tobytes() == lone("a blue, icon & more: ä", 77)[0]
+
+
+def test_bad_links_change_nothing(open_page, address):  # noqa: F811
+    page = open_page(f"{address}?prompt={'x' * 2000}&seed=-3&steps=nan&sampler=none&left=%2Fetc%2Fpasswd")
+    page.get_by_text("The link's seed is not one that this page has").wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a red icon"
+    assert page.locator("#seed input").input_value() == "0"
+    page.locator("#status", has_text="Done in").wait_for()
+
+
+def test_a_random_seed_is_written_back_and_presets_fill_in(open_page, address):  # noqa: F811
+    page = open_page(address)
+    page.locator("#random").click()
+    page.wait_for_function("document.querySelector('#seed input').value !== '0'")
+    assert 0 < int(page.locator("#seed input").input_value()) < 2**32
+    page.get_by_text("a blue icon").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a blue icon'")
+
+
+def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):  # noqa: F811
+    page = open_page(address)
+    prompt = page.locator("#prompt textarea")
+    prompt.focus()
+    reached = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.innerText"))
+    assert {"compare", "stop", "random"} <= set(reached), reached
+    page.locator("#compare").focus()
+    page.keyboard.press("Enter")
+    page.locator("#status", has_text="Done in").wait_for()
+
+
+def test_the_archive_has_pictures_and_settings(open_page, address, studio):  # noqa: F811
+    page = open_page(address)
+    compare(page)
+    with page.expect_download() as waiting:
+        page.locator("#download").click()
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        names = [
+            f"{method}-seed5.{kind}" for method in ("base", "flat-lora", "lora") for kind in ("json", "png")
+        ]
+        assert archive.namelist() == names
+        made = studio.stamp("Flat-LoRA", "a red icon", 5, DRAWING)
+        assert stamp.read(archive.read("flat-lora-seed5.png")) == made
+        assert archive.read("flat-lora-seed5.json") == stamp.sidecar(made)
+    with page.expect_download() as waiting:
+        page.get_by_label("Download").nth(1).click()
+    assert stamp.read(Path(waiting.value.path())) == studio.stamp("LoRA", "a red icon", 5, DRAWING)

@@ -1,0 +1,136 @@
+import threading
+
+import pytest
+
+from flatlora_diffusion import studio as studio_module
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.studio import BASE, Drawn, Job, Step, Studio
+
+DRAWING = Drawing(16, 16, 3, 3.0)
+
+
+@pytest.fixture
+def studio(base_path, adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+
+
+@pytest.fixture
+def lone(base_path, adapters):
+    """Draws with a pipeline of its own."""
+    pipeline = load_pipeline(str(base_path))
+    for label, path in adapters.items():
+        load_adapter(pipeline, label, path)
+
+    def draw(method, prompt, seed, scale=1.0):
+        return draw_with(pipeline, None if method == BASE else method, prompt, seed, DRAWING, scale).tobytes()
+
+    return draw
+
+
+def jobs(studio, seed, prompt="a icon", drawing=DRAWING):
+    return [Job(method, [(prompt, seed)], drawing) for method in studio.methods]
+
+
+def drawn(events):
+    return [event.pictures[0].tobytes() for event in events if isinstance(event, Drawn)]
+
+
+def test_jobs_give_the_pictures_of_lone_requests(studio, lone):
+    work = [
+        Job("LoRA", [("a icon", 1), ("a red icon", 2)], DRAWING, 0.5),
+        Job(BASE, [("a icon", 1)], DRAWING, 0.5),
+        Job("Flat-LoRA", [("a icon", 1)], DRAWING),
+    ]
+    done = [event for event in studio.run(work) if isinstance(event, Drawn)]
+    assert [event.job for event in done] == [0, 1, 2]
+    assert [picture.tobytes() for event in done for picture in event.pictures] == [
+        lone("LoRA", "a icon", 1, 0.5),
+        lone("LoRA", "a red icon", 2, 0.5),
+        lone(BASE, "a icon", 1),
+        lone("Flat-LoRA", "a icon", 1),
+    ]
+    assert all(event.seconds > 0 for event in done)
+
+
+def test_steps_tell_how_far_it_is_and_show_it(studio, monkeypatch):
+    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_SKETCHES", 0.0)
+    work = [Job(BASE, [("a icon", 1), ("a icon", 2)], DRAWING), Job("LoRA", [("a icon", 1)], DRAWING)]
+    steps = [event for event in studio.run(work) if isinstance(event, Step)]
+    assert [step.job for step in steps] == [0, 0, 0, 1, 1, 1]
+    assert [step.fraction * 9 for step in steps] == pytest.approx([2, 4, 6, 7, 8, 9])
+    assert [len(step.sketches) for step in steps] == [2, 2, 2, 1, 1, 1]
+    assert all(step.seconds_left > 0 for step in steps[:-1]) and steps[-1].seconds_left == 0
+    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_SKETCHES", 1e9)
+    assert all(step.sketches is None for step in studio.run(work) if isinstance(step, Step))
+
+
+def test_a_run_that_is_closed_stops_at_once_and_leaves_the_pipeline_sound(studio, lone):
+    run = studio.run(jobs(studio, 1, drawing=Drawing(16, 16, 100_000, 3.0)))
+    assert isinstance(next(run), Step)
+    run.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
+    assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]
+
+
+def test_a_run_waits_for_another_until_that_is_closed(studio):
+    first = studio.run(jobs(studio, 1, drawing=Drawing(16, 16, 100_000, 3.0)))
+    next(first)
+    ended = threading.Event()
+    waiting = studio.run(jobs(studio, 2))
+
+    def wait():
+        assert isinstance(next(waiting), Step)  # after the first was closed
+        ended.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not ended.wait(0.5)
+    first.close()
+    assert ended.wait(30)
+    thread.join()
+    waiting.close()
+
+
+def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monkeypatch):
+    def fail(*arguments, **settings):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studio_module, "draw_batch", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            list(studio.run(jobs(studio, 1)))
+    assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]
+
+
+def test_runs_of_many_threads_get_their_own_pictures(studio, lone):
+    """Without the lock, adapters and schedulers of one request reach another."""
+    got = {}
+
+    def ask(seed):
+        got[seed] = drawn(studio.run(jobs(studio, seed)))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(8):
+        assert got[seed] == [lone(method, "a icon", seed) for method in studio.methods]
+
+
+def test_the_stamp_says_how_a_picture_was_made(studio, adapters):
+    stamp = studio.stamp("LoRA", "a icon", 7, Drawing(16, 24, 3, 2.5, "blue"), 0.5)
+    assert (stamp.prompt, stamp.negative_prompt, stamp.seed) == ("a icon", "blue", 7)
+    assert (stamp.width, stamp.height, stamp.steps, stamp.guidance) == (16, 24, 3, 2.5)
+    assert (stamp.sampler, stamp.base, stamp.method) == ("Euler", "tiny", "LoRA")
+    assert stamp.adapter_sha256 == studio.adapters["LoRA"].sha256 and stamp.scale == 0.5
+    assert (stamp.dtype, stamp.device) == ("fp32", "cpu")
+    of_base = studio.stamp(BASE, "a icon", 7, DRAWING, 0.5)
+    assert of_base.adapter_sha256 is None and of_base.scale is None
+
+
+def test_a_damaged_adapter_is_named(base_path, adapters):
+    adapters["LoRA"].write_bytes(adapters["LoRA"].read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors: not a sound safetensors file"):
+        Studio(load_pipeline(str(base_path)), "tiny", adapters)
