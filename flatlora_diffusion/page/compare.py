@@ -188,7 +188,7 @@ class CompareTab:
             self._compare,
             [*self._settings, *sides, self.drawn],
             every_result,
-            show_progress="minimal",
+            show_progress="full",
             show_progress_on=self.status,
             scroll_to_output=True,
             trigger_mode="once",

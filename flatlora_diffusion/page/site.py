@@ -73,13 +73,13 @@ class Site:
             gradio.Error: One of them is out of its limits.
         """
         if len(negative_prompt) > MAX_PROMPT:
-            raise gr.Error(f"The negative prompt must have at most {MAX_PROMPT} characters.")
+            raise refusal(f"The negative prompt must have at most {MAX_PROMPT} characters.")
         _require("Steps", steps, 1, MAX_STEPS, 1)
         _require("Guidance", guidance, 0, MAX_GUIDANCE)
         for name, side in (("Width", width), ("Height", height)):
             _require(name, side, self.smallest_side, self.largest_side, 8)
         if sampler not in SAMPLERS:
-            raise gr.Error(f"The sampler must be one of {', '.join(SAMPLERS)}.")
+            raise refusal(f"The sampler must be one of {', '.join(SAMPLERS)}.")
         return Drawing(int(width), int(height), int(steps), float(guidance), negative_prompt or None, sampler)
 
     def picture_files(
@@ -122,7 +122,7 @@ def check_prompt(prompt: str) -> str:
     """
     prompt = prompt.strip()
     if not prompt or len(prompt) > MAX_PROMPT:
-        raise gr.Error(f"The prompt must have 1 to {MAX_PROMPT} characters.")
+        raise refusal(f"The prompt must have 1 to {MAX_PROMPT} characters.")
     return prompt
 
 
@@ -150,7 +150,12 @@ def _require(name: str, value: float | None, least: float, most: float, step: in
     number = isinstance(value, (int, float)) and math.isfinite(value)
     if not number or not least <= value <= most or (step and value % step):
         kind = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
-        raise gr.Error(f"{name} must be {kind} from {least:g} to {most:g}.")
+        raise refusal(f"{name} must be {kind} from {least:g} to {most:g}.")
+
+
+def refusal(told: str) -> gr.Error:
+    """What a visitor is told who asks for something that can't be; the server's log has no traceback of it."""
+    return gr.Error(told, print_exception=False)
 
 
 def slug(label: str) -> str:
