@@ -216,6 +216,9 @@ def read_embeddings(adapter: Path, facts: Mapping[str, Any]) -> dict[str, Tensor
     """
     if FACTS_KEY not in facts:
         return {}
+    known = facts[FACTS_KEY]
+    if not isinstance(known, dict) or not {"tokens", "words", "sha256"} <= known.keys():
+        raise UserError(f"{adapter}: what it says of its new tokens is damaged; get a sound file")
     path = adapter.with_name(EMBEDDINGS_NAME)
     try:
         content = path.read_bytes()
@@ -224,7 +227,7 @@ def read_embeddings(adapter: Path, facts: Mapping[str, Any]) -> dict[str, Tensor
             f"{path}: cannot be read ({error.strerror}); {adapter.name} was trained together with these "
             "embeddings: put them beside it"
         ) from error
-    if hashlib.sha256(content).hexdigest() != facts[FACTS_KEY]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != known["sha256"]:
         raise UserError(
             f"{path}: damaged, or of another training than {adapter.name}; put the embeddings beside it that "
             "were written with it"

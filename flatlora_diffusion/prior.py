@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from tqdm import tqdm
 from flatlora_diffusion import data
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import write_atomically
-from flatlora_diffusion.generate import DTYPES, load_pipeline, release
+from flatlora_diffusion.generate import DTYPES, Drawing, draw_batch, load_pipeline, release, save_picture
 from flatlora_diffusion.launch import from_main
 from flatlora_diffusion.noise import hash64
 from flatlora_diffusion.output_folder import check_writable
@@ -63,19 +61,14 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
+    drawing = Drawing(config.resolution, config.resolution)
     logger.info("drawing %d class images into %s", missing, folder)
     for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
         part = numbers[start : start + config.sample_batch_size]
-        pictures = pipeline(
-            [config.class_prompt] * len(part),
-            height=config.resolution,
-            width=config.resolution,
-            generator=[torch.Generator().manual_seed(hash64(config.seed, "class image", n)) for n in part],
-        ).images
+        seeds = [hash64(config.seed, "class image", number) for number in part]
+        pictures = draw_batch(pipeline, None, [(config.class_prompt, seed) for seed in seeds], drawing)
         for number, picture in zip(part, pictures, strict=True):
-            content = io.BytesIO()
-            picture.save(content, "PNG")
-            write_atomically(_class_image(folder, number), content.getvalue())
+            save_picture(picture, _class_image(folder, number))
     del pipeline
     release()
 

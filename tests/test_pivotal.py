@@ -20,7 +20,7 @@ from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import FLAT_METADATA_KEY, WEIGHTS_NAME, adapter_bytes, read_facts
 from flatlora_diffusion.generate import Drawing, compare, draw, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, NewTokens, replace_words
+from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, NewTokens, read_embeddings, replace_words
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
 from tests.conftest import (
@@ -462,6 +462,12 @@ def test_lost_or_foreign_embeddings_are_named(base_path, learned):
     with pytest.raises(UserError, match=r"LoRA/learned_embeds\.safetensors: cannot be read \(No such file"):
         load_adapter(pipeline, "x", own.parent)
     assert pipeline.get_list_adapters() == {} and len(pipeline.tokenizer) == 600
+
+
+@pytest.mark.parametrize("facts", ["x", {"tokens": ["<s0>"]}, []])
+def test_damaged_facts_of_new_tokens_are_named(tmp_path, facts):
+    with pytest.raises(UserError, match=r"a\.safetensors: what it says of its new tokens is damaged"):
+        read_embeddings(tmp_path / "a.safetensors", {FACTS_KEY: facts})
 
 
 def test_a_run_is_complete_only_with_its_embeddings(learned):

@@ -94,9 +94,11 @@ def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(con
     assert {sample.caption for sample in samples} == {"a picture"}
     pictures = [sample.path.read_bytes() for sample in samples]
     assert len(set(pictures)) == 3
-    samples[1].path.unlink()
-    again = prior.class_samples(dataclasses.replace(config, sample_batch_size=1))
-    assert [sample.path.read_bytes() for sample in again] == pictures
+    for missing, batch_size in ((1, 1), (3, 2)):
+        for sample in samples[:missing]:
+            sample.path.unlink(missing_ok=True)
+        again = prior.class_samples(dataclasses.replace(config, sample_batch_size=batch_size))
+        assert [sample.path.read_bytes() for sample in again] == pictures
     assert len(list(folder.iterdir())) == 3
 
 

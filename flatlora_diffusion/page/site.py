@@ -154,7 +154,7 @@ def _require(name: str, value: float | None, least: float, most: float, step: in
 
 
 def refusal(told: str) -> gr.Error:
-    """What a visitor is told who asks for something that can't be; the server's log has no traceback of it."""
+    """What a visitor is told who asks for too much; the server's log has no traceback of it."""
     return gr.Error(told, print_exception=False)
 
 
