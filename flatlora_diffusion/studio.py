@@ -111,6 +111,15 @@ class Studio:
         """Side in pixels of the pictures that the base was trained on."""
         return self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
 
+    @property
+    def dtype(self) -> str:
+        """Precision in which pictures are drawn."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype)
+
+    def sampler(self, drawing: Drawing) -> str:
+        """What the sampler of a drawing is called, also where it is the base's own."""
+        return sampler_name(drawing.sampler, self._pipeline.scheduler)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Step | Drawn]:
         """Do jobs one after the other, without another's in between, and tell how it goes.
 
@@ -157,12 +166,12 @@ class Studio:
             height=drawing.height,
             steps=drawing.steps,
             guidance=drawing.guidance,
-            sampler=sampler_name(drawing.sampler, self._pipeline.scheduler),
+            sampler=self.sampler(drawing),
             base=self.base,
             method=method,
             adapter_sha256=adapter.sha256 if adapter else None,
             scale=scale if adapter else None,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype),
+            dtype=self.dtype,
             device=self._pipeline.device.type,
             versions=versions(),
         )

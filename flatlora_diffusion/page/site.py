@@ -60,6 +60,11 @@ class Site:
         return self.studio.native_side * 3 // 2 // 8 * 8
 
     @property
+    def batch_size(self) -> int:
+        """Pictures that are drawn together, where there are many: small ones fit into any memory."""
+        return 8 if self.studio.native_side <= _SMALL else 1
+
+    @property
     def picture_class(self) -> list[str]:
         """CSS class of pictures."""
         return ["picture", "crisp"] if self.studio.native_side <= _SMALL else ["picture"]
