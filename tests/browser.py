@@ -1,0 +1,150 @@
+"""A real Chromium for tests of the page.
+
+Test files say `pytest_plugins = ["tests.browser"]`, take the fixture `open_page`, and import `served`; an
+imported fixture would be made once for each file. PYTEST_DONT_REWRITE: the import comes before the plugin.
+
+Chromium is one process for all tests; Playwright's driver is started for each test anew. While that driver
+runs, the thread counts as running an event loop, and whatever calls `asyncio.run` there fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+
+import gradio as gr
+import pytest
+from playwright.sync_api import Page, Request, Response, Route, sync_playwright
+
+LOOPBACK = "127.0.0.1"
+DEVICES = {
+    "desktop": {"viewport": {"width": 1280, "height": 900}},
+    "phone": {
+        "viewport": {"width": 390, "height": 844},
+        "device_scale_factor": 2,
+        "is_mobile": True,
+        "has_touch": True,
+    },
+}
+
+OpenPage = Callable[..., Page]
+"""`open_page(url, device="desktop", dark=False)`: see the fixture."""
+
+
+@contextlib.contextmanager
+def served(blocks: gr.Blocks, **launch: object) -> Iterator[str]:
+    """Serve a page on a free port of the loopback; its address. `launch` goes to `Blocks.launch`."""
+    try:
+        _, url, _ = blocks.launch(server_name=LOOPBACK, prevent_thread_lock=True, quiet=True, **launch)
+        yield url
+    finally:
+        blocks.close(verbose=False)
+
+
+def find_chromium() -> str | None:
+    """A Chromium of the system, else the one that `playwright install chromium` has fetched."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).is_file() else None
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory) -> Iterator[str]:
+    """Address of the debugging port of a headless Chromium."""
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium: install your system's, or run `playwright install chromium`")
+    profile = tmp_path_factory.mktemp("chromium")
+    command = [
+        executable,
+        "--headless=new",
+        "--no-sandbox",  # containers run as root, and only our own pages are opened
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={profile}",
+        "about:blank",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://{LOOPBACK}:{_debugging_port(process, profile)}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _debugging_port(process: subprocess.Popen, profile: Path) -> int:
+    """The port that Chromium has chosen; it writes it down when it is ready."""
+    note = profile / "DevToolsActivePort"
+    for _ in range(600):
+        if note.is_file() and (lines := note.read_text().splitlines()):
+            return int(lines[0])
+        if process.poll() is not None:
+            raise RuntimeError(f"Chromium ended with code {process.returncode} before it was ready")
+        time.sleep(0.1)
+    raise RuntimeError("Chromium was not ready after a minute")
+
+
+@pytest.fixture
+def open_page(chromium) -> Iterator[OpenPage]:
+    """Opens `url` on a device of `DEVICES`, in the dark or not, and waits until gradio has drawn it.
+
+    Only the loopback can be reached. After the test, an error in JavaScript or a failed request to the server
+    fails it.
+    """
+    problems: list[str] = []
+    with sync_playwright() as playwright, contextlib.ExitStack() as contexts:
+        browser = playwright.chromium.connect_over_cdp(chromium)
+
+        def open_page(url: str, device: str = "desktop", dark: bool = False) -> Page:
+            context = browser.new_context(**DEVICES[device], color_scheme="dark" if dark else "light")
+            contexts.callback(context.close)
+            context.route("**/*", _loopback_only)
+            page = context.new_page()
+            watch(page, url, problems)
+            page.goto(f"{url}?__theme={'dark' if dark else 'light'}")
+            page.locator(".gradio-container").first.wait_for()
+            return page
+
+        yield open_page
+        watched = list(problems)  # closing a page aborts what it still asks for
+    assert not watched, "\n".join(watched)
+
+
+def watch(page: Page, url: str, problems: list[str]) -> None:
+    """Note errors in JavaScript, and requests to the server of `url` that fail."""
+    server = urlsplit(url).netloc
+
+    def failed(request: Request) -> None:
+        # A stream of events that the page ends by itself is no failure.
+        if urlsplit(request.url).netloc == server and request.failure != "net::ERR_ABORTED":
+            problems.append(f"{request.method} {request.url}: {request.failure}")
+
+    def answered(response: Response) -> None:
+        if urlsplit(response.url).netloc == server and response.status >= 400:
+            problems.append(f"{response.request.method} {response.url}: {response.status}")
+
+    page.on("pageerror", lambda error: problems.append(f"JavaScript: {error}"))
+    page.on("requestfailed", failed)
+    page.on("response", answered)
+
+
+def _loopback_only(route: Route) -> None:
+    if urlsplit(route.request.url).hostname == LOOPBACK:
+        route.continue_()
+    else:
+        route.abort()
