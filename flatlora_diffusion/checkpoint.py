@@ -163,8 +163,30 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint with the highest step, not verified."""
-    step = max(_steps(output_dir), default=None)
-    return None if step is None else output_dir / f"checkpoint-{step}"
+    return next(iter(checkpoints(output_dir)), None)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the highest step first, not verified."""
+    return [output_dir / f"checkpoint-{step}" for step in sorted(_steps(output_dir), reverse=True)]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` holds, verified by its own hash; the files beside it are not read.
+
+    Raises:
+        UserError: The file is missing or has changed since it was written.
+    """
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        sound = state["sha256"].pop(STATE_NAME) == _state_hash(state)
+    except OSError as error:
+        raise UserError(f"{STATE_NAME} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{STATE_NAME} is not what was written") from error
+    if not sound:
+        raise UserError(f"{STATE_NAME} has changed since it was written")
+    return state
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -232,13 +254,13 @@ def _steps(output_dir: Path) -> Iterator[int]:
 def _verify(folder: Path) -> tuple[str | None, Stored | None]:
     """What is wrong with a checkpoint, or the checkpoint."""
     try:
-        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        if state["sha256"].pop(STATE_NAME) != _state_hash(state):
-            return f"{STATE_NAME} has changed since it was written", None
+        state = read_state(folder)
         for name, expected in state["sha256"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                 return f"{name} has changed since it was written", None
         return None, Stored(folder, state["step"], state["settings"], state["scalars"])
+    except UserError as error:
+        return str(error), None
     except OSError as error:
         return f"{Path(error.filename or '').name} cannot be read: {error.strerror}", None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -58,6 +58,14 @@ class OneLineParser(argparse.ArgumentParser):
         return known
 
 
+def parse_adapter(argument: str) -> tuple[str, Path]:
+    """NAME=PATH of a command line."""
+    name, separator, path = argument.partition("=")
+    if not separator or not name or not path:
+        raise argparse.ArgumentTypeError(f"{argument}: must be NAME=PATH")
+    return name, Path(path)
+
+
 def run_command(command: Callable[[], None]) -> NoReturn:
     """Run a command line's work: bad input prints one line and exits with code 2.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter_file import AdapterFacts, check_adapter, check_loaded
-from flatlora_diffusion.cli import OneLineParser, run_command
+from flatlora_diffusion.cli import OneLineParser, parse_adapter, run_command
 from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
@@ -391,14 +391,6 @@ def default_device() -> str:
 
 def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-
-
-def parse_adapter(argument: str) -> tuple[str, Path]:
-    """NAME=PATH of a command line."""
-    name, separator, path = argument.partition("=")
-    if not separator or not name or not path:
-        raise argparse.ArgumentTypeError(f"{argument}: must be NAME=PATH")
-    return name, Path(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""A real Chromium for tests of the page: import `chromium` and `open_page` into a test file, and `served`.
+"""A real Chromium for tests of the page.
+
+Test files say `pytest_plugins = ["tests.browser"]`, take the fixture `open_page`, and import `served`; an
+imported fixture would be made once for each file. PYTEST_DONT_REWRITE: the import comes before the plugin.
 
 Chromium is one process for all tests; Playwright's driver is started for each test anew. While that driver
 runs, the thread counts as running an event loop, and whatever calls `asyncio.run` there fails.

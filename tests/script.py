@@ -38,11 +38,15 @@ class Running:
 
     @property
     def stdout(self) -> str:
-        return (self.logs / "1").read_text()
+        return self._written(1)
 
     @property
     def stderr(self) -> str:
-        return (self.logs / "2").read_text()
+        return self._written(2)
+
+    def _written(self, descriptor: int) -> str:
+        log = self.logs / str(descriptor)
+        return log.read_text() if log.exists() else ""  # the process has only begun
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -84,11 +88,16 @@ class Launcher:
         """Run the script with these arguments, in the repository's folder.
 
         Args:
-            words: The arguments; a first one that is `-m` runs the module after it instead of the script.
+            words: The arguments. A first one that is `-m` runs the module after it instead of the training
+                script; a first one that ends in `.py`, that script.
             prepare: Called first in the new process: what is to be different there.
         """
         logs = Path(tempfile.mkdtemp(dir=self._folder))
-        command = [SCRIPT, *map(str, words)] if words[:1] != ("-m",) else [*map(str, words[1:])]
+        command = [str(word) for word in words]
+        if command[0] == "-m":
+            del command[0]
+        elif not command[0].endswith(".py"):
+            command.insert(0, SCRIPT)
         process = self._context.Process(target=_become, args=(command, logs, prepare), daemon=True)
         process.start()
         self._started.append(Running(process, logs))
@@ -117,8 +126,8 @@ def _become(command: list[str], logs: Path, prepare: Callable[[], None] | None) 
     sys.argv = command
     if prepare is not None:
         prepare()
-    if command[0] == SCRIPT:
-        runpy.run_path(SCRIPT, run_name="__main__")
+    if command[0].endswith(".py"):
+        runpy.run_path(command[0], run_name="__main__")
     else:
         sys.modules.pop(command[0], None)
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)

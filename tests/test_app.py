@@ -1,48 +1,128 @@
-"""The page over HTTP, as a browser's requests reach it."""
+"""The app's command line, up to the page that it serves."""
 
-import subprocess
-import sys
-from pathlib import Path
+import os
+import re
+import signal
+import socket
 
+import httpx
 import pytest
 from gradio_client import Client
-from PIL import Image
 
-import app
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.app_flags import parse_app_arguments
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.page import serve
+from flatlora_diffusion.run_folder import find_runs
 
-PROJECT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def client(base_path, adapters):
-    studio = app.Studio(str(base_path), adapters, resolution=16, device="cpu", dtype="fp32")
-    page = app.build(studio, "a icon", steps=2, guidance=3.0)
-    page.queue(api_open=False)
-    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield Client(url, verbose=False)
-    page.close()
+pytest_plugins = ["tests.trained"]
 
 
-def test_three_pictures_are_those_of_lone_requests(client, base_path, adapters):
-    shown = client.predict("a red icon", 5, 2, 3.0, api_name="/compare")
-    pipeline = load_pipeline(str(base_path))
-    for path, (label, adapter) in zip(shown, [("base", None), *adapters.items()], strict=True):
-        if adapter is not None:
-            load_adapter(pipeline, label, adapter)
-        name = None if adapter is None else label
-        expected = draw_with(pipeline, name, "a red icon", 5, Drawing(16, 16, 2, 3.0))
-        assert Image.open(path).convert("RGB").tobytes() == app.enlarge(expected).tobytes()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def test_an_empty_or_endless_prompt_is_refused(client):
-    for prompt in ("  ", "x" * 500):
-        with pytest.raises(Exception, match=r"prompt must have 1 to 400 characters"):
-            client.predict(prompt, 0, 2, 3.0, api_name="/compare")
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--adapter", "broken"], r"--adapter: broken: must be NAME=PATH"),
+        (["--adapter", "a=nowhere"], r"nowhere: not a sound safetensors file"),
+        (
+            ["--adapter", "a=PICKLED"],
+            r"pickled: has only pytorch_lora_weights\.bin; a pickled",
+        ),
+        (["--adapter", "base=ADAPTER"], r"--adapter base=\.\.\.: each needs a name of its own, and not base"),
+        (["--adapter", "a=ADAPTER", "--base", "nowhere/x"], r"nowhere/x"),
+        (["--adapter", "a=ADAPTER", "--device", "warp"], r"--device warp: "),
+        (["--run", "nowhere"], r"--run nowhere: no such folder"),
+        (["--auth", "secret"], r"--auth: must be USER:PASSWORD"),
+        (["--port", "99999"], r"--port: 99999: must be a whole number from 1 to 65535"),
+        (["--dtype", "int3"], r"--dtype: invalid choice: 'int3'"),
+        (["--sharing"], r"unknown argument --sharing"),
+    ],
+)
+def test_bad_flags_get_one_line(base_path, adapters, tmp_path, flags, told):
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "pytorch_lora_weights.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    places = {"ADAPTER": str(adapters["LoRA"]), "PICKLED": str(pickled)}
+    words = [re.sub("|".join(places), lambda met: places[met[0]], flag) for flag in flags]
+    if "--base" not in words:
+        words += ["--base", str(base_path)]
+    with pytest.raises(UserError, match=told) as refused:
+        serve.serve(parse_app_arguments(words))
+    assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
 
 
-def test_without_adapters_it_says_what_to_do(tmp_path):
-    command = [sys.executable, str(PROJECT / "app.py"), "--adapter", "broken"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: --adapter: broken: must be NAME=PATH"
+def test_the_command_exits_with_code_2(launcher):
+    done = launcher.run("app.py", "--run", "nowhere")
+    assert done.code == 2
+    assert done.stderr == "error: --run nowhere: no such folder; give the --output_dir of a training run\n"
+
+
+def test_what_a_run_left_is_served(launcher, comparison):
+    port = free_port()
+    running = launcher.start("app.py", "--run", comparison, "--port", port)
+    assert running.wait_until(lambda: "the page is at" in running.stdout)
+    assert running.stdout == f"the page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+    client = Client(f"http://127.0.0.1:{port}/", verbose=False)
+    assert list(client.predict(api_name="/methods")) == ["base", "LoRA", "Flat-LoRA"]
+    files, facts = client.predict("a icon", "", 3, 2, 3.0, 1.0, "default", 16, 16, api_name="/compare")
+    assert len(files) == 3 and facts["base"]["base"] == "tiny-sdxl"
+    assert client.predict("LoRA", api_name="/training_run")["losses"]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.2:{port}/")  # it listens on one address
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait() == 0 and "Traceback" not in running.stderr
+
+
+def test_visitors_are_asked_for_the_password(launcher, base_path, adapters):
+    port = free_port()
+    flags = ["--base", base_path, "--adapter", f"mine={adapters['LoRA']}", "--auth", "me:secret"]
+    running = launcher.start("app.py", *flags, "--port", port)
+    assert running.wait_until(lambda: "the page is at" in running.stdout)
+    address = f"http://127.0.0.1:{port}"
+    assert httpx.get(f"{address}/config").status_code == 401
+    wrong = httpx.post(f"{address}/login", data={"username": "me", "password": "wrong"})
+    assert wrong.status_code == 400
+    assert list(Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/methods")) == [
+        *("base", "mine")
+    ]
+    running.kill()
+
+
+def test_adapters_of_make_demo_come_before_those_of_the_project(tmp_path):
+    with pytest.raises(UserError, match=r"no adapters in .*assets/adapters: restore that folder"):
+        serve.demo_folder(tmp_path)
+    for folder in ("assets/adapters", "demo-output"):
+        for arm in ("lora", "flat_lora"):
+            (tmp_path / folder / arm).mkdir(parents=True)
+            (tmp_path / folder / arm / "pytorch_lora_weights.safetensors").touch()
+        assert serve.demo_folder(tmp_path) == tmp_path / folder
+    assert serve.demo_folder(serve.PROJECT).name in ("demo-output", "adapters")
+
+
+def test_runs_with_the_same_labels_are_told_apart(comparison, clean_copy):
+    other = clean_copy(comparison, "other")
+    names = ["compared: LoRA", "compared: Flat-LoRA", "other: LoRA", "other: Flat-LoRA"]
+    assert list(serve._runs([comparison, other])) == names
+    with pytest.raises(UserError, match=r"compared: another one has the same name compared: LoRA"):
+        serve._runs([comparison, comparison])
+
+
+def test_the_base_is_that_of_the_runs(comparison, base_path):
+    assert serve._base(find_runs(comparison)) == str(base_path)
+    assert serve._base({}) == str(serve.DEMO_BASE)
+
+
+def test_prompts_of_a_run_are_presets(comparison):
+    from flatlora_diffusion.page.presets import presets
+
+    assert presets({}, find_runs(comparison)) == {"Prompts of validation": ["a <b>icon</b> ${1+1} {{x}}"]}
+
+
+def test_flags_answer_at_once(monkeypatch):
+    given = parse_app_arguments(["--adapter", "a=b=c", "--auth", "me:a:b"])
+    assert given.adapter == [("a", serve.Path("b=c"))] and given.auth == ("me", "a:b")
+    assert (given.host, given.share, given.run, given.device) == ("127.0.0.1", False, [], None)

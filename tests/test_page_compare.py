@@ -19,8 +19,10 @@ from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_p
 from flatlora_diffusion.page.build import build, launch_settings
 from flatlora_diffusion.page.site import MAX_PROMPT, Site
 from flatlora_diffusion.studio import Studio
-from tests.browser import chromium, open_page, served  # noqa: F401 - fixtures
+from tests.browser import served
 from tests.conftest import write_adapters
+
+pytest_plugins = ["tests.browser"]
 
 ASKED = {
     "prompt": "a icon",
@@ -103,8 +105,9 @@ def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client
 
 
 def test_the_names_of_the_interface_are_stable(client):
-    assert sorted(client.view_api(return_format="dict")["named_endpoints"]) == ["/compare", "/methods"]
-    assert not client.view_api(return_format="dict")["unnamed_endpoints"]
+    interface = client.view_api(return_format="dict")
+    assert sorted(interface["named_endpoints"]) == ["/compare", "/methods", "/training_run"]
+    assert not interface["unnamed_endpoints"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def shown(page, selector):
 
 
 @pytest.mark.parametrize("device", ["desktop", "phone"])
-def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_path, device):  # noqa: F811
+def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_path, device):
     page = open_page(address, device)
     page.locator("#prompt textarea").fill("a red icon")
     compare(page)
@@ -235,7 +238,7 @@ def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_
     page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
 
 
-def test_the_slider_is_dragged_and_moved_by_keys(open_page, address):  # noqa: F811
+def test_the_slider_is_dragged_and_moved_by_keys(open_page, address):
     page = open_page(address)
     compare(page)
     handle, right = page.locator("#slider [data-testid=slider] .inner"), page.locator("#slider img").nth(1)
@@ -264,7 +267,7 @@ def test_the_slider_is_dragged_and_moved_by_keys(open_page, address):  # noqa: F
     assert cut() == pytest.approx(50 * (1 - picture / whole["width"]), abs=2)
 
 
-def test_other_sides_are_chosen(open_page, address, lone):  # noqa: F811
+def test_other_sides_are_chosen(open_page, address, lone):
     page = open_page(address)
     compare(page)
     page.get_by_label("Left side").click()
@@ -274,7 +277,7 @@ def test_other_sides_are_chosen(open_page, address, lone):  # noqa: F811
     page.get_by_text("base and Flat-LoRA differ by").wait_for()
 
 
-def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, lone, studio):  # noqa: F811
+def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, lone, studio):
     page = open_page(address)
     page.get_by_text("More settings").click()
     page.get_by_label("number input for Denoising steps").fill("100")
@@ -289,7 +292,7 @@ def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, l
     assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[1]
 
 
-def test_a_link_reproduces_a_comparison(open_page, address, lone):  # noqa: F811
+def test_a_link_reproduces_a_comparison(open_page, address, lone):
     page = open_page(address)
     page.locator("#prompt textarea").fill("a blue, icon & more: ä")
     page.get_by_label("Left side").click()
@@ -305,7 +308,7 @@ def test_a_link_reproduces_a_comparison(open_page, address, lone):  # noqa: F811
     assert drawn == shown(page, "#slider").convert("RGB").tobytes() == lone("a blue, icon & more: ä", 77)[0]
 
 
-def test_bad_links_change_nothing(open_page, address):  # noqa: F811
+def test_bad_links_change_nothing(open_page, address):
     page = open_page(f"{address}?prompt={'x' * 2000}&seed=-3&steps=nan&sampler=none&left=%2Fetc%2Fpasswd")
     page.get_by_text("The link's seed is not one that this page has").wait_for()
     assert page.locator("#prompt textarea").input_value() == "a red icon"
@@ -313,7 +316,7 @@ def test_bad_links_change_nothing(open_page, address):  # noqa: F811
     page.locator("#status", has_text="Done in").wait_for()
 
 
-def test_a_random_seed_is_written_back_and_presets_fill_in(open_page, address):  # noqa: F811
+def test_a_random_seed_is_written_back_and_presets_fill_in(open_page, address):
     page = open_page(address)
     page.locator("#random").click()
     page.wait_for_function("document.querySelector('#seed input').value !== '0'")
@@ -322,7 +325,7 @@ def test_a_random_seed_is_written_back_and_presets_fill_in(open_page, address): 
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a blue icon'")
 
 
-def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):  # noqa: F811
+def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):
     page = open_page(address)
     prompt = page.locator("#prompt textarea")
     prompt.focus()
@@ -336,7 +339,7 @@ def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):  
     page.locator("#status", has_text="Done in").wait_for()
 
 
-def test_the_archive_has_pictures_and_settings(open_page, address, studio):  # noqa: F811
+def test_the_archive_has_pictures_and_settings(open_page, address, studio):
     page = open_page(address)
     compare(page)
     with page.expect_download() as waiting:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from flatlora_diffusion.page.compare import CompareTab
+from flatlora_diffusion.page.runs import runs_tab
 from flatlora_diffusion.page.site import Site
 
 _WAITING = 8  # requests; others are told to come back
@@ -19,8 +20,11 @@ def build(site: Site) -> gr.Blocks:
     # Files that were handed out go after a day.
     with gr.Blocks(title="Flat-LoRA", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
         gr.Markdown("# Flat-LoRA\nThe same prompt, seed and initial noise with each method.")
-        with gr.Tabs(), gr.Tab("Compare", id="compare"):
-            CompareTab(site, page)
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                CompareTab(site, page)
+            with gr.Tab("Training runs", id="runs"):
+                runs_tab(site.runs)
     # A closed API: every request goes through the queue and its limits.
     page.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False)
     return page
@@ -49,6 +53,8 @@ def _theme() -> gr.themes.ThemeClass:
     return theme.set(
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",
         block_label_text_color_dark="*neutral_200",
         block_title_text_color="*neutral_700",

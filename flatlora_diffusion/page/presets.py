@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from flatlora_diffusion.adapter_file import AdapterFacts
+from flatlora_diffusion.run_folder import RunFolder
+
 DEMO = {
     "Subjects that were never trained": [
         "a fluent 3d icon of tomato",
@@ -20,3 +25,20 @@ DEMO = {
         "a noto icon of tomato",
     ],
 }
+
+
+def presets(adapters: Mapping[str, AdapterFacts], runs: Mapping[str, RunFolder]) -> dict[str, Sequence[str]]:
+    """Prompts that a visitor of any other base can start from: those that the adapters were trained with.
+
+    Args:
+        adapters: Label -> what its file says.
+        runs: Label -> training run.
+    """
+    trained = [facts.facts.get("instance_prompt") for facts in adapters.values()]
+    drawn = [prompt for run in runs.values() for prompt in run.settings().get("validation_prompt") or ()]
+    groups = {"Prompts of validation": drawn, "Prompts of training": trained}
+    return {
+        heading: list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
+        for heading, prompts in groups.items()
+        if any(prompts)
+    }

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion import stamp
 from flatlora_diffusion.generate import Drawing
+from flatlora_diffusion.run_folder import RunFolder
 from flatlora_diffusion.samplers import SAMPLERS
 from flatlora_diffusion.studio import Studio
 
@@ -39,12 +40,14 @@ class Site:
         presets: Heading -> prompts that can be chosen.
         steps: First number of denoising steps.
         guidance: First guidance.
+        runs: Label -> training run.
     """
 
     studio: Studio
     presets: Mapping[str, Sequence[str]]
     steps: int = 30
     guidance: float = 5.0
+    runs: Mapping[str, RunFolder] = field(default_factory=dict)
     _folder: tempfile.TemporaryDirectory = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
     )
