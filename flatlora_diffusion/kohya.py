@@ -70,9 +70,9 @@ def to_kohya(
     """
     names = kohya_names(layers_per_block)
     converted = {}
-    for layer, weights in _layers(tensors, functools.partial(parse_diffusers_key, names)).items():
+    for layer, weights in complete_layers(tensors, functools.partial(parse_diffusers_key, names)).items():
         name, down, up = names[layer], weights["down"], weights["up"]
-        rank, alpha = _rank_and_alpha(_part_config(lora_metadata, layer[0]), layer[1], len(down))
+        rank, alpha = rank_and_alpha(part_config(lora_metadata, layer[0]), layer[1], len(down))
         if rank != len(down):
             raise UserError(f"{'.'.join(layer)}: rank {len(down)}, in the metadata {rank}; export it again")
         converted[f"{name}.lora_down.weight"] = down
@@ -104,7 +104,7 @@ def from_kohya(
     Raises:
         UserError: A key is no LoRA weight of SDXL, a layer is incomplete, or a value can't be converted.
     """
-    layers = _layers(tensors, functools.partial(parse_kohya_key, layer_names(layers_per_block)))
+    layers = complete_layers(tensors, functools.partial(parse_kohya_key, layer_names(layers_per_block)))
     # By these names diffusers finds every layer; in the UNet it passes over `lora.down` beside `lora_A`.
     halves = dict.fromkeys(PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
     attention = all(re.search(r"\.to_([qkv]|out\.0)$", path) for part, path in layers if part == "unet")
@@ -127,7 +127,7 @@ def from_kohya(
             converted[f"{part}.{path}.lora_magnitude_vector"] = magnitude
     for part, own in scales.items():
         dora = any("magnitude" in weights for layer, weights in layers.items() if layer[0] == part)
-        config = _part_config(lora_metadata, part)
+        config = part_config(lora_metadata, part)
         if config is None or not _fits(config, own, dora):
             config = _config(own, dora)
         configs |= {f"{part}.{key}": value for key, value in config.items()}
@@ -150,12 +150,12 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
         metadata = {"format": "pt"} | (file.metadata() or {})
     try:
         if any(key.startswith("lora_") for key in tensors):
-            stored = _read_configs(metadata.pop(PEFT_METADATA_KEY, None))
+            stored = read_configs(metadata.pop(PEFT_METADATA_KEY, None))
             converted, configs = from_kohya(tensors, layers_per_block, stored)
             metadata = {key: value for key, value in metadata.items() if key not in _kohya_metadata({})}
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
         else:
-            configs = _read_configs(metadata.pop(LORA_ADAPTER_METADATA_KEY, None))
+            configs = read_configs(metadata.pop(LORA_ADAPTER_METADATA_KEY, None))
             converted = to_kohya(tensors, configs, layers_per_block)
             metadata |= _kohya_metadata(converted)
             if configs is not None:
@@ -168,10 +168,18 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
     write_atomically(target, with_sorted_metadata(save(converted, metadata=metadata)))
 
 
-def _layers(
+def complete_layers(
     tensors: dict[str, Tensor], parse: Callable[[str], tuple[Layer, str] | None]
 ) -> dict[Layer, dict[str, Tensor]]:
-    """The weights of each layer, complete, from all keys of a file."""
+    """The weights of each layer, complete, from all keys of a file.
+
+    Args:
+        tensors: All that the file holds.
+        parse: A key -> its layer and down, up, magnitude or alpha; None for other keys.
+
+    Raises:
+        UserError: A key is no LoRA weight, a layer lacks one of its two, or they don't fit each other.
+    """
     layers: dict[Layer, dict[str, Tensor]] = {}
     unknown = []
     for key in sorted(tensors):
@@ -184,11 +192,12 @@ def _layers(
         layers[layer][kind] = tensors[key]
     if unknown or not layers:
         found = f"{unknown[0]}, 1 of {len(unknown)} such keys, is" if unknown else "there is"
-        raise UserError(f"{found} no LoRA weight of SDXL; only LoRA and DoRA of its layers can be converted")
+        raise UserError(f"{found} no LoRA weight of SDXL; only LoRA and DoRA of its layers can be read")
     for layer, weights in layers.items():
         down, up = weights.get("down"), weights.get("up")
         if down is None or up is None:
-            raise UserError(f"{'.'.join(layer)}: lacks its down or up weight; get the whole file")
+            missing = "down weight (lora_A)" if down is None else "up weight (lora_B)"
+            raise UserError(f"{'.'.join(layer)}: lacks its {missing}; get the whole file")
         if not {down.ndim, up.ndim} <= {2, 4} or len(down) != up.shape[1] or up.shape[2:].numel() != 1:
             raise UserError(
                 f"{'.'.join(layer)}: {list(down.shape)} and {list(up.shape)} aren't LoRA's shapes"
@@ -216,13 +225,23 @@ def _reshaped(magnitude: Tensor, axis: int, shape: Sequence[int], layer: Layer) 
     return magnitude.reshape(shape)
 
 
-def _part_config(lora_metadata: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
+def part_config(lora_metadata: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
+    """PEFT's configuration of one part, from the metadata of all; None where they say nothing of it."""
     own = {k.partition(".")[2]: v for k, v in (lora_metadata or {}).items() if k.startswith(f"{part}.")}
     return own or None
 
 
-def _rank_and_alpha(config: dict[str, Any] | None, path: str, rank: int) -> tuple[int, float]:
-    """A layer's rank, and the alpha for which its scale is alpha / rank."""
+def rank_and_alpha(config: dict[str, Any] | None, path: str, rank: int) -> tuple[int, float]:
+    """A layer's rank, and the alpha for which its scale is alpha / rank.
+
+    Args:
+        config: From `part_config`.
+        path: Of the layer in the model.
+        rank: Of its tensors, for files without a configuration: alpha is then the rank.
+
+    Raises:
+        UserError: The configuration isn't one of PEFT's.
+    """
     if config is None:
         return rank, rank
     names = (path, path.removeprefix("text_model."))  # with older and newer transformers
@@ -244,7 +263,7 @@ def _rank_and_alpha(config: dict[str, Any] | None, path: str, rank: int) -> tupl
 
 def _fits(config: dict[str, Any], scales: dict[str, tuple[int, float]], dora: bool) -> bool:
     """Whether a configuration gives every layer this rank and alpha."""
-    expected = {path: _rank_and_alpha(config, path, rank) for path, (rank, _) in scales.items()}
+    expected = {path: rank_and_alpha(config, path, rank) for path, (rank, _) in scales.items()}
     return bool(config.get("use_dora")) == dora and all(
         rank == expected[path][0] and math.isclose(alpha, expected[path][1], rel_tol=1e-6)
         for path, (rank, alpha) in scales.items()
@@ -276,10 +295,15 @@ def _kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _read_configs(text: str | None) -> dict[str, Any] | None:
+def read_configs(text: str | None) -> dict[str, Any] | None:
+    """PEFT's configurations, as `unet.lora_alpha`, from the text of a file's metadata.
+
+    Raises:
+        UserError: The text is no JSON object.
+    """
     try:
         configs = None if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         configs = text
     if not isinstance(configs, dict | None):
         raise UserError("the adapter's metadata aren't a JSON object; export it again")

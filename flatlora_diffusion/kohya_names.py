@@ -94,6 +94,12 @@ def layer_names(layers_per_block: int) -> dict[str, Layer]:
 
 def parse_diffusers_key(names: dict[Layer, str], key: str) -> tuple[Layer, str] | None:
     """The layer and down, up or magnitude; None for other keys."""
+    parsed = split_diffusers_key(key)
+    return parsed if parsed and parsed[0] in names else None
+
+
+def split_diffusers_key(key: str) -> tuple[Layer, str] | None:
+    """The same whether a model has such a layer or not."""
     if not (match := _DIFFUSERS_KEY.fullmatch(key)):
         return None
     part, path, letter, old = match.groups()
@@ -104,7 +110,7 @@ def parse_diffusers_key(names: dict[Layer, str], key: str) -> tuple[Layer, str] 
         path = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", path)
         path = re.sub(r"^encoder\.", "text_model.encoder.", path)  # newer transformers dropped this level
     kind = {"A": "down", "B": "up"}.get(letter, old or "magnitude")
-    return ((part, path), kind) if (part, path) in names else None
+    return (part, path), kind
 
 
 def parse_kohya_key(names: dict[str, Layer], key: str) -> tuple[Layer, str] | None:
