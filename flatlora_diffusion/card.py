@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts, write_atomically
 from flatlora_diffusion.gallery import FOLDER, numbered_steps, step_name, validation_drawing
-from flatlora_diffusion.generate import MANIFEST
 from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, replace_words
+from flatlora_diffusion.sheet import MANIFEST
 
 logger = logging.getLogger(__name__)
 

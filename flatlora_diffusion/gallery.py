@@ -20,8 +20,8 @@ from PIL import Image
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
-from flatlora_diffusion.generate import MANIFEST, Drawing, draw_sheet, save_picture
-from flatlora_diffusion.grid import Sheet, SheetRow
+from flatlora_diffusion.generate import Drawing, save_picture
+from flatlora_diffusion.sheet import MANIFEST, Sheet, SheetRow, draw_sheet
 
 logger = logging.getLogger(__name__)
 

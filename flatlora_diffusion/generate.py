@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import io
-import json
 import logging
-import math
-import os
-import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,19 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from flatlora_diffusion.adapter_file import AdapterFacts, check_adapter, check_loaded
-from flatlora_diffusion.cli import OneLineParser, parse_adapter, run_command
 from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
-from flatlora_diffusion.grid import Sheet
-from flatlora_diffusion.output_folder import check_writable
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
 from flatlora_diffusion.rows import rows_as_alone
 from flatlora_diffusion.samplers import DEFAULT, sampler, tell_predictions
@@ -40,7 +30,6 @@ from flatlora_diffusion.sdxl import check_base, load_vae
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -295,75 +284,6 @@ def _to_pictures(pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> list[Im
     return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")
 
 
-def compare(
-    pipeline: StableDiffusionXLPipeline,
-    adapters: dict[str, Path],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    drawing: Drawing,
-    folder: Path,
-    *,
-    title: str | None = None,
-    strip: Sequence[Path] = (),
-    footer: str | None = None,
-) -> Image.Image:
-    """Draw every prompt and seed with the base and with each adapter, and put them on one sheet.
-
-    The single pictures and a manifest, from which `python -m flatlora_diffusion.grid` draws the sheet again,
-    are left in `folder`.
-
-    Args:
-        pipeline: A base without adapters.
-        adapters: Label of the column -> the adapter's file or folder.
-        prompts: One row for each prompt and seed.
-        seeds: Shared by all columns: the initial noise is the same along a row.
-        drawing: How.
-        folder: Made where it doesn't exist.
-        title: Heading of the sheet.
-        strip: Images shown above: the training icons.
-        footer: Small print of the sheet.
-    """
-    for label, path in adapters.items():
-        load_adapter(pipeline, _slug(label), path)  # a damaged one is reported before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    columns = {"base": None, **{label: _slug(label) for label in adapters}}
-    files: list[list[str]] = [[] for _ in rows]
-    with tqdm(total=len(rows) * len(columns), desc="drawing", unit="picture") as progress:
-        for label, adapter in columns.items():
-            for row, (prompt, seed) in enumerate(rows):
-                picture = draw_with(pipeline, adapter, prompt, seed, drawing)
-                files[row].append(f"{row:03d}-{_slug(label)}.png")
-                save_picture(picture, folder / files[row][-1])
-                progress.update()
-    manifest = {
-        "columns": list(columns),
-        "rows": [
-            {"label": f"{prompt}\nseed {seed}", "images": images, "prompt": prompt, "seed": seed}
-            for (prompt, seed), images in zip(rows, files, strict=True)
-        ],
-        "title": title,
-        "footer": footer,
-        "strip": [os.path.relpath(path, folder) for path in strip],
-        "strip_label": "training images" if strip else None,
-    }
-    manifest = {name: value for name, value in manifest.items() if value}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    return draw_sheet(folder)
-
-
-def draw_sheet(folder: Path) -> Image.Image:
-    """The contact sheet of a folder with pictures and their manifest.
-
-    Raises:
-        UserError: The sheet would be too large; the pictures are in the folder all the same.
-    """
-    try:
-        return Sheet.load(folder).draw()
-    except ValueError as error:
-        raise UserError(f"{folder} has the pictures, but no sheet can be made of them: {error}") from error
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all.
 
@@ -387,80 +307,3 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _slug(label: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: pictures of a base and its adapters, and their contact sheet."""
-    parser = OneLineParser(
-        prog="python -m flatlora_diffusion.generate",
-        description="Draw prompts with an SDXL base and with adapters, from the same initial noise.",
-    )
-    parser.add_argument("--base", required=True, help="Folder or hub name of the SDXL pipeline.")
-    parser.add_argument(
-        "--adapter",
-        type=parse_adapter,
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="An adapter to compare, a file or the folder of a run; may be given several times.",
-    )
-    parser.add_argument("--prompt", nargs="+", required=True, help="One or more prompts: rows of the sheet.")
-    parser.add_argument("--negative_prompt", help="What guidance steers away from.")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="One or more seeds for each prompt.")
-    parser.add_argument("--resolution", type=int, default=1024, help="Height and width (default: 1024).")
-    parser.add_argument("--steps", type=int, default=50, help="Denoising steps (default: 50).")
-    parser.add_argument("--guidance", type=float, default=5.0, help="Classifier-free guidance (default: 5).")
-    parser.add_argument(
-        "--pretrained_vae_model_name_or_path",
-        metavar="VAE",
-        help="Folder or hub name of a VAE to use in place of the base's, as in training.",
-    )
-    parser.add_argument("--device", default=default_device(), help="Such as cuda or cpu.")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="Precision (default: fp32).")
-    parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures and sheet.png.")
-    given = parser.parse_all(arguments)
-    _check(given)
-    disable_progress_bar()
-    pipeline = load_pipeline(
-        given.base,
-        device=given.device,
-        dtype=DTYPES[given.dtype],
-        vae=given.pretrained_vae_model_name_or_path,
-    )
-    drawing = Drawing(given.resolution, given.resolution, given.steps, given.guidance, given.negative_prompt)
-    sheet = compare(pipeline, dict(given.adapter), given.prompt, given.seed, drawing, given.output)
-    save_picture(sheet, given.output / "sheet.png")
-    print(given.output / "sheet.png")
-
-
-def _check(given: argparse.Namespace) -> None:
-    """Refuse arguments with which nothing can be drawn, before anything is loaded."""
-    rules = {
-        "resolution": ("must be a multiple of 8 greater than 0", lambda value: value > 0 and value % 8 == 0),
-        "steps": ("must be greater than 0", lambda value: value > 0),
-        "guidance": ("must be a finite number that is 0 or more", lambda value: 0 <= value < math.inf),
-    }
-    for name, (rule, holds) in rules.items():
-        if not holds(getattr(given, name)):
-            raise UserError(f"--{name} {getattr(given, name)}: {rule}")
-    for seed in given.seed:
-        if not 0 <= seed < 2**64:
-            raise UserError(f"--seed {seed}: must be 0 or more and have 64 bits at most")
-    names = ["base"]  # that of the first column, and files are called after them
-    for label, _ in given.adapter:
-        names.append(_slug(label))
-        if not names[-1] or names[-1] in names[:-1]:
-            raise UserError(f"--adapter {label}=...: each needs a name of its own in a-z and 0-9, not base")
-    try:
-        torch.empty(0, device=given.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from error
-    check_writable("--output", given.output)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,246 +1,296 @@
-"""Contact sheets from files: a manifest, or pictures named on the command line.
-
-From a shell, for the folder that the generation step writes, or for any pictures in row-major order:
-
-    python -m flatlora_diffusion.grid generated/ --output sheet.png
-    python -m flatlora_diffusion.grid a.png b.png c.png d.png --columns base LoRA --output sheet.png
-"""
+"""Grids of pictures: prompts x seeds x methods, drawn into a folder with their sheet and their manifest."""
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
-import os
+import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from PIL import Image, ImageOps
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from flatlora_diffusion.contact_sheet import contact_sheet
+from flatlora_diffusion import sheet as sheets
+from flatlora_diffusion import stamp
+from flatlora_diffusion.cli import run_command
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import write_atomically
+from flatlora_diffusion.generate import (
+    DTYPES,
+    Drawing,
+    OnStep,
+    default_device,
+    draw_batch,
+    load_adapter,
+    load_pipeline,
+)
+from flatlora_diffusion.grid_flags import grid_parser, read_recipe
+from flatlora_diffusion.output_folder import check_writable, output_lock
+from flatlora_diffusion.plan import Cell, Grid
+from flatlora_diffusion.recipe import Recipe, differences
+from flatlora_diffusion.samplers import sampler_name
+from flatlora_diffusion.sheet import MANIFEST, draw_sheet, read_manifest
 
-MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
 
-_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+SHEET = "sheet.png"
 
-
-@dataclass(frozen=True)
-class SheetRow:
-    """One row of a sheet: its label and the files of its pictures."""
-
-    label: str
-    images: Sequence[Path]
+OnPicture = Callable[[int, int, Cell, Image.Image], None]
+"""Called with each picture: how many there are with it, how many there will be, what it is, and itself."""
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A contact sheet as files and labels: what the generation step records in `manifest.json`.
+def draw_cells(
+    pipeline: StableDiffusionXLPipeline,
+    grid: Grid,
+    drawing: Drawing,
+    *,
+    batch_size: int = 1,
+    done: Collection[Cell] = (),
+    on_step: OnStep | None = None,
+) -> Iterator[tuple[Cell, Image.Image]]:
+    """The pictures of a grid, one after the other.
+
+    Which pictures are denoised together depends on the grid and `batch_size` alone, not on those that are
+    there: what an interruption has left out comes out the same, also on GPUs.
 
     Args:
-        columns: Label of each column.
-        rows: Rows of picture files, each with its label.
-        title: Heading of the sheet.
-        footer: Small print.
-        strip: Files of the training pictures.
-        strip_label: Heading of the training pictures.
+        pipeline: With the grid's adapters loaded.
+        grid: What to draw.
+        drawing: How.
+        batch_size: Pictures denoised together. On the CPU it doesn't change a bit of them.
+        done: Those that needn't be drawn.
+        on_step: Told of every step of every batch (`draw_batch`).
     """
-
-    columns: Sequence[str]
-    rows: Sequence[SheetRow]
-    title: str | None = None
-    footer: str | None = None
-    strip: Sequence[Path] = ()
-    strip_label: str | None = None
-
-    @classmethod
-    def load(cls, path: str | Path) -> Sheet:
-        """Read a manifest, given the file or the folder that holds it.
-
-        It is a JSON object `{"columns": [...], "rows": [{"label": "...", "images": ["a.png", ...]}, ...]}`
-        with `title`, `footer`, `strip` (files) and `strip_label` optional; files are relative to the
-        manifest's folder. Other keys are left to those who wrote them.
-
-        Raises:
-            ValueError: The manifest is missing, not JSON, or not of this form.
-        """
-        path = Path(path)
-        path = path / MANIFEST if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"cannot read {path} ({error.strerror}); pass a folder that holds {MANIFEST}, or pictures"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object")
-
-        def strings(holder: dict, key: str, where: str = "") -> list[str]:
-            value = holder.get(key, [])
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{path}: {where}{key}={value!r} must be a list of strings")
-            return value
-
-        def string(holder: dict, key: str, where: str = "") -> str | None:
-            value = holder.get(key)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{path}: {where}{key}={value!r} must be a string")
-            return value
-
-        rows = content.get("rows")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f'{path}: rows must be a list of {{"label": ..., "images": [...]}}')
-        return cls(
-            columns=strings(content, "columns"),
-            rows=[
-                SheetRow(
-                    label=string(row, "label", f"rows[{index}].") or "",
-                    images=[path.parent / name for name in strings(row, "images", f"rows[{index}].")],
-                )
-                for index, row in enumerate(rows)
-            ],
-            title=string(content, "title"),
-            footer=string(content, "footer"),
-            strip=[path.parent / name for name in strings(content, "strip")],
-            strip_label=string(content, "strip_label"),
-        )
-
-    def draw(self) -> Image.Image:
-        """Open the files and lay them out.
-
-        Raises:
-            ValueError: A file is missing or no picture, or the sheet is refused by `contact_sheet`.
-        """
-        return contact_sheet(
-            [[_open(file) for file in row.images] for row in self.rows],
-            columns=self.columns,
-            rows=[row.label for row in self.rows],
-            title=self.title,
-            strip=[_open(file) for file in self.strip],
-            strip_label=self.strip_label,
-            footer=self.footer,
-        )
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"the picture {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {path} cannot be read: {error}") from error
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    """Write under another name first: an interrupted run leaves the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """Folders replaced by the pictures in them, in the order of their names."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
+    for batch in grid.batches(batch_size):
+        if all(cell in done for cell in batch):
             continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES)
-        if not found:
-            raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(_PICTURE_SUFFIXES))})")
-        files += found
-    return files
+        method = batch[0].method
+        wanted = [(cell.prompt, cell.seed) for cell in batch]
+        pictures = draw_batch(pipeline, method.adapter, wanted, drawing, scale=method.scale, on_step=on_step)
+        for cell, picture in zip(batch, pictures, strict=True):
+            if cell not in done:
+                yield cell, picture
 
 
-def _sheet_from_arguments(arguments: argparse.Namespace) -> Sheet:
-    images, columns, labels = arguments.images, arguments.columns, arguments.rows
-    if len(images) == 1 and images[0].is_dir():
-        if columns or labels:
-            raise ValueError(
-                f"{images[0] / MANIFEST} names the columns and rows; leave --columns and --rows out"
-            )
-        sheet = Sheet.load(images[0])
-    else:
-        if not columns:
-            raise ValueError(
-                "--columns is missing; name each column, or pass one folder that holds a manifest"
-            )
-        width = len(columns)
-        if len(images) % width:
-            raise ValueError(
-                f"{len(images)} pictures do not fill rows of {width} columns; pass {width} for each row"
-            )
-        if labels and len(labels) != len(images) // width:
-            raise ValueError(
-                f"--rows has {len(labels)} labels for {len(images) // width} rows of pictures; pass one each"
-            )
-        labels = labels or [""] * (len(images) // width)
-        rows = [SheetRow(label, images[i * width : (i + 1) * width]) for i, label in enumerate(labels)]
-        sheet = Sheet(columns=columns, rows=rows)
-    if arguments.title is not None:
-        sheet = replace(sheet, title=arguments.title)
-    if arguments.strip:
-        sheet = replace(sheet, strip=_expanded(arguments.strip), strip_label="training pictures")
-    return sheet
+def draw_grid(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    sheet: Path | None = None,
+    overwrite: bool = False,
+    on_picture: OnPicture | None = None,
+    flag: str = "--output",
+) -> Image.Image:
+    """Draw a grid into a folder: its manifest first, then each picture, the sheet at last.
+
+    Pictures of the same grid that are in the folder already are kept, so that after an interruption the same
+    call does what is left.
+
+    Args:
+        recipe: What to draw.
+        folder: Made where it doesn't exist.
+        device: Such as cuda or cpu; by default the accelerator at hand.
+        sheet: File for the sheet; `sheet.png` in the folder by default.
+        overwrite: Replace another grid that is in the folder, instead of refusing it.
+        on_picture: Told of every new picture. What it raises ends the drawing.
+        flag: How the user named the folder, for errors.
+
+    Returns:
+        The sheet.
+
+    Raises:
+        UserError: The sheet would be too large, the folder has another grid or is written to by another run,
+            the base or an adapter cannot be loaded, an adapter isn't the one that the recipe asks for, or the
+            disk is full.
+    """
+    drawing = recipe.drawing
+    device = torch.device(device or default_device())
+    versions = stamp.versions()
+    recipe.check_size()
+    check_writable(flag, folder)
+    if not overwrite:  # the adapters' hashes come later
+        _check_folder(
+            flag, folder, recipe, recipe.manifest(folder, drawing.sampler, device.type, {}, versions)
+        )
+    with output_lock(folder, flag):
+        pipeline = load_pipeline(
+            recipe.base,
+            device=device,
+            dtype=DTYPES[recipe.dtype],
+            vae=recipe.vae,
+            revision=recipe.revision,
+            variant=recipe.variant,
+        )
+        hashes = {}
+        for name, path in recipe.adapters.items():
+            facts = load_adapter(pipeline, name, path)
+            hashes[name] = facts.sha256
+            if recipe.sha256.get(name, facts.sha256) != facts.sha256:
+                raise UserError(
+                    f"{facts.file}: isn't the file that the manifest's pictures were drawn with (SHA-256 "
+                    f"{facts.sha256[:12]}..., then {recipe.sha256[name][:12]}...); restore it"
+                )
+        sampler = sampler_name(drawing.sampler, pipeline.scheduler)
+        manifest = recipe.manifest(folder, sampler, device.type, hashes, versions)
+        if overwrite:
+            _make_room(folder, manifest)
+        else:
+            _check_folder(flag, folder, recipe, manifest)
+        write_atomically(folder / MANIFEST, _json(manifest))
+        stamps = {
+            cell: _stamp(recipe, cell, sampler, device.type, hashes, versions)
+            for batch in recipe.grid.batches(1)
+            for cell in batch
+        }
+        done = {cell for cell, own in stamps.items() if _has(folder / cell.file, own)}
+        cells = draw_cells(pipeline, recipe.grid, drawing, batch_size=recipe.batch_size, done=done)
+        with tqdm(total=len(stamps), initial=len(done), desc="drawing", unit="picture") as progress:
+            for number, (cell, picture) in enumerate(cells, start=len(done) + 1):
+                write_atomically(folder / cell.file, stamp.png(picture, stamps[cell]))
+                progress.update()
+                if on_picture is not None:
+                    on_picture(number, len(stamps), cell, picture)
+        picture = draw_sheet(folder)
+        write_atomically(sheet or folder / SHEET, sheet_png(recipe, picture, sampler, hashes))
+    return picture
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m flatlora_diffusion.grid",
-        usage="%(prog)s IMAGE [IMAGE ...] --columns NAME [NAME ...] --output FILE.png [options]\n"
-        "       %(prog)s FOLDER --output FILE.png [options]",
-        description="Lay pictures out in a labelled contact sheet.",
-        epilog=f"A folder given instead of pictures must hold {MANIFEST}, as the generation step writes it.",
+def _stamp(
+    recipe: Recipe,
+    cell: Cell,
+    sampler: str,
+    device: str,
+    hashes: Mapping[str, str],
+    versions: dict[str, str],
+) -> stamp.Stamp:
+    drawing, method = recipe.drawing, cell.method
+    return stamp.Stamp(
+        prompt=cell.prompt,
+        negative_prompt=drawing.negative_prompt,
+        seed=cell.seed,
+        width=drawing.width,
+        height=drawing.height,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        sampler=sampler,
+        base=stamp.base_name(recipe.base),
+        method=method.label,
+        adapter_sha256=method.adapter and hashes[method.adapter],
+        scale=None if method.adapter is None else method.scale,
+        dtype=recipe.dtype,
+        device=device,
+        versions=versions,
     )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="pictures, row by row from left to right; or one folder with a manifest",
-    )
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="label of each column, e.g. base LoRA")
-    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="label of each row, e.g. the prompts")
-    parser.add_argument("--title", metavar="TEXT", help="heading of the sheet")
-    parser.add_argument(
-        "--strip",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="training pictures (files or folders) for the top",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="where the sheet goes")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 for input that cannot be drawn."""
-    options = _parser().parse_args(arguments)
+def _has(file: Path, expected: stamp.Stamp) -> bool:
+    """Whether a picture is there, whole, and was drawn like this."""
     try:
-        if options.output.suffix.lower() != ".png":
-            raise ValueError(f"--output {options.output} must end in .png")
-        if not options.output.parent.is_dir():
-            raise ValueError(
-                f"the folder {options.output.parent} of --output does not exist; create it first"
-            )
-        _save_png(_sheet_from_arguments(options).draw(), options.output)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+        return file.is_file() and stamp.read(file) == expected
+    except UserError:
+        return False
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folder(flag: str, folder: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder whose files aren't those of this grid.
+
+    Raises:
+        UserError: Names the folder and what is in it.
+    """
+    path = folder / MANIFEST
+    if path.exists():
+        try:
+            found = differences(read_manifest(path), json.loads(_json(manifest)))
+        except ValueError as error:
+            raise UserError(f"{flag} {folder}: {error}; give another folder") from error
+        if found:
+            raise UserError(f"{flag} {folder}: has a grid with other {', '.join(found)}; give another folder")
+        return
+    for name in (SHEET, *(cell.file for batch in recipe.grid.batches(1) for cell in batch)):
+        if (folder / name).exists():
+            raise UserError(f"{flag} {folder}: has a {name} of something else; give another folder")
+
+
+def _make_room(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove what an earlier grid has drawn into the folder, unless it is the same one."""
+    try:
+        old = read_manifest(folder / MANIFEST)
+        if not differences(old, json.loads(_json(manifest))):
+            return
+        files = [file for row in sheets.Sheet.load(folder).rows for file in row.images]
+    except ValueError:  # there is none that can be read
+        return
+    (folder / MANIFEST).unlink()
+    for file in files:
+        if file.parent == folder:
+            file.unlink(missing_ok=True)
+
+
+def sheet_png(recipe: Recipe, sheet: Image.Image, sampler: str, hashes: Mapping[str, str]) -> bytes:
+    """A sheet as a PNG that says how its pictures were drawn, in A1111's form: prompts, then settings.
+
+    Args:
+        recipe: Of the grid.
+        sheet: Its sheet.
+        sampler: Name of the sampler.
+        hashes: Name of an adapter -> SHA-256 of its file.
+    """
+    drawing = recipe.drawing
+    methods = []
+    for method in recipe.grid.methods:
+        own = f"{hashes[method.adapter][:12]} x {method.scale:g}" if method.adapter else "no adapter"
+        methods.append(f"{method.label} ({own})")
+    lines = list(recipe.grid.prompts)
+    if drawing.negative_prompt:
+        lines.append(f"Negative prompt: {drawing.negative_prompt}")
+    quoted = json.dumps(", ".join(methods), ensure_ascii=False)
+    lines.append(
+        f"Steps: {drawing.steps}, Sampler: {sampler}, CFG scale: {drawing.guidance:g}, "
+        f"Seeds: {' '.join(map(str, recipe.grid.seeds))}, Size: {drawing.width}x{drawing.height}, "
+        f"Model: {stamp.base_name(recipe.base)}, Methods: {quoted}"
+    )
+    info = PngInfo()
+    info.add_text(stamp.A1111_CHUNK, "\n".join(lines))
+    content = io.BytesIO()
+    sheet.save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: draw a grid, draw one again from its manifest, or lay out what is there."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        sheets.main(arguments)
+        return
+    given = vars(grid_parser().parse_all(arguments))
+    output = given.get("output")
+    if output is None:
+        raise UserError("--output is missing; name the folder for the pictures")
+    recipe = read_recipe(given)
+    device = given.get("device")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()  # they take the weights of an adapter for missing ones
+    draw_grid(recipe, output, device=device)
+    print(output / SHEET)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

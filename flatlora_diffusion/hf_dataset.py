@@ -37,7 +37,7 @@ def dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
     """
     library = import_extra("datasets", "--dataset_name")
     flag = f"--dataset_name {config.dataset_name}"
-    rows = _load(library, config, flag, split)
+    rows = _load(library, config.dataset_name, split, config.dataset_config_name, config.cache_dir)
     _check_columns(library, config, rows)
     if not len(rows):  # some versions of the library refuse it themselves
         raise UserError(f"{flag}: no image in its split {split}")
@@ -61,18 +61,41 @@ def dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
     return samples
 
 
-def _load(library: ModuleType, config: TrainConfig, flag: str, split: str) -> Dataset:
+def dataset_captions(name: str, column: str, split: str = "train") -> list[str]:
+    """The captions of a dataset as they are, by row; its images aren't looked at.
+
+    Args:
+        name: Of the hub, or a local folder that `datasets` reads.
+        column: Which of its columns holds them.
+        split: Name of the split.
+
+    Raises:
+        UserError: The package is missing or old; there is no such dataset, split or column; the column holds
+            something else than text.
+    """
+    rows = _load(import_extra("datasets", "--dataset_name"), name, split)
+    _check_column("caption_column", column, name, rows)
+    captions = rows[column]
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, (str, type(None))):
+            where = f"--dataset_name {name}: row {number} of {split}, counted from 0"
+            raise UserError(f"{where}: --caption_column {column} holds a {type(caption).__name__}, not text")
+    return [(caption or "").strip() for caption in captions]
+
+
+def _load(
+    library: ModuleType, name: str, split: str, config_name: str | None = None, cache: str | None = None
+) -> Dataset:
+    flag = f"--dataset_name {name}"
     if int(library.__version__.split(".")[0]) < _FIRST_WITHOUT_SCRIPTS:
         raise UserError(
             f"--dataset_name: the package datasets {library.__version__} can run code of a dataset; "
             f"{_FIRST_WITHOUT_SCRIPTS}.0 or newer is needed: pip install --upgrade datasets"
         )
     try:
-        if Path(config.dataset_name).is_dir():
+        if Path(name).is_dir():
             library.disable_progress_bars()  # there is nothing to wait for
-        splits = library.load_dataset(
-            config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir
-        )
+        splits = library.load_dataset(name, config_name, cache_dir=cache)
     except (
         Exception
     ) as error:  # of files, the network, YAML, Arrow, ...: all say what is wrong with the input
@@ -89,17 +112,21 @@ def _load(library: ModuleType, config: TrainConfig, flag: str, split: str) -> Da
 def _check_columns(library: ModuleType, config: TrainConfig, rows: Dataset) -> None:
     for name in ("image_column", "caption_column"):
         column = getattr(config, name)
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"--{name} {column}: no such column in {config.dataset_name} "
-                f"(there: {', '.join(rows.column_names)})"
-            )
+        if column is not None:
+            _check_column(name, column, config.dataset_name, rows)
     kind = rows.features[config.image_column]
     if not isinstance(kind, library.Image):
         images = [name for name, other in rows.features.items() if isinstance(other, library.Image)]
         raise UserError(
             f"--image_column {config.image_column}: holds {kind}, not images "
             f"(columns of images: {', '.join(images) or 'none'})"
+        )
+
+
+def _check_column(flag: str, column: str, dataset: str, rows: Dataset) -> None:
+    if column not in rows.column_names:
+        raise UserError(
+            f"--{flag} {column}: no such column in {dataset} (there: {', '.join(rows.column_names)})"
         )
 
 

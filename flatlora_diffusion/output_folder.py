@@ -35,12 +35,16 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_lock(folder: Path) -> Iterator[None]:
+def output_lock(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Keep other runs out of an output folder, which is made where it doesn't exist.
 
     The lock is the system's (flock) on the file `.flatlora.lock`: it ends with the process, whatever
     ends that, so the file of a killed run locks nothing. On leaving, the file is removed, and so are the
     folders that were made and are still empty.
+
+    Args:
+        folder: To be held.
+        flag: How the user named it, for errors.
 
     Raises:
         UserError: Another run has the lock, or the folder cannot be written to.
@@ -49,7 +53,7 @@ def output_lock(folder: Path) -> Iterator[None]:
     descriptor = None
     try:
         with signals_wait():  # no lock is taken without being given back
-            descriptor = _take(folder)
+            descriptor = _take(folder, flag)
         yield
     finally:
         with signals_wait():
@@ -62,17 +66,17 @@ def output_lock(folder: Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def _take(folder: Path) -> int:
+def _take(folder: Path, flag: str) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(folder / LOCK_NAME)
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"
+            f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder"
         ) from error
     if descriptor is None:
         raise UserError(
-            f"--output_dir {folder}: another run{_holder(folder / LOCK_NAME)} writes to it; "
+            f"{flag} {folder}: another run{_holder(folder / LOCK_NAME)} writes to it; "
             "wait until it has ended, or give another folder"
         )
     return descriptor

@@ -16,7 +16,10 @@ from flatlora_diffusion.card import Exhibit, Making, comparison_exhibit, write_c
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import RunInterruptedError, UserError
 from flatlora_diffusion.gallery import SideBySide, footer, validation_drawing, validation_seeds
-from flatlora_diffusion.generate import DTYPES, compare, load_pipeline, release, save_picture
+from flatlora_diffusion.generate import DTYPES, release
+from flatlora_diffusion.grid import draw_grid
+from flatlora_diffusion.plan import Grid, Method
+from flatlora_diffusion.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -78,29 +81,27 @@ def _draw_comparison(config: TrainConfig, samples: list[data.Sample], adapters: 
     """The base beside the adapters, loaded from disk as any user would load them."""
     output = Path(config.output_dir)
     captions = list(dict.fromkeys(sample.caption for sample in samples))
+    prompts = list(dict.fromkeys(config.validation_prompt or captions[:4]))
+    names = {label: f"adapter_{number}" for number, label in enumerate(adapters, start=1)}
+    methods = [Method("base"), *(Method(label, name) for label, name in names.items())]
     state = AcceleratorState()
-    pipeline = load_pipeline(
-        config.pretrained_model_name_or_path,
-        device=state.device,
-        dtype=DTYPES.get(state.mixed_precision, torch.float32),
+    recipe = Recipe(
+        base=config.pretrained_model_name_or_path,
+        grid=Grid(prompts, validation_seeds(config), methods),
+        drawing=validation_drawing(config),
+        adapters={names[label]: path for label, path in adapters.items()},
+        dtype=state.mixed_precision if state.mixed_precision in DTYPES else "fp32",
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
-    )
-    sheet = compare(
-        pipeline,
-        adapters,
-        config.validation_prompt or captions[:4],
-        validation_seeds(config),
-        validation_drawing(config),
-        output / "comparison",
         title="The same prompt, seed and initial noise in every row",
-        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
         footer=footer(config, len(samples)),
+        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
     )
-    save_picture(sheet, output / COMPARISON)
-    logger.info("the comparison is in %s", output / COMPARISON)
-    return comparison_exhibit(output / COMPARISON, output / "comparison")
+    folder, sheet = output / "comparison", output / COMPARISON
+    draw_grid(recipe, folder, device=state.device, sheet=sheet, overwrite=True, flag="--output_dir")
+    logger.info("the comparison is in %s", sheet)
+    return comparison_exhibit(sheet, folder)
 
 
 def _picture_file(image: Path | data.EmbeddedImage, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Text:
     """
 
     def __init__(self, text: str, width: int, size: int, colour: str = INK) -> None:
-        self.font = ImageFont.load_default(size)
+        self.font = _font(size)
         self.line_height = round(size * 1.35)
         self.colour = colour
         self._limit = width
@@ -83,10 +84,12 @@ def fitted(texts: Sequence[str], width: int, height: int, size: int) -> list[Tex
 
     Texts that do not fit even so are shortened.
     """
-    for smaller in range(size, size * 3 // 4 - 1, -1):
-        fitted = [Text(text, width, smaller) for text in texts]
-        if all(text.height <= height for text in fitted):
-            break
+    smallest = size * 3 // 4
+    sizes = range(size, smallest, -1)
+    chosen = next(
+        (own for own in sizes if all(Text(t, width, own).height <= height for t in texts)), smallest
+    )
+    fitted = [Text(text, width, chosen) for text in texts]
     for text in fitted:
         if text.height <= height:
             text.balance()
@@ -101,7 +104,13 @@ def _drawable(text: str) -> str:
     return "".join(c for c in decomposed if not unicodedata.combining(c))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+@functools.lru_cache(maxsize=1024)  # the labels of a grid repeat, and the measuring is slow
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, ...]:
     """Each line as full as it goes; a word that is too long alone is broken anywhere."""
     lines: list[str] = []
     line = ""
@@ -118,10 +127,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append(line)
                 line = ""
             line += character
-    return [*lines, line]
+    return (*lines, line)
 
 
-def _wrap_evenly(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap_evenly(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, ...]:
     """As few lines as possible, of about the same length."""
     lines = _wrap(text, font, width)
     narrowest = max(math.ceil(font.getlength(word)) for word in text.split())

@@ -422,7 +422,7 @@ def adapter_file(world, content):
 
 KOHYA = ["-m", "flatlora_diffusion.kohya"]
 GENERATE = [
-    *("-m", "flatlora_diffusion.generate", "--base", "ROOT/base", "--output", "ROOT/out"),
+    *("-m", "flatlora_diffusion.grid", "--base", "ROOT/base", "--output", "ROOT/out"),
     *("--resolution", 16, "--steps", 1, "--device", "cpu", "--prompt", "a"),
 ]
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -447,17 +447,17 @@ TOOLS = {
         "a.safetensors: conv_in.weight, 1 of 1 such keys, is no LoRA weight of SDXL",
     ),
     "adapter without a name": (nothing, [*GENERATE, "--adapter", "x"], "--adapter: x: must be NAME=PATH"),
-    "adapter called base": (nothing, [*GENERATE, "--adapter", "Base=x"], "--adapter Base=...: each needs a"),
+    "adapter called base": (nothing, [*GENERATE, "--adapter", "base=x"], "method base: is there twice"),
     "adapters of one name": (
         nothing,
-        [*GENERATE, "--adapter", "x=a", "--adapter", "X=b"],
-        "--adapter X=...: each needs a name of its own",
+        [*GENERATE, "--adapter", "x=a", "--adapter", "x=b"],
+        "--adapter x=b: x is a already; give it another name",
     ),
     "pictures from no base": (nothing, [*GENERATE, "--base", "ROOT/gone"], "gone: no such folder"),
-    "pictures of no size": (nothing, [*GENERATE, "--resolution", 0], "--resolution 0: must be a multiple"),
-    "pictures in no steps": (nothing, [*GENERATE, "--steps", 0], "--steps 0: must be greater than 0"),
-    "pictures with no guidance": (nothing, [*GENERATE, "--guidance", "nan"], "--guidance nan: must be"),
-    "pictures of no seed": (nothing, [*GENERATE, "--seed", -1], "--seed -1: must be 0 or more"),
+    "pictures of no size": (nothing, [*GENERATE, "--resolution", 0], "width 0: must be a multiple"),
+    "pictures in no steps": (nothing, [*GENERATE, "--steps", 0], "steps 0: must be greater than 0"),
+    "pictures with no guidance": (nothing, [*GENERATE, "--guidance", "nan"], "guidance nan: must be"),
+    "pictures of no seed": (nothing, [*GENERATE, "--seed", -1], "seed -1: must be 0 or more"),
     "pictures on no device": (nothing, [*GENERATE, "--device", "abacus"], "--device abacus: "),
     "pictures into a file": (
         nothing,
@@ -482,7 +482,7 @@ TOOLS = {
     ),
     "sheet of nothing": (
         nothing,
-        ["-m", "flatlora_diffusion.grid", "ROOT/gone", "--columns", "a", "--output", "ROOT/sheet.png"],
+        ["-m", "flatlora_diffusion.sheet", "ROOT/gone", "--columns", "a", "--output", "ROOT/sheet.png"],
         "the picture ROOT/gone does not exist",
     ),
 }
@@ -659,7 +659,7 @@ def test_a_disk_with_no_room_for_the_adapter(world, mount):
 @pytest.mark.parametrize(
     ("module", "function", "flags"),
     [
-        (flatlora_diffusion.present, "compare", ["--compare"]),
+        (flatlora_diffusion.present, "draw_grid", ["--compare"]),
         (
             flatlora_diffusion.validate,
             "report_validation",
@@ -681,7 +681,9 @@ def test_a_disk_with_no_room_for_the_pictures(world, mount, monkeypatch, module,
     quick = ["--validation_inference_steps", 1, "--num_validation_images", 1, "--checkpointing_steps", 1]
     message = the_error(*world.run("--output_dir", "ROOT/disk", *quick, *flags))
     assert "No space left on device" in message
-    for folder in (disk / "lora", disk / "flat_lora") if function == "compare" else (disk / "checkpoint-2",):
+    for folder in (
+        (disk / "lora", disk / "flat_lora") if function == "draw_grid" else (disk / "checkpoint-2",)
+    ):
         assert load_file(folder / WEIGHTS_NAME), "what was trained is there"
 
 

@@ -61,9 +61,10 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
     top = ModelCard.load(output / CARD)
     assert top.data.tags == [*TAGS, "flat-lora"]
     assert top.data.instance_prompt == "a icon"
+    names = ["a_red_icon-seed3", "a_blue_icon-seed3"]
     assert top.data.widget == [
-        {"text": prompt, "output": {"url": f"comparison/{number:03d}-flat_lora.png"}}
-        for number, prompt in enumerate(short.validation_prompt)
+        {"text": prompt, "output": {"url": f"comparison/{name}-flat_lora.png"}}
+        for name, prompt in zip(names, short.validation_prompt, strict=True)
     ]
     assert "](comparison.png)" in top.text and "<Gallery />" in top.text
     shown = Image.open(output / top.data.widget[0]["output"]["url"])
@@ -72,7 +73,7 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
     plain = ModelCard.load(output / "lora" / CARD)
     assert plain.data.tags == TAGS and "widget" not in plain.data.to_dict()
     assert "](validation/step-000002.png)" in plain.text and "bibtex" not in plain.text
-    shown = Image.open(output / "comparison" / "000-lora.png")
+    shown = Image.open(output / "comparison" / f"{names[0]}-lora.png")
     assert run_code_of(output / "lora" / CARD, tmp_path, monkeypatch).tobytes() == shown.tobytes()
 
     first = (output / CARD).read_bytes()
@@ -87,7 +88,7 @@ def test_the_code_loads_new_tokens(short, tmp_path, monkeypatch):
     )
     train(short)
     output = Path(short.output_dir)
-    shown = Image.open(output / "comparison" / "000-flat_lora.png")
+    shown = Image.open(output / "comparison" / "a_tok-seed3-flat_lora.png")
     assert run_code_of(output / CARD, tmp_path, monkeypatch).tobytes() == shown.tobytes()
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion import generate
 from flatlora_diffusion.decode import decode, why_black
-from flatlora_diffusion.generate import Drawing, draw, load_pipeline, main
+from flatlora_diffusion.generate import Drawing, draw, load_pipeline
+from flatlora_diffusion.grid import main
 from tests.conftest import build_pipeline, run
 
 DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
@@ -160,5 +161,5 @@ def test_the_command_line_takes_another_vae(base_path, clean_copy, tmp_path):
         output = tmp_path / f"out-{len(pictures)}"
         short = ["--resolution", "16", "--steps", "1", "--device", "cpu", "--output", str(output)]
         main(["--base", str(base_path), "--prompt", "a icon", *short, *flags])
-        pictures.append((output / "000-base.png").read_bytes())
+        pictures.append((output / "a_icon-seed0-base.png").read_bytes())
     assert pictures[0] != pictures[1]

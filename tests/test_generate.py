@@ -1,23 +1,16 @@
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import (
     Drawing,
-    compare,
     draw_batch,
     draw_with,
     load_adapter,
     load_pipeline,
-    main,
     sketches,
 )
 from tests.conftest import global_rng_state
@@ -134,35 +127,6 @@ def test_drawing_leaves_the_global_rng_alone(pipeline):
     assert global_rng_state() == state
 
 
-def test_a_comparison_leaves_pictures_and_a_manifest_that_draws_the_sheet_again(
-    pipeline, adapters, icons, tmp_path
-):
-    folder = tmp_path / "pictures"
-    strip = sorted(icons.glob("*.png"))
-    sheet = compare(pipeline, adapters, ["a red icon", "a blue icon"], [0, 1], DRAWING, folder, strip=strip)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
-    assert [row["label"] for row in manifest["rows"]] == [
-        f"a {colour} icon\nseed {seed}" for colour in ("red", "blue") for seed in (0, 1)
-    ]
-    assert len(list(folder.glob("*.png"))) == 12
-    again = tmp_path / "again.png"
-    command = [sys.executable, "-m", "flatlora_diffusion.grid", str(folder), "--output", str(again)]
-    subprocess.run(command, check=True)
-    assert Image.open(again).tobytes() == sheet.tobytes()
-
-
-def test_command_line(base_path, adapters, tmp_path, capsys):
-    output = tmp_path / "out"
-    flags = ["--resolution", "16", "--steps", "2", "--prompt", "a icon", "--seed", "4", "--device", "cpu"]
-    chosen = ["--adapter", f"mine={adapters['LoRA'].parent}"]
-    main(["--base", str(base_path), *chosen, *flags, "--output", str(output)])
-    assert capsys.readouterr().out.strip() == str(output / "sheet.png")
-    assert {p.name for p in output.iterdir()} == {
-        *("000-base.png", "000-mine.png", "manifest.json", "sheet.png"),
-    }
-
-
 def test_bad_adapters_are_named(pipeline, adapters, tmp_path):
     with pytest.raises(UserError, match=r"nowhere: not a sound safetensors file"):
         load_adapter(pipeline, "x", tmp_path / "nowhere")
@@ -171,5 +135,3 @@ def test_bad_adapters_are_named(pipeline, adapters, tmp_path):
     cut.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"cut\.safetensors: not a sound safetensors file"):
         load_adapter(pipeline, "x", cut)
-    with pytest.raises(UserError, match=r"--adapter: broken: must be NAME=PATH"):
-        main(["--base", "x", "--prompt", "p", "--output", "o", "--adapter", "broken"])

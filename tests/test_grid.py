@@ -1,387 +1,481 @@
+import dataclasses
+import itertools
 import json
-import subprocess
-import sys
+import shutil
+from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
-from flatlora_diffusion import contact_sheet as contact_sheet_module
-from flatlora_diffusion import grid, typeset
+from flatlora_diffusion import grid, stamp
+from flatlora_diffusion.cli import run_command
 from flatlora_diffusion.contact_sheet import contact_sheet
-from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.grid import draw_cells, draw_grid, main
+from flatlora_diffusion.output_folder import output_lock
+from flatlora_diffusion.plan import Grid, Method
+from flatlora_diffusion.recipe import Recipe
 
-METHODS = ["base", "LoRA", "Flat-LoRA"]
-PROMPTS = [
-    "an icon of a lighthouse in the style of sks, flat colours, thick outline\nseed 3",
-    "a cat",
-    "a prompt that never ends: " + "teapots, windmills and hot-air balloons, " * 60 + "\nseed 4711",
-    "Supercalifragilisticexpialidocious" * 9,
-    "",
-]
-
-
-def picture(colour="#336699", side=8, mode="RGB"):
-    return Image.new(mode, (side, side), colour)
+METHODS = [Method("base"), Method("LoRA x 0.5", "one", 0.5), Method("LoRA x 1", "one")]
+PROMPTS = ["a red icon", "a blue icon"]
+FOOTER = "tiny-sdxl, 2 steps, guidance 3, Euler, 16 x 24 px, fp32; the same initial noise for each seed"
+DRAWING = Drawing(16, 24, steps=2, guidance=3.0)
 
 
-def colours(*values, side=8):
-    return [picture(value, side) for value in values]
+def files(folder):
+    """Content of every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def box_of(sheet, colour):
-    """Bounding box of the pixels of exactly this colour, and whether they fill it."""
-    difference = ImageChops.difference(sheet, Image.new("RGB", sheet.size, colour)).convert("RGB")
-    channels = [channel.point(lambda value: 255 * (value == 0)) for channel in difference.split()]
-    mask = ImageChops.darker(ImageChops.darker(*channels[:2]), channels[2])
-    box = mask.getbbox()
-    return box, mask.crop(box).getextrema() == (255, 255)
-
-
-def assert_empty_margin(sheet, margin=12):
-    width, height = sheet.size
-    for box in (
-        (0, 0, width, margin),
-        (0, height - margin, width, height),
-        (0, 0, margin, height),
-        (width - margin, 0, width, height),
-    ):
-        assert sheet.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), (255, 255, 255))]
-
-
-# Geometry.
-
-
-def test_pictures_form_an_aligned_grid_in_the_order_given():
-    names = [["#010000", "#020000", "#030000"], ["#040000", "#050000", "#060000"]]
-    sheet = contact_sheet([colours(*row) for row in names], columns=METHODS, rows=["one", "two"])
-    found = [[box_of(sheet, colour) for colour in row] for row in names]
-    assert all(filled for row in found for _, filled in row)
-    boxes = [[box for box, _ in row] for row in found]
-    assert {(right - left, bottom - top) for row in boxes for left, top, right, bottom in row} == {(192, 192)}
-    for upper, lower in zip(*boxes, strict=True):
-        assert upper[0] == lower[0] and upper[3] < lower[1]
-    for row in boxes:
-        assert len({box[1] for box in row}) == 1
-        assert row[0][2] < row[1][0] and row[1][2] < row[2][0]
-    assert_empty_margin(sheet)
-
-
-@pytest.mark.parametrize(
-    ("side", "shown"),
-    [(1, 192), (24, 192), (64, 192), (96, 192), (97, 97), (100, 100), (512, 512), (513, 512), (1024, 512)],
-)
-def test_small_pictures_grow_by_whole_factors_and_large_ones_shrink(side, shown):
-    sheet = contact_sheet([[picture("#102030", side)]], columns=["a"], rows=["b"])
-    (left, top, right, bottom), filled = box_of(sheet, "#102030")
-    assert filled and (right - left, bottom - top) == (shown, shown)
-
-
-@pytest.mark.parametrize(("cell_size", "shown"), [(8, 8), (20, 16), (100, 96), (4, 4)])
-def test_cell_size_bounds_the_pictures(cell_size, shown):
-    sheet = contact_sheet([[picture("#102030")]], columns=["a"], rows=["b"], cell_size=cell_size)
-    (left, top, right, bottom), filled = box_of(sheet, "#102030")
-    assert filled and (right - left, bottom - top) == (shown, shown)
-
-
-def test_pictures_of_different_shapes_keep_their_proportions_and_are_centred():
-    wide, tall = Image.new("RGB", (600, 300), "#010000"), Image.new("RGB", (20, 80), "#020000")
-    sheet = contact_sheet([[wide, tall]], columns=["a", "b"], rows=[""])
-    first, second = box_of(sheet, "#010000")[0], box_of(sheet, "#020000")[0]
-    assert (first[2] - first[0], first[3] - first[1]) == (512, 256)
-    assert (second[2] - second[0], second[3] - second[1]) == (120, 480)
-    assert abs((first[1] + first[3]) - (second[1] + second[3])) <= 1
-
-
-# Pixels.
-
-
-def test_enlargement_is_crisp():
-    pixels = Image.new("RGB", (64, 64))
-    pixels.putdata([(x * 3 + 1, y * 3 + 1, (x * y) % 251) for y in range(64) for x in range(64)])
-    corner, end = pixels.getpixel((0, 0)), pixels.getpixel((63, 63))
-    sheet = contact_sheet([[pixels]], columns=["a"], rows=["b"])
-    left, top = box_of(sheet, corner)[0][:2]
-    right, bottom = box_of(sheet, end)[0][2:]
-    shown = sheet.crop((left, top, right, bottom))
-    assert ImageChops.difference(shown, pixels.resize((192, 192), Image.Resampling.NEAREST)).getbbox() is None
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB with a transparent colour"])
-def test_transparent_pictures_lie_on_white(mode):
-    icon = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    icon.paste((0, 0, 0, 255), (16, 16, 48, 48))
-    if mode == "P":
-        icon = Image.new("P", (64, 64), 1)
-        icon.putpalette([0, 0, 0, 9, 9, 9])
-        icon.paste(0, (16, 16, 48, 48))
-        icon.info["transparency"] = 1
-    elif mode.startswith("RGB "):
-        icon = Image.new("RGB", (64, 64), "#123456")
-        icon.paste("black", (16, 16, 48, 48))
-        icon.info["transparency"] = (0x12, 0x34, 0x56)
-    else:
-        icon = icon.convert(mode)
-    sheet = contact_sheet([[icon]], columns=[""], rows=[""])
-    box, filled = box_of(sheet, "#000000")
-    assert filled and (box[2] - box[0], box[3] - box[1]) == (96, 96)
-    surroundings = sheet.crop((box[0] - 48, box[1] - 48, box[2] + 48, box[1]))
-    assert surroundings.getcolors() == [(192 * 48, (255, 255, 255))]
-
-
-def test_half_transparent_pixels_are_mixed_with_white():
-    sheet = contact_sheet([[picture((255, 0, 0, 51), mode="RGBA")]], columns=[""], rows=[""])
-    assert box_of(sheet, (255, 204, 204))[1]
-
-
-def test_the_pictures_given_are_not_changed():
-    icon = picture((9, 8, 7, 6), mode="RGBA")
-    before = icon.copy()
-    contact_sheet([[icon]], columns=["a"], rows=["b"], strip=[icon])
-    assert icon.mode == "RGBA" and icon.tobytes() == before.tobytes()
-
-
-# Text.
-
-
-@pytest.mark.parametrize("side", [64, 300, 1024])
-def test_no_text_leaves_the_sheet_or_touches_a_picture(side):
-    names = [["#010000", "#020000", "#030000"]] * len(PROMPTS)
-    arguments = {
-        "columns": ["base", "a method with quite a long name " * 8, "Flat-LoRA" * 20],
-        "rows": PROMPTS,
-        "title": "A title that needs several lines " * 6,
-        "strip": colours(*["#000100"] * 23, side=side),
-        "strip_label": "Training icons " * 30,
-        "footer": "one line\n" + "a line that must be wrapped " * 20,
-    }
-    cells = [colours(*row, side=side) for row in names]
-    sheet = contact_sheet(cells, **arguments)
-    assert_empty_margin(sheet)
-    # Ink over a picture would leave fewer pixels of its colour than the picture has.
-    shown = min(side, 512) if side > 96 else 192
-    pixels = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 24)}
-    for red in (1, 2, 3):
-        assert pixels[red, 0, 0] == len(PROMPTS) * shown**2
-    assert pixels[0, 1, 0] == 23 * (64 if side < 384 else 128) ** 2
-
-
-@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (10, 3), (3, 10)])
-def test_any_shape_of_grid(columns, rows):
-    sheet = contact_sheet(
-        [colours(*["#010000"] * columns)] * rows,
-        columns=[f"method {i}" for i in range(columns)],
-        rows=[f"prompt {i}" for i in range(rows)],
-        strip=colours(*["#000100"] * 23),
-    )
-    pixels = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 24)}
-    assert pixels[1, 0, 0] == columns * rows * 192**2
-    assert pixels[0, 1, 0] == 23 * 64**2
-    assert_empty_margin(sheet)
-
-
-def test_lines_of_text_are_within_their_width_and_keep_all_words():
-    for text in PROMPTS[:3]:
-        wrapped = typeset.Text(text, 200, 14)
-        assert " ".join(wrapped.lines).split() == text.split()
-        assert wrapped.width <= 200
-    broken = typeset.Text(PROMPTS[3], 200, 14)
-    assert "".join(broken.lines) == PROMPTS[3] and broken.width <= 200
-
-
-def test_labels_shrink_together_before_any_is_shortened():
-    fits, shrunk = (typeset.fitted(["a cat", "some words " * n], 200, 150, 16) for n in (5, 18))
-    assert [text.font.size for text in fits] == [16, 16]
-    assert shrunk[0].font.size == shrunk[1].font.size < 16
-    assert shrunk[1].height <= 150 and shrunk[1].lines[-1][-1] != "…"
-    cut = typeset.fitted(["a cat", "some words " * 400], 200, 150, 16)[1]
-    assert cut.font.size == 12 and cut.height <= 150 and cut.width <= 200
-    assert cut.lines[-1].endswith("…")
-
-
-def test_no_word_is_left_alone_on_a_line():
-    (text,) = typeset.fitted(["a thing with a number, seed 0"], 180, 100, 14)
-    lines = text.lines
-    assert len(lines) == 2 and len(lines[1].split()) > 2
-
-
-def test_signs_that_the_font_lacks_are_spelled_out():
-    text = "Café \N{EM DASH} 8\N{MULTIPLICATION SIGN}8, \N{GREEK SMALL LETTER SIGMA} \N{RIGHTWARDS ARROW} 0"
-    assert typeset.Text(text, 500, 14).lines == ["Cafe - 8x8, sigma -> 0"]
-
-
-def test_without_labels_there_is_no_label_column():
-    cells = [[picture("#010000"), picture("#020000")]]
-    bare = contact_sheet(cells, columns=["a", "b"], rows=[" "])
-    labelled = contact_sheet(cells, columns=["a", "b"], rows=["a cat"])
-    assert box_of(bare, "#010000")[0][0] < 40 < box_of(labelled, "#010000")[0][0]
-
-
-def test_sheets_are_deterministic():
-    arguments = {"columns": METHODS, "rows": PROMPTS[:1], "title": "t", "footer": "f"}
-    cells = [colours("red", "green", "blue")]
-    assert contact_sheet(cells, **arguments).tobytes() == contact_sheet(cells, **arguments).tobytes()
-
-
-# Bad input.
-
-
-@pytest.mark.parametrize(
-    ("cells", "settings", "message"),
-    [
-        ([], {}, "there are no pictures"),
-        ([[]], {"columns": []}, "there are no pictures"),
-        ([[picture()] * 2, [picture()]], {}, r"row 2 has 1 pictures, but row 1 has 2; every row needs"),
-        ([[picture()] * 3], {"rows": ["a"]}, "2 column labels for 3 columns of pictures; pass one label"),
-        ([[picture()] * 2], {}, "2 row labels for 1 rows of pictures; pass one label"),
-        ([[picture()] * 2] * 2, {"cell_size": 0}, "cell_size=0 must be at least 1"),
-        ([[picture()] * 2] * 2, {"strip": [picture(side=0)]}, "a picture has no pixels"),
-    ],
-)
-def test_bad_input_is_named(cells, settings, message):
-    with pytest.raises(ValueError, match=message):
-        contact_sheet(cells, **{"columns": ["a", "b"], "rows": ["c", "d"], **settings})
-
-
-def test_a_sheet_of_too_many_pixels_is_refused_before_it_is_drawn(monkeypatch):
-    monkeypatch.setattr(contact_sheet_module._Layout, "draw", lambda self: pytest.fail("drawn"))
-    with pytest.raises(ValueError, match=r"\d+ x \d+ pixels, more than the limit of 64 million; use fewer"):
-        contact_sheet([[picture()]], columns=["a"], rows=["b"], cell_size=9000)
-
-
-# Manifests and the command line.
+def pictures(folder):
+    """The same of the single pictures."""
+    return {name: content for name, content in files(folder).items() if "-seed" in name and name[0] != "."}
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder as the generation step leaves it: 2 prompts, 3 methods."""
-    images = [[f"{method}-{seed}.png" for method in METHODS] for seed in (0, 1)]
-    for index, name in enumerate(name for row in images for name in row):
-        picture((index + 1, 0, 0)).save(tmp_path / name)
-    (tmp_path / "icons").mkdir()
-    for index in range(3):
-        picture((0, index + 1, 0)).save(tmp_path / "icons" / f"{index}.png")
-    manifest = {
-        "columns": METHODS,
-        "rows": [{"label": f"a cat, seed {i}", "images": row} for i, row in enumerate(images)],
-        "title": "Cats",
-        "footer": "rank 4",
-        "strip": ["icons/0.png", str(tmp_path / "icons" / "1.png")],
-        "strip_label": "icons",
-        "settings": {"steps": 30},
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path
+def recipe(base_path, adapters):
+    return Recipe(str(base_path), Grid(PROMPTS, [3, 4], METHODS), DRAWING, adapters={"one": adapters["LoRA"]})
 
 
-def command_line(*arguments):
-    command = [sys.executable, "-m", "flatlora_diffusion.grid", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def words(base_path, adapters):
+    """The command line that draws what `recipe` says."""
+    lora = adapters["LoRA"].parent
+    return [
+        *("--base", str(base_path), "--adapter", f"LoRA={lora}@0.5", "--adapter", f"LoRA={lora}"),
+        *("--prompt", *PROMPTS, "--seed", "3", "4", "--width", "16", "--height", "24", "--device", "cpu"),
+        *("--steps", "2", "--guidance", "3"),
+    ]
 
 
-def test_a_manifest_is_drawn_like_the_same_pictures_from_python(folder):
-    sheet = Sheet.load(folder)
-    assert Sheet.load(folder / "manifest.json") == sheet
-    cells = [[Image.open(folder / f"{method}-{seed}.png") for method in METHODS] for seed in (0, 1)]
+# The plan.
+
+
+@pytest.mark.parametrize("places", list(itertools.permutations(("prompt", "seed", "method"))))
+@pytest.mark.parametrize("split", range(4))
+def test_rows_and_columns_go_through_their_axes_the_first_the_slowest(places, split):
+    plan = Grid(PROMPTS, [3, 4], METHODS, rows=places[:split], columns=places[split:])
+    values = {"prompt": PROMPTS, "seed": [3, 4], "method": METHODS}
+    expected = list(itertools.product(*(values[axis] for axis in places)))
+    cells = [cell for row in plan.table() for cell in row]
+    assert [tuple(getattr(cell, axis) for axis in places) for cell in cells] == expected
+    assert {cell: cell for batch in plan.batches(5) for cell in batch}.keys() == set(cells)
+    shown = {"prompt": str, "seed": "seed {}".format, "method": lambda method: method.label}
+    for axes, count in ((plan.rows, len(plan.table())), (plan.columns, len(plan.table()[0]))):
+        labels = plan.labels(axes)
+        assert len(labels) == count
+        texts = itertools.product(*([shown[axis](value) for value in values[axis]] for axis in axes))
+        assert labels == [text if len(text) > 1 else "".join(text) for text in texts]
+
+
+def test_batches_are_of_one_method_and_as_full_as_they_can_be():
+    batches = Grid(PROMPTS, [3, 4, 5], METHODS).batches(4)
+    assert [len(batch) for batch in batches] == [4, 2] * 3
+    assert all(len({cell.method for cell in batch}) == 1 for batch in batches)
+
+
+def test_every_picture_has_a_readable_file_of_its_own_whatever_the_layout():
+    prompts = ["A cat!", "a cat", "a_cat_001", "猫", "犬", "", "x" * 300, "x" * 301, "a/../b"]
+    methods = [Method(label) for label in ("base", "LoRA x 0.5", "LoRA x -0.5", "方法", ".")]
+    plan = Grid(prompts, [3, 2**64 - 1], methods)
+    names = {cell: cell.file for row in plan.table() for cell in row}
+    assert len(set(names.values())) == len(plan) and all(len(name) < 120 for name in names.values())
+    assert all(name.isascii() and "/" not in name and not name.startswith(".") for name in names.values())
+    assert names[plan.table()[0][1]] == "a_cat-seed3-lora_x_0.5.png"
+    turned = dataclasses.replace(plan, rows=("method",), columns=("seed", "prompt"))
+    assert names.keys() == {cell for row in turned.table() for cell in row}
+
+
+def test_what_all_share_is_left_to_the_small_print_but_one_label_stays():
+    def labels(prompts, seeds, methods, **axes):
+        plan = Grid(prompts, seeds, methods, **axes)
+        return plan.labels(plan.rows, shared=False), plan.labels(plan.columns, shared=False), plan.shared()
+
+    base = METHODS[:1]
+    assert labels(PROMPTS, [3], base) == (PROMPTS, ["base"], ["seed"])
+    assert labels(PROMPTS[:1], [3, 4], base) == (["seed 3", "seed 4"], ["base"], ["prompt"])
+    assert labels(PROMPTS[:1], [3], base) == (PROMPTS[:1], ["base"], ["seed"])
+    axes = {"rows": ("method",), "columns": ("seed", "prompt")}
+    assert labels(PROMPTS, [3], METHODS, **axes)[1:] == (PROMPTS, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "there is no prompt; give at least one"),
+        ({"seeds": ()}, "there is no seed"),
+        ({"methods": []}, "there is no method"),
+        ({"prompts": ["a", "b", "a"]}, "prompt a: is there twice"),
+        ({"seeds": [1, 1]}, "seed 1: is there twice"),
+        ({"methods": [Method("base"), Method("base", "one")]}, "method base: is there twice"),
+        ({"methods": [Method(" ")]}, "a method has no name"),
+        ({"methods": [Method("a", "one", float("nan"))]}, "a: its scale nan must be a finite number"),
+        ({"seeds": [2**64]}, "must be 0 or more and have 64 bits at most"),
+        ({"rows": ("prompt",)}, "rows prompt, columns method: each of prompt, seed, method must be in one"),
+        ({"rows": ("prompt", "seed", "seed")}, "rows prompt seed seed, columns method: each of"),
+        ({"columns": ("methods",)}, "columns methods: each of"),
+        (
+            {"prompts": [str(number) for number in range(700)]},
+            "700 prompts, 2 seeds and 3 methods are 4200 pictures, more than the limit of 4096; use fewer",
+        ),
+    ],
+)
+def test_grids_that_cannot_be_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        Grid(**{"prompts": PROMPTS, "seeds": [3, 4], "methods": METHODS} | changes)
+
+
+# The pictures.
+
+
+def test_every_picture_is_the_one_drawn_alone_and_says_how_it_was_drawn(recipe, words, adapters, tmp_path):
+    main([*words, "--output", str(tmp_path / "out"), "--batch_size", "3"])
+    pipeline = load_pipeline(recipe.base)
+    facts = load_adapter(pipeline, "one", adapters["LoRA"])
+    names = {"base": "base", "LoRA x 0.5": "lora_x_0.5", "LoRA x 1": "lora_x_1"}
+    for prompt, seed, method in itertools.product(PROMPTS, (3, 4), METHODS):
+        file = tmp_path / "out" / f"{prompt.replace(' ', '_')}-seed{seed}-{names[method.label]}.png"
+        expected = draw_with(pipeline, method.adapter, prompt, seed, DRAWING, method.scale)
+        assert Image.open(file).tobytes() == expected.tobytes()
+        own = stamp.read(file)
+        assert (own.prompt, own.seed, own.method, own.steps) == (prompt, seed, method.label, 2)
+        scale, sha256 = (method.scale, facts.sha256) if method.adapter else (None, None)
+        assert (own.scale, own.adapter_sha256, own.base, own.sampler) == (scale, sha256, "tiny-sdxl", "Euler")
+    assert len(files(tmp_path / "out")) == 12 + 2
+    assert len(set(pictures(tmp_path / "out").values())) == 12
+
+
+def test_the_batch_size_changes_no_bit(words, tmp_path):
+    folders = []
+    for size in (1, 2, 5):
+        main([*words, "--batch_size", str(size), "--output", str(tmp_path / "out")])
+        folders.append(files(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    manifests = [json.loads(folder.pop("manifest.json")) for folder in folders]
+    assert [manifest["grid"].pop("batch_size") for manifest in manifests] == [1, 2, 5]
+    assert folders[0] == folders[1] == folders[2] and manifests[0] == manifests[1] == manifests[2]
+
+
+def test_cells_can_be_drawn_without_a_folder(recipe, adapters):
+    pipeline = load_pipeline(recipe.base)
+    load_adapter(pipeline, "one", adapters["LoRA"])
+    steps = []
+    drawn = draw_cells(
+        pipeline, recipe.grid, DRAWING, batch_size=4, on_step=lambda step, latents: steps.append(len(latents))
+    )
+    cell, picture = next(drawn)
+    assert (cell.prompt, cell.seed, cell.method) == (PROMPTS[0], 3, METHODS[0]) and picture.size == (16, 24)
+    assert steps == [4, 4]
+    drawn = {cell: picture} | dict(drawn)
+    assert list(drawn) == [cell for batch in recipe.grid.batches(4) for cell in batch]
+    by_file = {cell.file: picture for cell, picture in drawn.items()}
+    sheet = recipe.sheet(Path("nowhere"), "Euler").draw(lambda file: by_file[file.name])
     expected = contact_sheet(
-        cells,
-        columns=METHODS,
-        rows=["a cat, seed 0", "a cat, seed 1"],
-        title="Cats",
-        strip=[Image.open(folder / "icons" / f"{i}.png") for i in (0, 1)],
-        strip_label="icons",
-        footer="rank 4",
+        [[drawn[cell] for cell in row] for row in recipe.grid.table()],
+        columns=[method.label for method in METHODS],
+        rows=[(prompt, f"seed {seed}") for prompt in PROMPTS for seed in (3, 4)],
+        footer=FOOTER,
     )
-    assert sheet.draw().tobytes() == expected.tobytes()
+    assert sheet.tobytes() == expected.tobytes()
 
 
-def test_a_manifest_needs_only_columns_and_rows(folder):
-    (folder / "manifest.json").write_text(
-        json.dumps({"columns": ["base"], "rows": [{"label": "a cat", "images": ["base-0.png"]}]})
-    )
-    assert (
-        Sheet.load(folder).draw().tobytes()
-        == Sheet(columns=["base"], rows=[grid.SheetRow("a cat", [folder / "base-0.png"])]).draw().tobytes()
-    )
+@pytest.mark.parametrize(
+    ("scales", "told"),
+    [
+        ({"A x 2": 2, "B x 0.5": 0.5}, "fp32;"),
+        ({"A": 1, "B": 1.0}, "fp32, adapter scale 1;"),
+        ({"A": 1, "B x 2": 2}, "fp32, adapter scale 1;"),
+        ({"A": 1, "B": 0.5}, "fp32, A at scale 1, B at scale 0.5;"),
+    ],
+)
+def test_the_small_print_has_the_scales_that_no_label_has(recipe, tmp_path, scales, told):
+    methods = [Method("base"), *(Method(label, "one", scale) for label, scale in scales.items())]
+    own = dataclasses.replace(recipe, grid=dataclasses.replace(recipe.grid, methods=methods))
+    assert told in own.sheet(tmp_path, "Euler").footer
+
+
+# The folder.
+
+
+def test_the_manifest_draws_the_same_again(words, icons, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "deep" / "second"
+    monkeypatch.chdir(tmp_path)
+    look = ["--title", "T", "--strip", "icons", "--cell_size", "40", "--margin", "3", "--sampler", "Euler a"]
+    layout = ["--rows", "method", "--columns", "seed", "prompt", "--negative_prompt", "green"]
+    main([*words, *look, *layout, "--output", "first"])
+    main(["--manifest", "first/manifest.json", "--output", str(second), "--device", "cpu"])
+    one, other = files(first), files(second)
+    manifests = [json.loads(folder.pop("manifest.json")) for folder in (one, other)]
+    assert one == other and len(one) == 13
+    assert "../first" not in json.dumps(manifests[1]) and str(tmp_path) not in json.dumps(manifests)
+    for manifest, folder in zip(manifests, (first, second), strict=True):
+        own = manifest["grid"]
+        paths = [*manifest.pop("strip"), own.pop("base"), own["adapters"]["adapter_1"].pop("file")]
+        assert all((folder / path).exists() for path in paths)
+    assert manifests[0] == manifests[1]
+    again = tmp_path / "again.png"
+    main([str(second), "--output", str(again)])
+    assert Image.open(again).tobytes() == Image.open(first / "sheet.png").tobytes()
+
+
+def test_the_sheet_shows_and_says_what_was_drawn(words, tmp_path, capsys):
+    output = tmp_path / "out"
+    main([*words, "--output", str(output)])
+    assert capsys.readouterr().out == f"{output / 'sheet.png'}\n"
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["columns"] == ["base", "LoRA x 0.5", "LoRA x 1"]
+    assert [row["label"] for row in manifest["rows"]] == [
+        [prompt, f"seed {seed}"] for prompt in PROMPTS for seed in (3, 4)
+    ]
+    assert manifest["footer"] == FOOTER
+    sheet = Image.open(output / "sheet.png")
+    assert sheet.tobytes() == grid.draw_sheet(output).tobytes()
+    said = sheet.text["parameters"].splitlines()
+    assert said[:2] == PROMPTS and said[2].startswith("Steps: 2, Sampler: Euler, CFG scale: 3, Seeds: 3 4, ")
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(words, tmp_path, launcher):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    main([*words, "--batch_size", "2", "--output", str(whole)])
+    command = ("-m", "flatlora_diffusion.grid", *words, "--batch_size", "2", "--output", output)
+    running = launcher.start(*command)
+    assert running.wait_until(lambda: len(list(output.glob("*-seed*.png"))) >= 5)
+    running.kill()
+    before = pictures(output)
+    assert 5 <= len(before) < 12 and not (output / "sheet.png").exists()
+    kept = {name: (output / name).stat().st_ino for name in before}
+    assert launcher.run(*command).code == 0
+    assert files(output) == files(whole)
+    assert {name: (output / name).stat().st_ino for name in before} == kept
+
+
+def test_only_what_is_missing_or_damaged_is_drawn_again(recipe, tmp_path):
+    def seen(number, total, cell, picture):
+        told.append((number, total, cell.file))
+        if len(told) == stop:
+            raise KeyError("stopped")
+
+    told, stop, output = [], 5, tmp_path / "out"
+    with pytest.raises(KeyError):
+        draw_grid(recipe, output, device="cpu", on_picture=seen)
+    assert [number for number, _, _ in told] == [1, 2, 3, 4, 5] and {total for _, total, _ in told} == {12}
+    assert files(output).keys() == {"manifest.json", *(name for _, _, name in told)}
+    stop = 0
+    draw_grid(recipe, output, device="cpu", on_picture=seen)
+    whole, names = files(output), [name for _, _, name in told]
+    assert len(set(names)) == len(names) == 12 and told[-1][0] == 12
+    gone, cut, other = names[0], names[1], names[7]
+    (output / gone).unlink()
+    (output / cut).write_bytes(whole[cut][:-200])
+    (output / other).write_bytes(whole[names[2]])
+    told.clear()
+    draw_grid(recipe, output, device="cpu", on_picture=seen)
+    assert {name for _, _, name in told} == {gone, cut, other} and files(output) == whole
+
+
+def test_another_layout_of_the_same_pictures_draws_none(words, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    words = [*words, "--seed", "7", "--output", str(output)]
+    main(words)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["footer"].endswith("; seed 7") and manifest["rows"][0]["label"] == PROMPTS[0]
+    before = pictures(output)
+    monkeypatch.setattr(grid, "draw_batch", lambda *_, **__: pytest.fail("drawn"))
+    main([*words, "--no_legend", "--columns", "seed", "method", "--title", "T", "--batch_size", "4"])
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert "footer" not in manifest and manifest["columns"][1] == ["seed 7", "LoRA x 0.5"]
+    assert pictures(output) == before
+
+
+def test_another_grid_in_the_folder_is_refused_before_anything_is_loaded(
+    words, adapters, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    main([*words, "--output", str(output)])
+    before = files(output)
+    monkeypatch.setattr(grid, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    for changes, message in (
+        (["--prompt", "a red icon"], "has a grid with other prompts; give another folder"),
+        (["--steps", "1", "--dtype", "bf16"], "other dtype, steps;"),
+        (["--seed", "3"], "other seeds;"),
+        (["--no_base"], "other methods;"),
+        (["--adapter", f"Flat={adapters['Flat-LoRA']}"], "other methods;"),
+        (["--base", str(adapters["LoRA"].parent)], "other base;"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*words, *changes, "--output", str(output)])
+        assert files(output) == before
+
+
+def test_other_peoples_files_are_never_overwritten(words, tmp_path):
+    for name, message in (
+        ("sheet.png", "has a sheet.png of something else; give another folder"),
+        ("a_red_icon-seed4-base.png", "has a a_red_icon-seed4-base.png of something else"),
+        ("manifest.json", "is not valid JSON.*; give another folder"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=message):
+            main([*words, "--output", str(folder)])
+        assert files(folder) == {name: b"mine"}
+
+
+def test_a_changed_adapter_is_refused(words, adapters, tmp_path):
+    output, again = tmp_path / "out", tmp_path / "again"
+    main([*words, "--output", str(output)])
+    before = files(output)
+    adapters["LoRA"].write_bytes(adapters["Flat-LoRA"].read_bytes())
+    with pytest.raises(UserError, match="has a grid with other adapter files; give another folder"):
+        main([*words, "--output", str(output)])
+    with pytest.raises(UserError, match=r"isn't the file that the manifest's .* were drawn with .*; restore"):
+        main(["--manifest", str(output), "--output", str(again), "--device", "cpu"])
+    assert files(output) == before and not again.exists()
+
+
+def test_a_grid_can_take_the_place_of_another(recipe, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    draw_grid(recipe, output, device="cpu")
+    kept = files(output)
+    other = dataclasses.replace(recipe, grid=dataclasses.replace(recipe.grid, prompts=["a icon"]))
+    draw_grid(other, output, device="cpu", overwrite=True)
+    assert files(output).keys() == {
+        *("mine.txt", "manifest.json", "sheet.png"),
+        *(f"a_icon-seed{seed}-{name}.png" for seed in (3, 4) for name in ("base", "lora_x_0.5", "lora_x_1")),
+    }
+    draw_grid(recipe, output, device="cpu", overwrite=True)
+    assert files(output) == kept
+
+
+def test_a_folder_that_is_written_to_is_refused(words, tmp_path):
+    with output_lock(tmp_path), pytest.raises(UserError, match=r"--output .*: another run .* writes to it"):
+        main([*words, "--output", str(tmp_path)])
+
+
+# The command line.
+
+
+def recipe_of(*words):
+    return grid.read_recipe(vars(grid.grid_parser().parse_all([*words, "--base", "b"])))
+
+
+def test_adapters_with_scales(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file@2").touch()
+    adapters = ["A=x@0.5", "A=x", "A=x@-1e-1", "B=file@2", "C=file@2@3", "D=a=b"]
+    own = recipe_of("--prompt", "p", *(word for text in adapters for word in ("--adapter", text)))
+    assert [(m.label, m.adapter and str(own.adapters[m.adapter]), m.scale) for m in own.grid.methods] == [
+        ("base", None, 1.0),
+        ("A x 0.5", "x", 0.5),
+        ("A x 1", "x", 1.0),
+        ("A x -0.1", "x", -0.1),
+        ("B", "file@2", 1.0),
+        ("C x 3", "file@2", 3.0),
+        ("D", "a=b", 1.0),
+    ]
+
+
+def test_prompts_from_files_and_captions(icons, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n# a note\n  a cat \n\na dog, 犬\na cat\n", encoding="utf-8")
+    assert recipe_of("--prompts_file", str(file)).grid.prompts == ("a cat", "a dog, 犬")
+    assert recipe_of("--captions", str(icons)).grid.prompts == ("a blue icon", "a red icon")
+    assert recipe_of("--captions", str(icons), "--limit", "1").grid.prompts == ("a blue icon",)
+    (icons / "metadata.jsonl").write_text('{"file_name": "red.png", "words": "a \u72ac", "text": "no"}\n')
+    named = ("--caption_column", "words")
+    assert recipe_of("--captions", str(icons), *named).grid.prompts == ("a 犬",)
+    named = ("--instance_prompt", "x")
+    assert recipe_of("--captions", str(icons), *named).grid.prompts == ("x", "no")
+    (icons / "green.txt").write_text("{instance_prompt} in green")
+    assert recipe_of("--captions", str(icons), *named).grid.prompts == ("x", "x in green", "no")
+    with pytest.raises(UserError, match=r"--captions .*: a caption has .instance_prompt.; say with"):
+        recipe_of("--captions", str(icons))
+
+
+P = ("--prompt", "p")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            [],
+            "prompts come from one of --prompt, --prompts_file, --captions, --dataset_name; none of them is",
+        ),
+        ([*P, "--captions", "x"], "prompts come from one of .*; 2 of them"),
+        (["--prompts_file", "gone.txt"], "--prompts_file gone.txt: no such file"),
+        (["--prompts_file", "empty.txt"], "--prompts_file empty.txt: no prompt in it"),
+        (["--prompts_file", "binary.txt"], "--prompts_file binary.txt: not text in UTF-8"),
+        (["--captions", "gone"], "--captions gone: no such folder"),
+        (["--captions", "silent"], "--captions silent: no prompt in it"),
+        (["--dataset_name", "silent"], "--caption_column is missing; name the column of --dataset_name"),
+        ([*P, "--limit", "0"], "--limit 0: must be greater than 0"),
+        ([*P, "--adapter", "x"], "--adapter: x: must be NAME=PATH"),
+        ([*P, "--adapter", "x=gone@"], "--adapter: x=gone@: must be NAME=PATH or NAME=PATH@SCALE"),
+        ([*P, "--adapter", "x=gone@nan"], "gone@nan doesn't exist, 'nan' is no number"),
+        ([*P, "--adapter", "base=gone"], "method base: is there twice"),
+        (
+            [*P, "--adapter", "x=gone", "--adapter", "x=other"],
+            "--adapter x=other: x is gone already; give it",
+        ),
+        ([*P, "--adapter", "x=gone@2", "--adapter", "x=gone@2.0"], "method x x 2: is there twice"),
+        ([*P, "--no_base"], "there is no method"),
+        ([*P, "--rows", "prompt", "prompts"], "--rows: invalid choice: 'prompts'"),
+        (
+            [*P, "--rows", "seed", "--columns", "seed", "method"],
+            "each of prompt, seed, method must be in one",
+        ),
+        ([*P, "--sampler", "DPM"], "--sampler: invalid choice"),
+        ([*P, "--resolution", "12"], "width 12: must be a multiple of 8 greater than 0"),
+        ([*P, "--height", "0"], "height 0: must be a multiple of 8"),
+        ([*P, "--steps", "0"], "steps 0: must be greater than 0"),
+        ([*P, "--guidance", "inf"], "guidance inf: must be a finite number"),
+        ([*P, "--batch_size", "0"], "batch_size 0: must be greater than 0"),
+        ([*P, "--seed", "-1"], "seed -1: must be 0 or more"),
+        ([*P, "--device", "abacus"], "--device abacus: "),
+        ([*P, "--strip", "silent", "gone"], "nothing was drawn: the picture gone does not exist"),
+        ([*P, "--cell_size", "0"], "cell_size=0 must be at least 1"),
+        ([*P, "--margin", "-1"], "margin=-1 must be at least 0"),
+        ([*P, "--cell_size", "9000"], "nothing was drawn: the sheet would have .* more than the limit of 64"),
+        ([*P, "--output", "empty.txt"], "empty.txt is a file, not a folder"),
+        (["--manifest", "m.json", "--steps", "3"], "--(base|steps): is in the manifest; leave it out"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("# nothing\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\xfd")
+    Path("silent").mkdir()
+    Image.new("RGB", (8, 8)).save("silent/a.png")
+    monkeypatch.setattr(grid, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        main(["--base", "b", "--output", "out", "--device", "cpu", *words])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, r"cannot read .*manifest.json \(No such file"),
         ("{", "manifest.json is not valid JSON"),
-        ("[]", "holds a list; it must be a JSON object"),
-        ("{}", "rows must be a list"),
-        ('{"rows": [1]}', "rows must be a list"),
-        ('{"rows": [{"images": "a.png"}]}', r"rows\[0\]\.images='a.png' must be a list of strings"),
-        ('{"rows": [{"label": 3, "images": []}]}', r"rows\[0\]\.label=3 must be a string"),
-        ('{"rows": [], "columns": [1]}', r"columns=\[1\] must be a list of strings"),
-        ('{"rows": [], "strip": {}}', r"strip=\{\} must be a list of strings"),
+        ('{"columns": ["a"], "rows": []}', "tells of a sheet, but not how its pictures were drawn"),
+        ('{"columns": ["a"], "rows": [], "grid": {"base": "b"}}', "damaged, or of another version"),
+        ('{"columns": ["a"], "rows": [], "grid": []}', "damaged, or of another version"),
     ],
 )
-def test_bad_manifests_are_named(tmp_path, content, message):
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        Sheet.load(tmp_path)
+def test_manifests_of_no_grid_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        main(["--manifest", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
-def test_command_line_with_pictures_and_with_a_folder(folder):
-    images = [folder / f"{method}-{seed}.png" for seed in (0, 1) for method in METHODS]
-    one, two = folder / "one.png", folder / "two.png"
-    done = command_line(
-        *images, "--columns", *METHODS, "--rows", "a", "b", "--title", "T", "--strip", folder / "icons",
-        "--output", one,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    sheet = Image.open(one).convert("RGB")
-    boxes = [box_of(sheet, (index + 1, 0, 0))[0] for index in range(6)]
-    assert boxes[0][1] == boxes[2][1] < boxes[3][1] and boxes[0][0] < boxes[1][0]
-    assert all(box_of(sheet, (0, index + 1, 0))[1] for index in range(3))
-
-    assert grid.main([str(folder), "--output", str(two)]) == 0
-    assert Image.open(two).tobytes() == Sheet.load(folder).draw().tobytes()
-    assert not list(folder.glob(".*")), "no temporary file stays"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["base-0.png", "missing.png", "--columns", "a", "b"], "missing.png does not exist"),
-        (["base-0.png", "broken.png", "--columns", "a", "b"], "broken.png cannot be read"),
-        (["base-0.png", "--columns", "a", "b"], "1 pictures do not fill rows of 2 columns"),
-        (["base-0.png", "--columns", "a", "--rows", "b", "c"], "--rows has 2 labels for 1 rows"),
-        (["base-0.png"], "--columns is missing"),
-        (["icons"], "manifest.json (No such file or directory)"),
-        ([".", "--columns", "a"], "leave --columns and --rows out"),
-        (["base-0.png", "--columns", "a", "--strip", "empty"], "the folder empty holds no pictures"),
-        (["--columns", "a"], "the following arguments are required: IMAGE"),
-        ([".", "--output", "sheet.jpg"], "--output sheet.jpg must end in .png"),
-        ([".", "--output", "nowhere/sheet.png"], "the folder nowhere of --output does not exist"),
-    ],
-)
-def test_command_line_errors_are_one_line_and_write_nothing(folder, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(folder)
-    (folder / "broken.png").write_bytes((folder / "base-0.png").read_bytes()[:40])
-    (folder / "empty").mkdir()
-    (folder / "sheet.png").write_text("an earlier one")
-    before = sorted(folder.iterdir())
-    arguments = arguments if "--output" in arguments else [*arguments, "--output", "sheet.png"]
-    try:
-        code = grid.main(arguments)
-    except SystemExit as exit_:
-        code = exit_.code
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
-    assert sorted(folder.iterdir()) == before
-    assert (folder / "sheet.png").read_text() == "an earlier one"
-
-
-def test_an_error_through_the_module(tmp_path):
-    failed = command_line("x.png", "--columns", "a", "--output", tmp_path / "sheet.png")
-    assert (failed.returncode, failed.stderr) == (2, "error: the picture x.png does not exist\n")
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        grid.main(["--help"])
-    shown = capsys.readouterr().out
-    assert exit_.value.code == 0 and "manifest" in shown and "--columns" in shown
+def test_what_is_missing_is_named(capsys):
+    for words, message in (([], "--output is missing"), (["--output", "o"], "--base is missing")):
+        with pytest.raises(SystemExit) as exit_:
+            run_command(lambda words=words: main(words))
+        assert exit_.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")

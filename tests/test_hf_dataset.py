@@ -17,7 +17,8 @@ from flatlora_diffusion import data
 from flatlora_diffusion.cli import run_command
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.hf_dataset import dataset_samples
+from flatlora_diffusion.grid_flags import grid_parser, read_recipe
+from flatlora_diffusion.hf_dataset import dataset_captions, dataset_samples
 from flatlora_diffusion.train import train
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
@@ -198,6 +199,21 @@ def test_it_resumes_wherever_the_dataset_is_and_refuses_another(config, icons, t
     with pytest.raises(UserError, match="belongs to other settings"):
         train(dataclasses.replace(moved, dataset_name=str(folder)))
     assert_equal(run(moved), whole)
+
+
+def test_captions_alone_are_those_of_the_rows(config, icons, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_parquet(Path(config.dataset_name), icons=icons)
+    assert dataset_captions(str(folder), "words") == ["a blue icon", "", "", "{instance_prompt} in red"]
+    words = ["--base", "b", "--dataset_name", str(folder), "--caption_column", "words"]
+    given = vars(grid_parser().parse_all([*words, "--instance_prompt", "x"]))
+    assert read_recipe(given).grid.prompts == ("a blue icon", "x", "x in red")
+    for column, message in (
+        ("wrods", r"--caption_column wrods: no such column in .*words"),
+        ("list", r"row 0 of train, counted from 0: --caption_column list holds a list, not text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataset_captions(str(folder), column)
 
 
 def test_the_comparison_shows_the_first_images(config, icons, monkeypatch):

@@ -18,9 +18,12 @@ from flatlora_diffusion.cache import LatentCache
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import FLAT_METADATA_KEY, WEIGHTS_NAME, adapter_bytes, read_facts
-from flatlora_diffusion.generate import Drawing, compare, draw, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.generate import Drawing, draw, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.grid import draw_grid
 from flatlora_diffusion.learner import Learner
 from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, NewTokens, read_embeddings, replace_words
+from flatlora_diffusion.plan import Grid, Method
+from flatlora_diffusion.recipe import Recipe
 from flatlora_diffusion.run import Run
 from flatlora_diffusion.train import train
 from tests.conftest import (
@@ -350,22 +353,23 @@ def learned(tmp_path) -> dict[str, Path]:
 
 
 def test_pictures_of_several_adapters_are_those_by_hand(base_path, learned, tmp_path):
-    pipeline, folder = load_pipeline(str(base_path)), tmp_path / "pictures"
+    prompts, folder = ("a TOK icon", "a <s0><s1> icon"), tmp_path / "pictures"
+    grid = Grid(prompts, [3], [Method("base"), *(Method(label, label) for label in learned)])
     state = global_rng_state()
-    compare(pipeline, learned, ["a TOK icon", "a <s0><s1> icon"], [3], DRAWING, folder)
+    draw_grid(Recipe(str(base_path), grid, DRAWING, adapters=learned), folder, device="cpu")
     assert global_rng_state() == state
-    rows = [row["images"] for row in json.loads((folder / "manifest.json").read_text())["rows"]]
-    pictures = [[Image.open(folder / name).tobytes() for name in names] for names in rows]
+    pictures = [[Image.open(folder / cell.file).tobytes() for cell in row] for row in grid.table()]
     base = load_pipeline(str(base_path))
     pipelines = [by_hand(base_path, path) for path in learned.values()]
-    for row, prompt in zip(pictures, ("a TOK icon", "a <s0><s1> icon"), strict=True):
+    for row, prompt in zip(pictures, prompts, strict=True):
         expected = [draw_with(base, None, prompt, 3, DRAWING)]
         expected += [draw(own, 3, DRAWING, prompt="a <s0><s1> icon") for own in pipelines]
         assert row == [picture.tobytes() for picture in expected]
     assert len({picture for row in pictures for picture in row}) == 4
     away = dataclasses.replace(DRAWING, negative_prompt="TOK")
     expected = draw(pipelines[0], 3, DRAWING, prompt="a icon", negative_prompt="<s0><s1>")
-    assert draw_with(pipeline, "lora", "a icon", 3, away).tobytes() == expected.tobytes()
+    load_adapter(base, "lora", learned["LoRA"])
+    assert draw_with(base, "lora", "a icon", 3, away).tobytes() == expected.tobytes()
 
 
 def test_an_adapter_can_be_unloaded_and_another_take_its_name(base_path, learned, adapters):

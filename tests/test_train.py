@@ -131,7 +131,7 @@ def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, mon
     assert Image.open(output / "comparison.png").size > (400, 400)
     manifest = json.loads((output / "comparison" / "manifest.json").read_text())
     assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
-    assert [row["label"].split("\n")[0] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
+    assert [row["prompt"] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
     facts = {name: read_facts(output / name / WEIGHTS_NAME) for name in ("lora", "flat_lora")}
     assert facts["lora"]["method"] == "LoRA" and facts["lora"]["flat_sigma"] == 0
     assert facts["flat_lora"]["method"] == "Flat-LoRA" and facts["flat_lora"]["flat_sigma"] == 0.4
@@ -156,7 +156,8 @@ def assert_same_pictures_as_by_hand(config, output):
             generator=torch.Generator().manual_seed(config.seed),
         ).images[0]
         pipeline.unload_lora_weights()
-        assert by_hand.tobytes() == Image.open(output / "comparison" / f"001-{column}.png").tobytes()
+        ours = Image.open(output / "comparison" / f"a_blue_icon-seed3-{column}.png")
+        assert by_hand.tobytes() == ours.tobytes()
 
 
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])

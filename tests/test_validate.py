@@ -17,7 +17,7 @@ from flatlora_diffusion import contact_sheet, validate
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.gallery import Gallery, SideBySide
 from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.grid import Sheet
+from flatlora_diffusion.sheet import Sheet
 from flatlora_diffusion.train import _arms, _side_by_side, train
 from flatlora_diffusion.validate import Validation, report_validation
 from tests.conftest import assert_equal, run
