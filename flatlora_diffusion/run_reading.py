@@ -17,10 +17,10 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.gallery import FOLDER, numbered_steps, step_name
-from flatlora_diffusion.generate import MANIFEST
 from flatlora_diffusion.noise import SCHEDULES, sigma_at
 from flatlora_diffusion.present import COMPARISON
 from flatlora_diffusion.run import SUMMARY
+from flatlora_diffusion.sheet import MANIFEST
 
 Curve = list[tuple[int, float]]
 """Pairs (number of optimizer steps done, value), in order."""

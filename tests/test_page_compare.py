@@ -106,7 +106,7 @@ def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client
 
 def test_the_names_of_the_interface_are_stable(client):
     interface = client.view_api(return_format="dict")
-    assert sorted(interface["named_endpoints"]) == ["/compare", "/methods", "/training_run"]
+    assert sorted(interface["named_endpoints"]) == ["/compare", "/grid", "/methods", "/training_run"]
     assert not interface["unnamed_endpoints"]
 
 

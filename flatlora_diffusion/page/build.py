@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from flatlora_diffusion.page.compare import CompareTab
+from flatlora_diffusion.page.grid import GridTab
 from flatlora_diffusion.page.runs import runs_tab
 from flatlora_diffusion.page.site import Site
 
@@ -23,6 +24,8 @@ def build(site: Site) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
                 CompareTab(site, page)
+            with gr.Tab("Grid", id="grid"):
+                GridTab(site)
             with gr.Tab("Training runs", id="runs"):
                 runs_tab(site.runs)
     # A closed API: every request goes through the queue and its limits.
