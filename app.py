@@ -15,6 +15,7 @@ from flatlora_diffusion.page.presets import DEMO
 from flatlora_diffusion.page.site import Site
 from flatlora_diffusion.stamp import base_name
 from flatlora_diffusion.studio import Studio
+from flatlora_diffusion.votes import VoteFile
 
 PROJECT = Path(__file__).parent
 DEMO_BASE = PROJECT / "assets" / "micro-sdxl"
@@ -52,12 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--auth", type=_parse_auth, metavar="USER:PASSWORD", help="Ask visitors for these first."
     )
+    parser.add_argument(
+        "--votes",
+        type=_parse_votes,
+        default="flatlora-votes.jsonl",
+        metavar="FILE",
+        help="Keeps the votes of the blind test (default: flatlora-votes.jsonl in this folder).",
+    )
     given = parser.parse_all(arguments)
     base = given.base or str(DEMO_BASE)
     adapters = dict(given.adapter) or demo_adapters(PROJECT)
     pipeline = load_pipeline(base, device=given.device, dtype=DTYPES[given.dtype])
     studio = Studio(pipeline, base_name(base), adapters)
-    site = Site(studio, DEMO, guidance=3.0)
+    site = Site(studio, DEMO, guidance=3.0, votes=given.votes)
     page = build(site)
     _, address, _ = page.launch(
         server_name=given.host,
@@ -77,6 +85,13 @@ def _parse_auth(argument: str) -> tuple[str, str]:
     if not (user and separator and password):
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
+
+
+def _parse_votes(argument: str) -> VoteFile:
+    path = Path(argument)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}; make it")
+    return VoteFile(path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from flatlora_diffusion.page.blind import BlindTab
 from flatlora_diffusion.page.compare import CompareTab
 from flatlora_diffusion.page.site import Site
 
@@ -19,8 +20,12 @@ def build(site: Site) -> gr.Blocks:
     # Files that were handed out go after a day.
     with gr.Blocks(title="Flat-LoRA", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
         gr.Markdown("# Flat-LoRA\nThe same prompt, seed and initial noise with each method.")
-        with gr.Tabs(), gr.Tab("Compare", id="compare"):
-            CompareTab(site, page)
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                CompareTab(site, page)
+            if site.votes and site.studio.adapters:
+                with gr.Tab("Blind test", id="blind"):
+                    BlindTab(site, site.votes, page)
     # A closed API: every request goes through the queue and its limits.
     page.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False)
     return page

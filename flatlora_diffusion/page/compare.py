@@ -31,7 +31,7 @@ from flatlora_diffusion.page.site import (
     check_scale,
     check_seed,
 )
-from flatlora_diffusion.page.widgets import progress
+from flatlora_diffusion.page.widgets import connect_stop, preset_prompts, progress
 from flatlora_diffusion.samplers import SAMPLERS
 from flatlora_diffusion.studio import BASE, Drawn, Job
 
@@ -92,15 +92,7 @@ class CompareTab:
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-        self._presets = [
-            gr.Dataset(
-                samples=[[prompt] for prompt in prompts],
-                components=[self.prompt],
-                label=heading,
-                type="values",
-            )
-            for heading, prompts in site.presets.items()
-        ]
+        preset_prompts(site.presets, self.prompt)
         with gr.Row(elem_classes="beside-field"):
             self.seed = gr.Number(
                 0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=140
@@ -197,11 +189,7 @@ class CompareTab:
         )
         comparing.success(None, self.link, self.link, js=_SHOW_LINK, **PRIVATE)
         comparing.success(None, sides, None, js=_DESCRIBE_SLIDER, **PRIVATE)
-        self.stop_button.click(
-            lambda: progress("Stopped."), None, self.status, cancels=[comparing], queue=False, **PRIVATE
-        )
-        for dataset in self._presets:
-            dataset.click(lambda values: values[0], dataset, self.prompt, queue=False, **PRIVATE)
+        connect_stop(self.stop_button, self.status, [comparing])
         self.random_button.click(
             lambda: secrets.randbelow(MAX_SEED + 1), None, self.seed, queue=False, **PRIVATE
         )
@@ -300,7 +288,8 @@ class CompareTab:
                 self.pictures[method]: gr.Image(
                     str(drawn[method]), alt_text=f'"{asked.prompt}" drawn by {method} with seed {asked.seed}'
                 ),
-                self.captions[method]: self._caption(method, asked, event.seconds),
+                self.captions[method]: f"{event.seconds:.1f} s  \n"
+                + self._site.caption(method, asked.prompt, asked.seed, asked.drawing, asked.scale),
             }
         _forget(before)
         yield {
@@ -327,18 +316,6 @@ class CompareTab:
             self.map: gr.Image(found.picture, alt_text=f"Where {left} and {right} differ: bright is more"),
             self.figure: figure,
         }
-
-    def _caption(self, method: str, asked: _Asked, seconds: float) -> str:
-        drawing = asked.drawing
-        adapter = self._site.studio.adapters.get(method)
-        of_adapter = ""
-        if adapter:
-            of_adapter = f"  \nrank {adapter.rank}, scale {asked.scale:g}, hash {adapter.sha256[:10]}"
-        made = self._site.studio.stamp(method, asked.prompt, asked.seed, drawing, asked.scale)
-        return (
-            f"{seconds:.1f} s{of_adapter}  \nseed {asked.seed}, {drawing.steps} steps of {made.sampler}, "
-            f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
-        )
 
     def _compare_for_programs(
         self,

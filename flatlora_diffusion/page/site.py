@@ -16,6 +16,7 @@ from flatlora_diffusion import stamp
 from flatlora_diffusion.generate import Drawing
 from flatlora_diffusion.samplers import SAMPLERS
 from flatlora_diffusion.studio import Studio
+from flatlora_diffusion.votes import VoteFile
 
 MAX_PROMPT = 1000
 MAX_SEED = 2**32 - 1
@@ -39,12 +40,14 @@ class Site:
         presets: Heading -> prompts that can be chosen.
         steps: First number of denoising steps.
         guidance: First guidance.
+        votes: Those of the blind test; without, the page has none.
     """
 
     studio: Studio
     presets: Mapping[str, Sequence[str]]
     steps: int = 30
     guidance: float = 5.0
+    votes: VoteFile | None = None
     _folder: tempfile.TemporaryDirectory = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
     )
@@ -108,6 +111,18 @@ class Site:
         png.write_bytes(stamp.png(picture, made))
         png.with_suffix(".json").write_bytes(stamp.sidecar(made))
         return png, png.with_suffix(".json")
+
+    def caption(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float) -> str:
+        """How a picture was made, as two lines of Markdown; of the base one."""
+        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+        adapter = self.studio.adapters.get(method)
+        of_adapter = ""
+        if adapter:
+            of_adapter = f"rank {adapter.rank}, scale {scale:g}, hash {adapter.sha256[:10]}  \n"
+        return (
+            f"{of_adapter}seed {seed}, {drawing.steps} steps of {made.sampler}, "
+            f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
+        )
 
     def new_folder(self) -> Path:
         """An empty folder for files that are handed out; it goes with the page."""

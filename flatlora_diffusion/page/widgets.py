@@ -1,8 +1,14 @@
-"""Small pieces of HTML."""
+"""Small pieces that tabs share."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
+
+import gradio as gr
+from gradio.events import Dependency
+
+from flatlora_diffusion.page.site import PRIVATE
 
 
 def progress(told: str, fraction: float | None = None) -> str:
@@ -11,3 +17,19 @@ def progress(told: str, fraction: float | None = None) -> str:
     if fraction is not None:
         bar = f'<progress max="1" value="{fraction:.3f}" aria-label="Progress"></progress>'
     return f'<div class="told" role="status" aria-live="polite">{html.escape(told)}{bar}</div>'
+
+
+def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> None:
+    """Prompts to click on, under their headings; a click writes one into the field."""
+    for heading, prompts in presets.items():
+        dataset = gr.Dataset(
+            samples=[[text] for text in prompts], components=[prompt], label=heading, type="values"
+        )
+        dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE)
+
+
+def connect_stop(button: gr.Button, status: gr.HTML, drawing: Sequence[Dependency]) -> None:
+    """Let a button end what these events draw, and say so."""
+    stopped = button.click(None, cancels=list(drawing), queue=False, **PRIVATE)
+    # Afterwards: what was still told of the drawing must not be the last word.
+    stopped.then(lambda: progress("Stopped."), None, status, queue=False, show_progress="hidden", **PRIVATE)
