@@ -165,8 +165,8 @@ class Grid:
         return str(value) if str(value).strip() else "(no prompt)"
 
     def _files(self) -> dict[tuple[str, int, Method], str]:
-        prompts = _unique_slugs(self.prompts)
-        methods = _unique_slugs(method.label for method in self.methods)
+        prompts = unique_slugs(self.prompts)
+        methods = unique_slugs(method.label for method in self.methods)
         return {
             (prompt, seed, method): f"{prompts[index]}-seed{seed}-{methods[place]}.png"
             for index, prompt in enumerate(self.prompts)
@@ -175,7 +175,7 @@ class Grid:
         }
 
 
-def _unique_slugs(texts: Iterable[str]) -> list[str]:
+def unique_slugs(texts: Iterable[str]) -> list[str]:
     """The texts in a-z and 0-9, short; where nothing is left, or another has the same, with their place."""
     slugs: list[str] = []
     for number, text in enumerate(texts):

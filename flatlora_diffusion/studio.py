@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flatlora_diffusion.adapter_file import AdapterFacts
+from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import DTYPES, Drawing, draw_batch, load_adapter, sketches
 from flatlora_diffusion.samplers import sampler_name
 from flatlora_diffusion.stamp import Stamp, versions
@@ -84,10 +85,12 @@ class Studio:
         adapters: Label -> what the adapter's file is.
 
     Raises:
-        UserError: An adapter is missing, damaged, or doesn't fit the base.
+        UserError: An adapter is missing, damaged, called like the base, or doesn't fit it.
     """
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, base: str, adapters: Mapping[str, Path]) -> None:
+        if BASE in adapters:
+            raise UserError(f"an adapter is called {BASE}, as the base is; give it another name")
         self.base = base
         self.adapters: dict[str, AdapterFacts] = {
             label: load_adapter(pipeline, _key(index), path)
@@ -123,8 +126,8 @@ class Studio:
     def run(self, jobs: Sequence[Job]) -> Iterator[Step | Drawn]:
         """Do jobs one after the other, without another's in between, and tell how it goes.
 
-        Closing the iterator stops at the end of the step that is being computed, and leaves the pipeline as
-        it was. What goes wrong is raised here.
+        Closing the iterator stops the drawing at the end of the step that is being computed; the next run
+        waits for that. What goes wrong is raised here.
         """
         events: queue.SimpleQueue[Step | Drawn | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -152,8 +155,7 @@ class Studio:
                     raise event
                 yield event
         finally:
-            stop.set()
-            worker.join()
+            stop.set()  # without waiting: a server's event loop may be what closes this
 
     def stamp(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float = 1.0) -> Stamp:
         """What a picture says of its making."""

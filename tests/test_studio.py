@@ -69,7 +69,9 @@ def test_a_run_that_is_closed_stops_at_once_and_leaves_the_pipeline_sound(studio
     run = studio.run(jobs(studio, 1, drawing=Drawing(16, 16, 100_000, 3.0)))
     assert isinstance(next(run), Step)
     run.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
+    for worker in [thread for thread in threading.enumerate() if thread.name == "drawing"]:
+        worker.join(10)
+        assert not worker.is_alive()
     assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]
 
 
@@ -128,6 +130,11 @@ def test_the_stamp_says_how_a_picture_was_made(studio, adapters):
     assert (stamp.dtype, stamp.device) == ("fp32", "cpu")
     of_base = studio.stamp(BASE, "a icon", 7, DRAWING, 0.5)
     assert of_base.adapter_sha256 is None and of_base.scale is None
+
+
+def test_no_adapter_is_called_like_the_base(base_path, adapters):
+    with pytest.raises(UserError, match="an adapter is called base, as the base is"):
+        Studio(load_pipeline(str(base_path)), "tiny", {BASE: adapters["LoRA"]})
 
 
 def test_a_damaged_adapter_is_named(base_path, adapters):

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from flatlora_diffusion.page.blind import BlindTab
 from flatlora_diffusion.page.compare import CompareTab
 from flatlora_diffusion.page.grid import GridTab
 from flatlora_diffusion.page.runs import runs_tab
@@ -26,6 +27,9 @@ def build(site: Site) -> gr.Blocks:
                 CompareTab(site, page)
             with gr.Tab("Grid", id="grid"):
                 GridTab(site)
+            if site.votes and site.studio.adapters:
+                with gr.Tab("Blind test", id="blind"):
+                    BlindTab(site, site.votes, page)
             with gr.Tab("Training runs", id="runs"):
                 runs_tab(site.runs)
     # A closed API: every request goes through the queue and its limits.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import secrets
-import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +16,21 @@ from PIL import Image
 
 from flatlora_diffusion.difference import difference
 from flatlora_diffusion.generate import Drawing
+from flatlora_diffusion.page.fields import drawing_fields
+from flatlora_diffusion.page.files import KEPT_SECONDS, forget, zipped
 from flatlora_diffusion.page.site import (
     DRAWS,
-    MAX_GUIDANCE,
     MAX_PROMPT,
     MAX_SCALE,
     MAX_SEED,
-    MAX_STEPS,
     PRIVATE,
     Site,
     check_prompt,
     check_scale,
     check_seed,
 )
-from flatlora_diffusion.page.widgets import progress
-from flatlora_diffusion.samplers import SAMPLERS
+from flatlora_diffusion.page.widgets import connect_stop, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.studio import BASE, Drawn, Job
-
-_KEPT_SECONDS = 3600  # files of a visitor's last comparison
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class CompareTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 self._build_settings()
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_id="results"):
                 self._build_results()
         self._connect(page)
 
@@ -92,15 +87,7 @@ class CompareTab:
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-        self._presets = [
-            gr.Dataset(
-                samples=[[prompt] for prompt in prompts],
-                components=[self.prompt],
-                label=heading,
-                type="values",
-            )
-            for heading, prompts in site.presets.items()
-        ]
+        preset_prompts(site.presets, self.prompt)
         with gr.Row(elem_classes="beside-field"):
             self.seed = gr.Number(
                 0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=140
@@ -108,19 +95,13 @@ class CompareTab:
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
         self.scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="Scale of the adapters")
         with gr.Accordion("More settings", open=False):
-            self.negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT)
-            self.steps = gr.Slider(1, MAX_STEPS, site.steps, step=1, label="Denoising steps")
-            self.guidance = gr.Slider(0, MAX_GUIDANCE, site.guidance, step=0.1, label="Guidance")
-            self.sampler = gr.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler")
-            sides = {"minimum": site.smallest_side, "maximum": site.largest_side, "step": 8}
-            self.width = gr.Slider(value=site.studio.native_side, label="Width", **sides)
-            self.height = gr.Slider(value=site.studio.native_side, label="Height", **sides)
+            self._drawing = drawing_fields(site)
 
     def _build_results(self) -> None:
         methods, picture = list(self._methods), self._site.picture_class
         self.status = gr.HTML(progress("Press Compare."), elem_id="status")
         with gr.Row():
-            self.left = gr.Dropdown(methods, value=methods[-2], label="Left side", min_width=120)
+            self.left = gr.Dropdown(methods, value=methods[-2:][0], label="Left side", min_width=120)
             self.right = gr.Dropdown(methods, value=methods[-1], label="Right side", min_width=120)
         self.slider = gr.ImageSlider(
             format="png",
@@ -166,14 +147,16 @@ class CompareTab:
                     "Download pictures and settings (ZIP)", interactive=False, elem_id="download"
                 )
         # The last comparison: method -> file, and where the files are.
-        self.drawn = gr.State({}, time_to_live=_KEPT_SECONDS, delete_callback=_forget)
+        self.drawn = gr.State(
+            {},
+            time_to_live=KEPT_SECONDS,
+            delete_callback=lambda drawn: forget({file.parent for file in drawn.values()}),
+        )
 
     @property
     def _settings(self) -> list[gr.components.Component]:
-        return [
-            *(self.prompt, self.negative, self.seed, self.steps, self.guidance),
-            *(self.scale, self.sampler, self.width, self.height),
-        ]
+        negative, steps, guidance, sampler, width, height = self._drawing
+        return [self.prompt, negative, self.seed, steps, guidance, self.scale, sampler, width, height]
 
     def _connect(self, page: gr.Blocks) -> None:
         sides = [self.left, self.right]
@@ -190,18 +173,14 @@ class CompareTab:
             every_result,
             show_progress="full",
             show_progress_on=self.status,
-            scroll_to_output=True,
+            js=scrolled_to("results"),
             trigger_mode="once",
             **DRAWS,
             **PRIVATE,
         )
         comparing.success(None, self.link, self.link, js=_SHOW_LINK, **PRIVATE)
         comparing.success(None, sides, None, js=_DESCRIBE_SLIDER, **PRIVATE)
-        self.stop_button.click(
-            lambda: progress("Stopped."), None, self.status, cancels=[comparing], queue=False, **PRIVATE
-        )
-        for dataset in self._presets:
-            dataset.click(lambda values: values[0], dataset, self.prompt, queue=False, **PRIVATE)
+        connect_stop(self.stop_button, self.status, [comparing])
         self.random_button.click(
             lambda: secrets.randbelow(MAX_SEED + 1), None, self.seed, queue=False, **PRIVATE
         )
@@ -300,13 +279,14 @@ class CompareTab:
                 self.pictures[method]: gr.Image(
                     str(drawn[method]), alt_text=f'"{asked.prompt}" drawn by {method} with seed {asked.seed}'
                 ),
-                self.captions[method]: self._caption(method, asked, event.seconds),
+                self.captions[method]: f"{event.seconds:.1f} s  \n"
+                + self._site.caption(method, asked.prompt, asked.seed, asked.drawing, asked.scale),
             }
-        _forget(before)
+        forget({file.parent for file in before.values()})
         yield {
             self.status: progress(f"Done in {total:.1f} s.", 1.0),
             **self._show_pair(drawn, left, right),
-            self.download: gr.DownloadButton(value=str(_zipped(folder)), interactive=True),
+            self.download: gr.DownloadButton(value=str(zipped(folder, "comparison.zip")), interactive=True),
             self.link: asked.link(left, right),
             self.drawn: drawn,
         }
@@ -327,18 +307,6 @@ class CompareTab:
             self.map: gr.Image(found.picture, alt_text=f"Where {left} and {right} differ: bright is more"),
             self.figure: figure,
         }
-
-    def _caption(self, method: str, asked: _Asked, seconds: float) -> str:
-        drawing = asked.drawing
-        adapter = self._site.studio.adapters.get(method)
-        of_adapter = ""
-        if adapter:
-            of_adapter = f"  \nrank {adapter.rank}, scale {asked.scale:g}, hash {adapter.sha256[:10]}"
-        made = self._site.studio.stamp(method, asked.prompt, asked.seed, drawing, asked.scale)
-        return (
-            f"{seconds:.1f} s{of_adapter}  \nseed {asked.seed}, {drawing.steps} steps of {made.sampler}, "
-            f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
-        )
 
     def _compare_for_programs(
         self,
@@ -421,22 +389,6 @@ def _from_link(text: str | None, component: gr.components.Component, name: str) 
         return value
     gr.Warning(f"The link's {name.replace('_', ' ')} is not one that this page has; it was left out.")
     return gr.skip()
-
-
-def _zipped(folder: Path) -> Path:
-    """A ZIP of a folder's files, beside them."""
-    files = sorted(folder.iterdir())
-    path = folder / "comparison.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in files:
-            archive.write(file, file.name)
-    return path
-
-
-def _forget(drawn: Mapping[str, Path]) -> None:
-    """Delete the files of a comparison."""
-    for folder in {path.parent for path in drawn.values()}:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The address of the page becomes the link to what it shows.

@@ -20,7 +20,7 @@ def zipped(folder: Path, name: str) -> Path:
     return path
 
 
-def forget(files: Iterable[Path]) -> None:
-    """Delete the folders that these files are in."""
-    for folder in {path.parent for path in files}:
+def forget(folders: Iterable[Path]) -> None:
+    """Delete folders that were handed out."""
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

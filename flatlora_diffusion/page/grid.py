@@ -16,7 +16,7 @@ from flatlora_diffusion.grid import sheet_png
 from flatlora_diffusion.page.fields import drawing_fields
 from flatlora_diffusion.page.files import KEPT_SECONDS, forget, zipped
 from flatlora_diffusion.page.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_scale, refusal
-from flatlora_diffusion.page.widgets import connect_stop, progress
+from flatlora_diffusion.page.widgets import connect_stop, progress, scrolled_to
 from flatlora_diffusion.plan import Cell, Grid, Method
 from flatlora_diffusion.recipe import Recipe
 from flatlora_diffusion.studio import BASE, Drawn, Job
@@ -52,7 +52,7 @@ class GridTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 self._build_settings()
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_id="grid-results"):
                 self._build_results()
         self._connect()
 
@@ -112,7 +112,7 @@ class GridTab:
             [self.status, self.sheet, self.download, self.gallery, self.drawn],
             show_progress="full",
             show_progress_on=self.status,
-            scroll_to_output=True,
+            js=scrolled_to("grid-results"),
             trigger_mode="once",
             **DRAWS,
             **PRIVATE,
@@ -209,7 +209,7 @@ class GridTab:
             self.status: progress(f"{pictures} pictures are drawn.", 1.0),
             self.sheet: gr.Image(str(sheet), alt_text=_described(planned.recipe.grid)),
             self.download: gr.DownloadButton(value=str(archive), interactive=True),
-            self.drawn: [sheet],
+            self.drawn: [folder],
         }
 
     def _draw_for_programs(

@@ -19,6 +19,7 @@ from flatlora_diffusion.page.presets import DEMO, presets
 from flatlora_diffusion.run_folder import RunFolder, find_runs
 from flatlora_diffusion.stamp import base_name
 from flatlora_diffusion.studio import BASE, Studio
+from flatlora_diffusion.votes import VoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def serve(given: argparse.Namespace) -> None:
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()  # they take the weights of an adapter for missing ones
+    if not given.votes.parent.is_dir():
+        raise UserError(f"--votes {given.votes}: there is no folder {given.votes.parent}; make it")
     folders = given.run or ([] if given.adapter else [demo_folder(PROJECT)])
     runs = _runs(folders)
     adapters = _adapters(runs, dict(given.adapter))
@@ -56,6 +59,7 @@ def serve(given: argparse.Namespace) -> None:
         presets=DEMO if is_demo else presets(studio.adapters, runs),
         **({"guidance": DEMO_GUIDANCE} if is_demo else {}),
         runs=runs,
+        votes=VoteFile(given.votes),
     )
     page = build(site)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ from PIL import Image
 
 from flatlora_diffusion import stamp
 from flatlora_diffusion.generate import Drawing
+from flatlora_diffusion.plan import unique_slugs
 from flatlora_diffusion.run_folder import RunFolder
 from flatlora_diffusion.samplers import SAMPLERS
 from flatlora_diffusion.studio import Studio
+from flatlora_diffusion.votes import VoteFile
 
 MAX_PROMPT = 1000
 MAX_SEED = 2**32 - 1
@@ -41,6 +42,7 @@ class Site:
         steps: First number of denoising steps.
         guidance: First guidance.
         runs: Label -> training run.
+        votes: Those of the blind test; without, the page has none.
     """
 
     studio: Studio
@@ -48,6 +50,7 @@ class Site:
     steps: int = 30
     guidance: float = 5.0
     runs: Mapping[str, RunFolder] = field(default_factory=dict)
+    votes: VoteFile | None = None
     _folder: tempfile.TemporaryDirectory = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
     )
@@ -112,10 +115,23 @@ class Site:
             scale: Of the adapter's update.
         """
         made = self.studio.stamp(method, prompt, seed, drawing, scale)
-        png = folder / f"{slug(method)}-seed{seed}.png"
+        names = dict(zip(self.studio.methods, unique_slugs(self.studio.methods), strict=True))
+        png = folder / f"{names[method]}-seed{seed}.png"
         png.write_bytes(stamp.png(picture, made))
         png.with_suffix(".json").write_bytes(stamp.sidecar(made))
         return png, png.with_suffix(".json")
+
+    def caption(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float) -> str:
+        """How a picture was made, as two lines of Markdown; of the base one."""
+        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+        adapter = self.studio.adapters.get(method)
+        of_adapter = ""
+        if adapter:
+            of_adapter = f"rank {adapter.rank}, scale {scale:g}, hash {adapter.sha256[:10]}  \n"
+        return (
+            f"{of_adapter}seed {seed}, {drawing.steps} steps of {made.sampler}, "
+            f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
+        )
 
     def new_folder(self) -> Path:
         """An empty folder for files that are handed out; it goes with the page."""
@@ -164,8 +180,3 @@ def _require(name: str, value: float | None, least: float, most: float, step: in
 def refusal(told: str) -> gr.Error:
     """What a visitor is told who asks for too much; the server's log has no traceback of it."""
     return gr.Error(told, print_exception=False)
-
-
-def slug(label: str) -> str:
-    """A label as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "method"

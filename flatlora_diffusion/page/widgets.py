@@ -30,4 +30,15 @@ def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> 
 
 def connect_stop(button: gr.Button, status: gr.HTML, drawing: Sequence[Dependency]) -> None:
     """Let a button end what these events draw, and say so."""
-    button.click(lambda: progress("Stopped."), None, status, cancels=list(drawing), queue=False, **PRIVATE)
+    stopped = button.click(None, cancels=list(drawing), queue=False, **PRIVATE)
+    # Afterwards: what was still told of the drawing must not be the last word.
+    stopped.then(lambda: progress("Stopped."), None, status, queue=False, show_progress="hidden", **PRIVATE)
+
+
+def scrolled_to(element: str) -> str:
+    """JavaScript for an event: its results come into sight, which on a phone are below the settings."""
+    return f"""(...given) => {{
+        const show = () => document.getElementById("{element}").scrollIntoView({{block: "nearest"}});
+        setTimeout(show, 200);
+        return given;
+    }}"""
