@@ -314,7 +314,9 @@ def test_programs_get_the_tally_of_the_file(address, studio, votes, votes_path):
         client.predict(*METHODS, api_name="/tally")
     assert str(votes_path.parent) not in str(error.value)
     endpoints = client.view_api(return_format="dict")
-    assert sorted(endpoints["named_endpoints"]) == ["/compare", "/methods", "/tally"]
+    assert sorted(endpoints["named_endpoints"]) == [
+        *("/compare", "/grid", "/methods", "/tally", "/training_run")
+    ]
     assert not endpoints["unnamed_endpoints"]
 
 
@@ -402,7 +404,7 @@ def test_votes_into_a_folder_that_is_not_there_are_refused_at_the_start(tmp_path
     path = tmp_path / "missing" / "votes.jsonl"
     with pytest.raises(UserError) as error:
         app.main(["--votes", str(path)])
-    assert str(error.value) == f"--votes: {path}: there is no folder {path.parent}; make it"
+    assert str(error.value) == f"--votes {path}: there is no folder {path.parent}; make it"
 
 
 # In a browser.

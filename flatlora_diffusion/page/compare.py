@@ -266,10 +266,10 @@ class CompareTab:
             method = self._methods[event.job]
             if not isinstance(event, Drawn):
                 told = f"Drawing {method}: about {event.seconds_left:.0f} s left for all."
-                update: dict[gr.components.Component, Any] = {self.status: progress(told, event.fraction)}
-                if event.sketches:
-                    update[self.pictures[method]] = event.sketches[0]
-                yield update
+                yield {
+                    self.status: progress(told, event.fraction),
+                    self.pictures[method]: event.sketches[0],
+                }
                 continue
             total += event.seconds
             drawn[method], _ = self._site.picture_files(
