@@ -50,10 +50,19 @@ def studio(base_path, adapters):
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    page = build(Site(studio, PRESETS, steps=2, guidance=3.0))
-    with served(page, **launch_settings()) as url:
+def site(studio):
+    return Site(studio, PRESETS, steps=2, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    with served(build(site), **launch_settings()) as url:
         yield url
+
+
+def kept(site):
+    """The folders with files that were handed out."""
+    return sorted(site.new_folder().parent.glob("*/*"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,8 @@ def pixels(files):
     return [Image.open(file).convert("RGB").tobytes() for file in files]
 
 
-def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client, studio, lone):
+def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client, site, studio, lone):
+    before = kept(site)
     asked = {
         **ASKED,
         "negative_prompt": "blue",
@@ -98,6 +108,7 @@ def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client
         assert stamp.read(Path(file)) == made
         assert facts[method].pop("seconds") > 0
         assert facts[method] == json.loads(stamp.sidecar(made))
+    assert kept(site) == before
     described = client.predict(api_name="/methods")
     assert list(described) == list(studio.methods) and described["base"] == {"name": "tiny"}
     assert described["LoRA"]["sha256"] == studio.adapters["LoRA"].sha256
@@ -280,7 +291,8 @@ def test_other_sides_are_chosen(open_page, address, lone):
     page.get_by_text("base and Flat-LoRA differ by").wait_for()
 
 
-def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, lone, studio):
+def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, site, lone):
+    before = kept(site)
     page = open_page(address)
     page.get_by_text("More settings").click()
     page.get_by_label("number input for Denoising steps").fill("100")
@@ -290,6 +302,7 @@ def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, l
     page.locator("#status", has_text="Stopped.").wait_for()
     page.wait_for_timeout(500)
     assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
+    assert kept(site) == before
     page.get_by_label("number input for Denoising steps").fill("2")
     compare(page)
     assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[1]

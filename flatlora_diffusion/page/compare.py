@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,30 @@ class CompareTab:
         }
         folder = self._site.new_folder()
         drawn: dict[str, Path] = {}
+        try:
+            seconds = yield from self._draw_one_by_one(asked, folder, drawn)
+            yield {
+                self.status: progress(f"Done in {seconds:.1f} s.", 1.0),
+                **self._show_pair(drawn, left, right),
+                self.download: gr.DownloadButton(
+                    value=str(zipped(folder, "comparison.zip")), interactive=True
+                ),
+                self.link: asked.link(left, right),
+                self.drawn: drawn,
+            }
+        except BaseException:  # it was stopped, or failed
+            forget([folder])
+            raise
+        forget({file.parent for file in before.values()})
+
+    def _draw_one_by_one(
+        self, asked: _Asked, folder: Path, drawn: dict[str, Path]
+    ) -> Generator[dict[gr.components.Component, Any], None, float]:
+        """Show how each picture comes into being, write it into the folder, and note it in `drawn`.
+
+        Returns:
+            The seconds that it took.
+        """
         total = 0.0
         for event in self._site.studio.run(self._jobs(asked)):
             method = self._methods[event.job]
@@ -272,24 +296,15 @@ class CompareTab:
                 }
                 continue
             total += event.seconds
-            drawn[method], _ = self._site.picture_files(
-                folder, event.pictures[0], method, asked.prompt, asked.seed, asked.drawing, asked.scale
-            )
+            made = (method, asked.prompt, asked.seed, asked.drawing, asked.scale)
+            drawn[method], _ = self._site.picture_files(folder, event.pictures[0], *made)
             yield {
                 self.pictures[method]: gr.Image(
                     str(drawn[method]), alt_text=f'"{asked.prompt}" drawn by {method} with seed {asked.seed}'
                 ),
-                self.captions[method]: f"{event.seconds:.1f} s  \n"
-                + self._site.caption(method, asked.prompt, asked.seed, asked.drawing, asked.scale),
+                self.captions[method]: f"{event.seconds:.1f} s  \n{self._site.caption(*made)}",
             }
-        forget({file.parent for file in before.values()})
-        yield {
-            self.status: progress(f"Done in {total:.1f} s.", 1.0),
-            **self._show_pair(drawn, left, right),
-            self.download: gr.DownloadButton(value=str(zipped(folder, "comparison.zip")), interactive=True),
-            self.link: asked.link(left, right),
-            self.drawn: drawn,
-        }
+        return total
 
     def _show_pair(
         self, drawn: Mapping[str, Path], left: str, right: str
@@ -319,20 +334,19 @@ class CompareTab:
         sampler: str,
         width: int,
         height: int,
-    ) -> tuple[list[str], dict[str, Any]]:
+    ) -> Iterator[tuple[list[str], dict[str, Any]]]:
         asked = self._asked(prompt, negative_prompt, seed, steps, guidance, scale, sampler, width, height)
-        folder = self._site.new_folder()
-        files: list[str] = []
-        facts: dict[str, Any] = {}
-        for event in self._site.studio.run(self._jobs(asked)):
-            if isinstance(event, Drawn):
-                method = self._methods[event.job]
-                png, sidecar = self._site.picture_files(
-                    folder, event.pictures[0], method, asked.prompt, asked.seed, asked.drawing, asked.scale
-                )
-                files.append(str(png))
-                facts[method] = {"seconds": event.seconds, **json.loads(sidecar.read_text(encoding="utf-8"))}
-        return files, facts
+        with self._site.lent_folder() as folder:
+            files: list[str] = []
+            facts: dict[str, Any] = {}
+            for event in self._site.studio.run(self._jobs(asked)):
+                if isinstance(event, Drawn):
+                    made = (self._methods[event.job], asked.prompt, asked.seed, asked.drawing, asked.scale)
+                    png, sidecar = self._site.picture_files(folder, event.pictures[0], *made)
+                    files.append(str(png))
+                    told = json.loads(sidecar.read_text(encoding="utf-8"))
+                    facts[made[0]] = {"seconds": event.seconds, **told}
+            yield files, facts
 
     def _describe_methods(self) -> dict[str, Any]:
         described: dict[str, Any] = {BASE: {"name": self._site.studio.base}}

@@ -14,7 +14,7 @@ from flatlora_diffusion import stamp
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.grid import sheet_png
 from flatlora_diffusion.page.fields import drawing_fields
-from flatlora_diffusion.page.files import KEPT_SECONDS, forget, zipped
+from flatlora_diffusion.page.files import zipped
 from flatlora_diffusion.page.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_scale, refusal
 from flatlora_diffusion.page.widgets import connect_stop, progress, scrolled_to
 from flatlora_diffusion.plan import Cell, Grid, Method
@@ -102,14 +102,13 @@ class GridTab:
             elem_id="grid-pictures",
             elem_classes=self._site.picture_class,
         )
-        self.drawn = gr.State([], time_to_live=KEPT_SECONDS, delete_callback=forget)
 
     def _connect(self) -> None:
         asked = [self.prompts, self.seeds, self.methods, self.scales, self.layout, *self._drawing]
         drawing = self.draw_button.click(
             self._draw,
-            [*asked, self.drawn],
-            [self.status, self.sheet, self.download, self.gallery, self.drawn],
+            asked,
+            [self.status, self.sheet, self.download, self.gallery],
             show_progress="full",
             show_progress_on=self.status,
             js=scrolled_to("grid-results"),
@@ -182,8 +181,7 @@ class GridTab:
         ]
         return _Planned(recipe, batches, jobs)
 
-    def _draw(self, *given: Any) -> Iterator[dict[gr.components.Component, Any]]:
-        *asked, before = given
+    def _draw(self, *asked: Any) -> Iterator[dict[gr.components.Component, Any]]:
         planned = self._planned(*asked)
         pictures = len(planned.recipe.grid)
         yield {
@@ -192,25 +190,21 @@ class GridTab:
             self.gallery: None,
             self.download: gr.DownloadButton(value=None, interactive=False),
         }
-        folder = self._site.new_folder()
-        shown: list[tuple[str, str]] = []
-        for event in self._site.studio.run(planned.jobs):
-            told = f"{len(shown)} of {pictures} pictures"
-            if not isinstance(event, Drawn):
-                left = f"{told}: about {event.seconds_left:.0f} s left."
-                yield {self.status: progress(left, event.fraction)}
-                continue
-            shown += self._write(folder, planned, event)
-            yield {self.gallery: shown}
-        sheet = self._write_sheet(folder, planned)
-        archive = zipped(folder, "grid.zip")
-        forget(before)
-        yield {
-            self.status: progress(f"{pictures} pictures are drawn.", 1.0),
-            self.sheet: gr.Image(str(sheet), alt_text=_described(planned.recipe.grid)),
-            self.download: gr.DownloadButton(value=str(archive), interactive=True),
-            self.drawn: [folder],
-        }
+        with self._site.lent_folder() as folder:
+            shown: list[tuple[str, str]] = []
+            for event in self._site.studio.run(planned.jobs):
+                if isinstance(event, Drawn):
+                    shown += self._write(folder, planned, event)
+                    yield {self.gallery: shown}
+                else:
+                    left = f"{len(shown)} of {pictures} pictures: about {event.seconds_left:.0f} s left."
+                    yield {self.status: progress(left, event.fraction)}
+            sheet = self._write_sheet(folder, planned)
+            yield {
+                self.status: progress(f"{pictures} pictures are drawn.", 1.0),
+                self.sheet: gr.Image(str(sheet), alt_text=_described(planned.recipe.grid)),
+                self.download: gr.DownloadButton(value=str(zipped(folder, "grid.zip")), interactive=True),
+            }
 
     def _draw_for_programs(
         self,
@@ -225,19 +219,19 @@ class GridTab:
         sampler: str,
         width: int,
         height: int,
-    ) -> tuple[list[str], list[dict[str, Any]]]:
+    ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
         planned = self._planned(
             *(prompts, seeds, methods, scales, layout),
             *(negative_prompt, steps, guidance, sampler, width, height),
         )
-        folder = self._site.new_folder()
-        for event in self._site.studio.run(planned.jobs):
-            if isinstance(event, Drawn):
-                self._write(folder, planned, event)
         cells = [cell for row in planned.recipe.grid.table() for cell in row]
-        made = [self._stamp(cell, planned.recipe) for cell in cells]
-        files = [self._write_sheet(folder, planned), *(folder / cell.file for cell in cells)]
-        return [str(file) for file in files], [json.loads(stamp.sidecar(own)) for own in made]
+        made = [json.loads(stamp.sidecar(self._stamp(cell, planned.recipe))) for cell in cells]
+        with self._site.lent_folder() as folder:
+            for event in self._site.studio.run(planned.jobs):
+                if isinstance(event, Drawn):
+                    self._write(folder, planned, event)
+            files = [self._write_sheet(folder, planned), *(folder / cell.file for cell in cells)]
+            yield [str(file) for file in files], made
 
     def _write(self, folder: Path, planned: _Planned, done: Drawn) -> list[tuple[str, str]]:
         """Write the pictures of a batch; their files and captions."""

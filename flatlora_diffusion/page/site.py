@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion import stamp
 from flatlora_diffusion.generate import Drawing
+from flatlora_diffusion.page.files import forget
 from flatlora_diffusion.plan import unique_slugs
 from flatlora_diffusion.run_folder import RunFolder
 from flatlora_diffusion.samplers import SAMPLERS
@@ -132,6 +134,15 @@ class Site:
             f"{of_adapter}seed {seed}, {drawing.steps} steps of {made.sampler}, "
             f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
         )
+
+    @contextlib.contextmanager
+    def lent_folder(self) -> Iterator[Path]:
+        """An empty folder that goes after the block: what an event yields there has been copied by then."""
+        folder = self.new_folder()
+        try:
+            yield folder
+        finally:
+            forget([folder])
 
     def new_folder(self) -> Path:
         """An empty folder for files that are handed out; it goes with the page."""
