@@ -94,9 +94,9 @@ class Launcher:
         """
         logs = Path(tempfile.mkdtemp(dir=self._folder))
         command = [str(word) for word in words]
-        if command[0] == "-m":
+        if command[:1] == ["-m"]:
             del command[0]
-        elif not command[0].endswith(".py"):
+        elif not command or not command[0].endswith(".py"):
             command.insert(0, SCRIPT)
         process = self._context.Process(target=_become, args=(command, logs, prepare), daemon=True)
         process.start()
@@ -122,6 +122,7 @@ def _become(command: list[str], logs: Path, prepare: Callable[[], None] | None) 
         log = os.open(logs / str(descriptor), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, descriptor)
         os.close(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     os.chdir(ROOT)
     sys.argv = command
     if prepare is not None:

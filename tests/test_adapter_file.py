@@ -448,7 +448,7 @@ def test_folders_without_an_adapter_are_named(pipeline, tmp_path):
 def test_what_does_not_arrive_is_refused_after_loading(tensors, metadata, adapters, tmp_path):
     pipeline = build_pipeline()
     load_adapter(pipeline, "good", adapters["LoRA"])
-    drawing = Drawing(16, 2, 3.0)
+    drawing = Drawing(16, 16, 2, 3.0)
     expected = [draw_with(pipeline, name, "a icon", 3, drawing).tobytes() for name in (None, "good")]
     part = "unet" if TO_Q in next(iter(tensors)) else "text_encoder"
     file = tmp_path / "a.safetensors"

@@ -1,5 +1,6 @@
 """`make demo` on the shipped base and icons, cut short."""
 
+import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -27,10 +28,14 @@ def test_the_demo_compares_trained_and_untrained_subjects_and_the_styles_of_the_
 
 
 def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    shutil.copy(PROJECT / "assets/icons-3d-heldout/alien.png", heldout)
     short = ["--max_train_steps", 2, "--validation_inference_steps", 2, "--report_to", "none"]
+    short += ["--heldout_data_dir", heldout]
     caplog.set_level("INFO")
-    train(demo_config(monkeypatch, *short, "--output_dir", tmp_path))
-    picture = tmp_path / "comparison.png"
+    train(demo_config(monkeypatch, *short, "--output_dir", tmp_path / "out"))
+    picture = tmp_path / "out" / "comparison.png"
     assert caplog.messages[-1] == f"the comparison is in {picture}"
     with Image.open(picture) as sheet:
         assert sheet.width > 600 and sheet.height > 600

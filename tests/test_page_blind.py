@@ -17,6 +17,7 @@ from PIL import Image
 
 import app
 from flatlora_diffusion import stamp
+from flatlora_diffusion import studio as studio_module
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.page import blind
@@ -141,6 +142,7 @@ def says_nothing(text, studio):
 def test_what_is_sent_is_the_same_whatever_the_sides_but_for_the_pictures(
     visitor, studio, lone, votes, monkeypatch
 ):
+    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_STEPS", 0.0)  # every step is told
     streams = []
     for order in (0, 1):
         monkeypatch.setattr(blind, "secrets", fixed(5, order))

@@ -146,12 +146,12 @@ def test_what_is_out_of_its_limits_is_refused(client, wrong, told):
 
 
 def test_fifty_requests_at_once_each_get_their_own_pictures_or_a_clean_refusal(address, lone):
-    clients = [Client(address, verbose=False) for _ in range(10)]
+    clients = [Client(address, verbose=False) for _ in range(2)]
     answers, refusals = {}, []
 
     def ask(seed):
         try:
-            files, _ = clients[seed % 10].predict(**{**ASKED, "seed": seed}, api_name="/compare")
+            files, _ = clients[seed % 2].predict(**{**ASKED, "seed": seed}, api_name="/compare")
             answers[seed] = pixels(files)
         except Exception as error:
             refusals.append(str(error))
