@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from flatlora_diffusion.app_flags import parse_app_arguments
 from flatlora_diffusion.cli import run_command
+from flatlora_diffusion.extras import import_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve the page."""
     given = parse_app_arguments(arguments)
-    from flatlora_diffusion.page.serve import serve  # after parsing: --help and bad flags answer at once
+    # After parsing: --help and bad flags answer at once. What is imported stays: looking for garbage in it
+    # would take a second, and time again later.
+    gc.disable()
+    import_extra("gradio", "app.py")
+    from flatlora_diffusion.page.serve import serve
 
+    gc.freeze()
+    gc.enable()
     serve(given)
 
 

@@ -12,7 +12,7 @@ def import_extra(package: str, flag: str) -> ModuleType:
 
     Args:
         package: Its name.
-        flag: What the user gave that needs it.
+        flag: What the user gave that needs it: a flag, or a command.
 
     Raises:
         UserError: It is not installed.
@@ -20,6 +20,5 @@ def import_extra(package: str, flag: str) -> ModuleType:
     try:
         return __import__(package)
     except ImportError as error:
-        raise UserError(
-            f"{flag} needs the package {package}: pip install {package}, or leave the flag out"
-        ) from error
+        otherwise = ", or leave the flag out" if flag.startswith("-") else ""
+        raise UserError(f"{flag} needs the package {package}: pip install {package}{otherwise}") from error

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 
 import httpx
 import pytest
@@ -59,6 +60,16 @@ def test_the_command_exits_with_code_2(launcher):
     done = launcher.run("app.py", "--run", "nowhere")
     assert done.code == 2
     assert done.stderr == "error: --run nowhere: no such folder; give the --output_dir of a training run\n"
+
+
+def test_without_gradio_it_says_what_to_do(launcher):
+    done = launcher.run("app.py", prepare=hide_gradio)
+    assert done.code == 2
+    assert done.stderr == "error: app.py needs the package gradio: pip install gradio\n"
+
+
+def hide_gradio() -> None:
+    sys.modules["gradio"] = None
 
 
 def test_what_a_run_left_is_served(launcher, comparison):

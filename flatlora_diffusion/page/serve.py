@@ -13,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.extras import import_extra
 from flatlora_diffusion.generate import DTYPES, default_device, load_pipeline
+from flatlora_diffusion.page.build import build, launch_settings
 from flatlora_diffusion.page.presets import DEMO, presets
+from flatlora_diffusion.page.site import Site
 from flatlora_diffusion.run_folder import RunFolder, find_runs
 from flatlora_diffusion.stamp import base_name
 from flatlora_diffusion.studio import BASE, Studio
@@ -37,10 +38,6 @@ def serve(given: argparse.Namespace) -> None:
     Raises:
         UserError: A flag names something that is missing, damaged, or doesn't fit the base.
     """
-    import_extra("gradio", "app.py")
-    from flatlora_diffusion.page.build import build, launch_settings
-    from flatlora_diffusion.page.site import Site
-
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()  # they take the weights of an adapter for missing ones
