@@ -18,6 +18,7 @@ from flatlora_diffusion.difference import difference
 from flatlora_diffusion.generate import Drawing
 from flatlora_diffusion.page.fields import drawing_fields
 from flatlora_diffusion.page.files import KEPT_SECONDS, forget, zipped
+from flatlora_diffusion.page.links import COMPARE_IF_LINKED, SHOW_LINK, from_link
 from flatlora_diffusion.page.site import (
     DRAWS,
     MAX_PROMPT,
@@ -178,7 +179,7 @@ class CompareTab:
             **DRAWS,
             **PRIVATE,
         )
-        comparing.success(None, self.link, self.link, js=_SHOW_LINK, **PRIVATE)
+        comparing.success(None, self.link, self.link, js=SHOW_LINK, **PRIVATE)
         comparing.success(None, sides, None, js=_DESCRIBE_SLIDER, **PRIVATE)
         connect_stop(self.stop_button, self.status, [comparing])
         self.random_button.click(
@@ -202,7 +203,7 @@ class CompareTab:
             **PRIVATE,
         )
         filled = page.load(self._fill, None, [*self._settings, *sides], **PRIVATE)
-        filled.then(None, js=_COMPARE_IF_LINKED, **PRIVATE)
+        filled.then(None, js=COMPARE_IF_LINKED, **PRIVATE)
         self._connect_api()
 
     def _connect_api(self) -> None:
@@ -377,49 +378,14 @@ class CompareTab:
             "height",
         )
         for name, component in zip(names, self._settings, strict=True):
-            values.append(_from_link(query.get(name), component, name))
-        values += [_from_link(query.get(side), getattr(self, side), side) for side in ("left", "right")]
+            values.append(from_link(query.get(name), component, name))
+        values += [from_link(query.get(side), getattr(self, side), side) for side in ("left", "right")]
         return values
 
-
-def _from_link(text: str | None, component: gr.components.Component, name: str) -> Any:
-    """A component's value from a link, or its own where the link names none or a bad one."""
-    if text is None:
-        return gr.skip()
-    if isinstance(component, gr.Dropdown):
-        good = text in [value for _, value in component.choices]
-        value: Any = text
-    elif isinstance(component, gr.Textbox):
-        good, value = len(text) <= MAX_PROMPT, text
-    else:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        good = component.minimum <= value <= component.maximum
-        if good and (isinstance(component, gr.Number) or component.step in (1, 8)):
-            value = int(value)
-    if good:
-        return value
-    gr.Warning(f"The link's {name.replace('_', ' ')} is not one that this page has; it was left out.")
-    return gr.skip()
-
-
-# The address of the page becomes the link to what it shows.
-_SHOW_LINK = """(query) => {
-    history.replaceState(null, "", location.pathname + query);
-    return location.origin + location.pathname + query;
-}"""
 
 # Gradio gives the slider's pictures no alternative texts.
 _DESCRIBE_SLIDER = """(left, right) => {
     setTimeout(() => document.querySelectorAll("#slider img").forEach((img, i) => {
         img.alt = i ? `Right: ${right}` : `Left: ${left}`;
     }), 200);
-}"""
-
-_COMPARE_IF_LINKED = """() => {
-    if (new URLSearchParams(location.search).has("prompt")) {
-        document.getElementById("compare").click();
-    }
 }"""
