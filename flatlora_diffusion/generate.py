@@ -24,7 +24,7 @@ from flatlora_diffusion.decode import decode, decoding_dtype, why_black
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
 from flatlora_diffusion.pivotal import load_embeddings, loaded_words, read_embeddings, replace_words
-from flatlora_diffusion.rows import rows_as_alone
+from flatlora_diffusion.rows import RowsAsAlone
 from flatlora_diffusion.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl import check_base, load_vae
 
@@ -241,7 +241,7 @@ def _denoise(
         settings["callback_on_step_end"] = told
     try:
         pipeline.scheduler = scheduler
-        with rows_as_alone(len(seeds)):
+        with RowsAsAlone(len(seeds)):
             return pipeline(
                 height=drawing.height,
                 width=drawing.width,

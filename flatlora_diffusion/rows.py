@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class rows_as_alone(TorchFunctionMode):  # noqa: N801 - used like a function
+class RowsAsAlone(TorchFunctionMode):
     """Within the block, a picture's rows get on the CPU the bits that they have alone.
 
     There are other algorithms for products of matrices where a thread gets but few rows, and for convolutions

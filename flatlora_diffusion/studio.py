@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
@@ -142,7 +143,7 @@ class Studio:
                 finally:
                     self._lock.release()
                 events.put(None)
-            except _Stopped:
+            except _StoppedError:
                 pass
             except BaseException as error:
                 events.put(error)
@@ -183,34 +184,33 @@ class Studio:
         done = 0
         began = told = time.perf_counter()
 
+        def after_step(index: int, before: int, step: int, latents: Tensor) -> None:
+            nonlocal told
+            if stop.is_set():
+                raise _StoppedError
+            now = time.perf_counter()
+            if now - told < _SECONDS_BETWEEN_STEPS:
+                return
+            fraction = (before + step * len(latents)) / total
+            left = (now - began) * (1 - fraction) / fraction
+            tell(Step(index, fraction, left, sketches(self._pipeline, latents)))
+            told = time.perf_counter()
+
         for index, job in enumerate(jobs):
             started = time.perf_counter()
-
-            def after_step(step: int, latents: Tensor) -> None:
-                nonlocal told
-                if stop.is_set():
-                    raise _Stopped
-                now = time.perf_counter()
-                if now - told < _SECONDS_BETWEEN_STEPS:
-                    return
-                fraction = (done + step * len(job.pictures)) / total  # noqa: B023 - called in this turn
-                left = (now - began) * (1 - fraction) / fraction
-                tell(Step(index, fraction, left, sketches(self._pipeline, latents)))  # noqa: B023
-                told = time.perf_counter()
-
             pictures = draw_batch(
                 self._pipeline,
                 self._keys[job.method],
                 job.pictures,
                 job.drawing,
                 scale=job.scale,
-                on_step=after_step,
+                on_step=partial(after_step, index, done),
             )
             done += job.drawing.steps * len(job.pictures)
             tell(Drawn(index, pictures, time.perf_counter() - started))
 
 
-class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+class _StoppedError(Exception):
     """Nobody waits for the pictures any longer."""
 
 

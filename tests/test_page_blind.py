@@ -26,8 +26,10 @@ from flatlora_diffusion.page.site import Site
 from flatlora_diffusion.page.tally import chance, tally_html
 from flatlora_diffusion.studio import Studio
 from flatlora_diffusion.votes import TIE, Tally, Vote, VoteFile
-from tests.browser import chromium, open_page, served  # noqa: F401 - fixtures
+from tests.browser import served
 from tests.conftest import write_adapters
+
+pytest_plugins = ["tests.browser"]
 
 DRAWING = Drawing(16, 16, 2, 3.0)
 PRESETS = {"Unseen": ["a red icon", "a blue icon"], "The base's own": ["an icon"]}
@@ -433,7 +435,7 @@ IN_VIEW = """(selector) => {
 }"""
 
 
-def open_tab(open_page, address, *device, **dark):  # noqa: F811
+def open_tab(open_page, address, *device, **dark):
     page = open_page(address, *device, **dark)
     page.get_by_role("tab", name="Blind test").click()
     return page
@@ -454,7 +456,7 @@ def shown(page):
 
 @pytest.mark.parametrize(("device", "dark"), [("desktop", True), ("phone", False)])
 def test_a_pair_is_drawn_voted_on_and_revealed(
-    open_page,  # noqa: F811
+    open_page,
     address,
     studio,
     lone,
@@ -515,7 +517,7 @@ def test_a_pair_is_drawn_voted_on_and_revealed(
     page.screenshot(path=tmp_path / f"{device}-voted.png", full_page=True)
 
 
-def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, votes):  # noqa: F811
+def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, votes):
     page = open_tab(open_page, address)
     page.keyboard.press("ArrowLeft")  # the tabs' own key: nothing is open to vote on
     page.get_by_role("tab", name="Blind test").click()
@@ -545,7 +547,7 @@ def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, vote
     assert [vote.chosen == TIE for vote in votes.votes()] == [False, False, True]
 
 
-def test_a_stopped_pair_cannot_be_voted_on(open_page, address, votes, monkeypatch):  # noqa: F811
+def test_a_stopped_pair_cannot_be_voted_on(open_page, address, votes, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
     original = Studio.run
 
