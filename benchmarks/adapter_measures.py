@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.quality_arms import ASSETS, ATTENTION, PROMPT, Arm
 from benchmarks.quality_measures import MEASURES, missing_parts, read_measures
@@ -77,11 +76,11 @@ class Measures:
             result["heldout_loss"] = losses.mean().item()
             for index, (_, columns) in enumerate(self._heldout.bands(BANDS)):
                 result[f"heldout_loss_band_{index}"] = losses[:, columns].mean().item()
-            result["retention_loss"] = self._retained.losses(unet, prompts).mean().item()
-            result["train_loss"] = training.losses(unet, prompts).mean().item()
+            result["retention_loss"] = self._retained.mean_loss(unet, prompts)
+            result["train_loss"] = training.mean_loss(unet, prompts)
 
             def loss(unet: nn.Module) -> float:
-                return few.losses(unet, prompts).mean().item()
+                return few.mean_loss(unet, prompts)
 
             for rise in flatness.expected_rise(loss, unet, self._attention(unet), SIGMAS, DRAWS):
                 result[f"rise_{rise.sigma}"] = rise.rise
@@ -96,15 +95,13 @@ class Measures:
 
     def sharpness(self, arm: Arm, folder: Path) -> dict[str, float]:
         """Largest eigenvalue of the training loss's Hessian, with respect to the attention's weights."""
-        training, few = self._training_sets(arm)
+        curved = self._set(data.find_samples(self._icons(arm), PROMPT)[:CURVED], TIMESTEPS)
         load_adapter(self._pipeline, "adapter", folder)
         try:
-            unet, prompts = self._model("adapter", 1.0, training)
+            unet, prompts = self._model("adapter", 1.0, curved)
 
-            def parts(unet: nn.Module) -> Any:
-                batches = list(few.batches())[:CURVED]
-                for batch in batches:
-                    yield few.batch_losses(unet, prompts, batch).mean() / len(batches)
+            def parts(unet: nn.Module) -> Iterator[Tensor]:
+                return curved.parts_of_mean(unet, prompts)
 
             return {"top_eigenvalue": flatness.top_eigenvalue(parts, unet, self._attention(unet))}
         finally:
@@ -156,13 +153,13 @@ class Measures:
         unet, prompts = self._model("adapter", scale, training)
 
         def loss(unet: nn.Module) -> float:
-            return few.losses(unet, prompts).mean().item()
+            return few.mean_loss(unet, prompts)
 
         (rise,) = flatness.expected_rise(loss, unet, self._attention(unet), [SIGMA], DRAWS)
         return {
-            f"scale_{scale}_heldout_loss": self._heldout.losses(unet, prompts).mean().item(),
-            f"scale_{scale}_retention_loss": self._retained.losses(unet, prompts).mean().item(),
-            f"scale_{scale}_train_loss": training.losses(unet, prompts).mean().item(),
+            f"scale_{scale}_heldout_loss": self._heldout.mean_loss(unet, prompts),
+            f"scale_{scale}_retention_loss": self._retained.mean_loss(unet, prompts),
+            f"scale_{scale}_train_loss": training.mean_loss(unet, prompts),
             f"scale_{scale}_rise_{SIGMA}": rise.rise,
         }
 

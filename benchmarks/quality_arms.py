@@ -20,10 +20,7 @@ ALL_LAYERS = (
     *("conv_in", "conv1", "conv2", "conv", "conv_shortcut", "conv_out"),
 )
 
-FEATURED = (
-    *("mild-lora", "mild-flat-0.1", "mild-flat-0.3", "mild-flat-0.8", "prior"),
-    *("over-lora", "over-flat-0.1", "over-flat-0.3"),
-)
+FEATURED = ("mild-lora", "mild-flat-0.3", "mild-flat-0.8", "over-lora", "over-flat-0.3")
 
 # The regimes. Demo's learning rate: ten times that of the paper, for a model ten times as narrow.
 MILD = {"rank": 4, "max_train_steps": 500}

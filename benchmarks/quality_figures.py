@@ -22,7 +22,17 @@ FORESTS = {
     "retention_loss": "Loss on icons of the base's own styles",
     "rise_0.1": "Rise of the training loss under noise (sigma 0.1)",
 }
-STYLE_AND_RETENTION = ("heldout_loss", "retention_loss")
+HELDOUT = "loss on held-out icons of the style  (better is lower)"
+SCATTERED = {
+    "style-against-retention": (
+        ("heldout_loss", HELDOUT),
+        ("retention_loss", "loss on the base's own styles  (better is lower)"),
+    ),
+    "flatness-against-style": (
+        ("rise_0.1", "rise of the training loss under noise, sigma 0.1  (flatter is lower)"),
+        ("heldout_loss", HELDOUT),
+    ),
+}
 PLAIN, SCHEDULES = "mild-lora", {"cosine": "mild", "constant": "schedule"}
 
 
@@ -44,7 +54,7 @@ def write_figures(runs: Runs, arms: Mapping[str, Arm], folder: Path) -> list[Pat
         f"{measure}.png": _forest(runs, arms, measure, title) for measure, title in FORESTS.items()
     }
     figures["sigma.png"] = _over_sigma(runs, arms, "rise_0.1")
-    figures["style-against-retention.png"] = _style_against_retention(runs, arms)
+    figures |= {f"{name}.png": _scattered(runs, arms, *axes) for name, axes in SCATTERED.items()}
     written = {folder / name: figure for name, figure in figures.items() if figure is not None}
     for path, figure in written.items():
         write_png(figure, path)
@@ -87,32 +97,27 @@ def _over_sigma(runs: Runs, arms: Mapping[str, Arm], measure: str) -> Figure | N
     return curves(series, "change of the rise of the loss under noise, %", 0) if series else None
 
 
-def _style_against_retention(runs: Runs, arms: Mapping[str, Arm]) -> Figure | None:
-    """The arms of the mild regime, with plain LoRA at other inference scales."""
+def _scattered(
+    runs: Runs, arms: Mapping[str, Arm], x_axis: tuple[str, str], y_axis: tuple[str, str]
+) -> Figure | None:
+    """The arms of the mild regime, and plain LoRA at other inference scales, in two measures with labels."""
+    (x_measure, x_label), (y_measure, y_label) = x_axis, y_axis
     points = []
     for name, arm in arms.items():
         if name == PLAIN or arm.against == PLAIN:
-            x, y = (
-                _interval(values_of(runs[name], measure)) for measure in ("heldout_loss", "retention_loss")
-            )
+            x, y = (_interval(values_of(runs[name], measure)) for measure in (x_measure, y_measure))
             if x and y:
                 points.append(Point(arm.group, arm.label, x, y))
-    by_scale: dict[float, list[Mapping[str, float]]] = {}
-    for measures in runs[PLAIN].values():
+    by_scale: dict[float, dict[int, Mapping[str, float]]] = {}
+    for seed, measures in runs[PLAIN].items():
         for scale, values in scale_curve(measures).items():
             if 0 < scale != 1:
-                by_scale.setdefault(scale, []).append(values)
+                by_scale.setdefault(scale, {})[seed] = values
     for scale, found in sorted(by_scale.items()):
-        x, y = (
-            _interval(dict(enumerate(values[measure] for values in found))) for measure in STYLE_AND_RETENTION
-        )
+        x, y = (_interval(values_of(found, measure)) for measure in (x_measure, y_measure))
         if x and y:
             points.append(Point("LoRA at other scales", f"x {scale:g}", x, y))
-    if not points:
-        return None
-    return scatter(
-        points, "loss on held-out icons of the style  (← better)", "loss on the base's own styles  (← better)"
-    )
+    return scatter(points, x_label, y_label) if points else None
 
 
 def _interval(values: Mapping[int, float]) -> tuple[float, float, float] | None:

@@ -7,8 +7,7 @@ of the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from benchmarks.sam import ascended, base_weights, given_gradients
 from flatlora_diffusion import train as trainer
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.interrupt import StopRequest
@@ -45,28 +45,6 @@ def train(config: TrainConfig, rival: str, rho: float) -> None:
         trainer.train(config)
 
 
-@contextmanager
-def ascended(tensors: list[Tensor], rho: float) -> Iterator[None]:
-    """The tensors moved by `rho` along their joint gradient inside the block; their own bits after it.
-
-    Their gradients are gone inside the block: `epsilon = rho * g / ||g||` of sharpness-aware minimisation
-    (arXiv 2010.01412, equation 2), with the norm over all of them.
-    """
-    gradients = [tensor.grad for tensor in tensors]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-    own = [tensor.detach().clone() for tensor in tensors]
-    try:
-        with torch.no_grad():
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.add_(gradient, alpha=rho / (float(norm) + 1e-12))
-                tensor.grad = None
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, own, strict=True):
-                tensor.copy_(value)
-
-
 def lora_layers(models: Iterable[nn.Module]) -> list[LoraLayer]:
     """The LoRA layers of some models."""
     return [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
@@ -89,29 +67,13 @@ class SamRun(Run):
     def _backward(self, step: int) -> Tensor:
         models = self.learner.trained.values()
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
-        perturbed = trained
-        if self.on_merged:  # W + s*B@A moves as W does, and has the same gradient
-            perturbed = [layer.get_base_layer().weight for layer in lora_layers(models)]
-        with _gradients_of(perturbed):
+        perturbed = base_weights(models) if self.on_merged else trained
+        with given_gradients(perturbed):
             super()._backward(step)
-        # What has no gradient, such as the last layer of the first text encoder, doesn't move.
-        with ascended([tensor for tensor in perturbed if tensor.grad is not None], self.rho):
+        with ascended(perturbed, self.rho):
             for parameter in trained:
                 parameter.grad = None
             return super()._backward(step)
-
-
-@contextmanager
-def _gradients_of(tensors: list[Tensor]) -> Iterator[None]:
-    """The tensors get gradients inside the block; frozen ones are frozen again after it."""
-    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
-    try:
-        for tensor in frozen:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
 
 
 class BiLoraRun(Run):

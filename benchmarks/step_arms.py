@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import SIGMA
 from benchmarks.inplace import InPlaceFlatLoRA
-from benchmarks.sam import MergedSam
+from benchmarks.sam import ascended, base_weights, given_gradients
 from flatlora_diffusion import FlatLoRA
-
-RHO = 0.05  # SAM's usual one; it decides nothing about the cost
 
 
 class PlainLoRA:
@@ -71,16 +69,19 @@ class InPlace(PlainLoRA):
 class Sam(PlainLoRA):
     """Sharpness-aware minimisation on the merged weights."""
 
+    rho = 0.05  # the usual one; it decides nothing about the cost
+
     def __init__(self, model: nn.Module, perturbed: nn.Module) -> None:
         super().__init__(model, perturbed)
-        self.sam = MergedSam(perturbed, RHO)
+        self.merged = base_weights([perturbed])
 
     def train_step(self, loss: Callable[[nn.Module], Tensor]) -> None:
         """Two passes: the second one gives the gradient of the adapter, from where the first one led."""
-        self.sam.ascend(lambda: loss(self.model))
+        with given_gradients(self.merged):
+            loss(self.model).backward()
         self.optimizer.zero_grad()
-        loss(self.model).backward()
-        self.sam.restore()
+        with ascended(self.merged, self.rho):
+            loss(self.model).backward()
         self.update()
 
 

@@ -15,7 +15,6 @@ from benchmarks import cases, common, full_sdxl, growth, overhead, steps
 from benchmarks.bases import Sizes
 from benchmarks.cases import Case, Stack, WithTextEncoders, cached_prompts_case, predict_of_stack
 from benchmarks.memory import MIB
-from benchmarks.sam import MergedSam
 from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM
 from tests.conftest import build_text_encoders
 
@@ -91,7 +90,7 @@ def test_the_sam_arm_equals_a_twin_with_merged_weights():
         expected[index, "B"] = 3 * gradient @ a.T
 
     arm = ARMS[SAM](model, model)
-    arm.sam = MergedSam(model, rho)
+    arm.rho = rho
     gradients = {}
 
     def update():

@@ -262,9 +262,10 @@ def test_report_is_written_where_asked(tmp_path, capsys):
     quality.main(["report", "--folder", str(tmp_path), "--output", str(tmp_path / "report.md")])
     written = (tmp_path / "report.md").read_text()
     tables = report(tmp_path, make_arms())
-    assert written == f"{tables}\n![style-against-retention](style-against-retention.png)\n"
+    images = ("style-against-retention", "flatness-against-style")
+    assert written == tables + "".join(f"\n![{image}]({image}.png)\n" for image in images)
     assert capsys.readouterr().out.strip() == tables.strip()
-    assert (tmp_path / "style-against-retention.png").is_file()
+    assert all((tmp_path / f"{image}.png").is_file() for image in images)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +430,8 @@ def test_figures_show_the_differences_of_the_tables(tmp_path, monkeypatch):
             changed = {"rise_0.1": 0.1 * (1 + change), "heldout_loss": heldout(1) * (1 + change + jitter)}
             write(tmp_path, name, seed, PLAIN | changed)
     paths = quality_figures.write_figures(read_runs(tmp_path, arms)[0], arms, tmp_path)
-    assert [path.stem for path in paths] == [*quality_figures.FORESTS, "sigma", "style-against-retention"]
+    scattered = list(quality_figures.SCATTERED)
+    assert [path.stem for path in paths] == [*quality_figures.FORESTS, "sigma", *scattered]
     rows_shown = {row.label: row for row in shown["forest"][0]}
     assert rows_shown["Flat-LoRA 0.3"].mean == pytest.approx(-40)
     assert rows_shown["Flat-LoRA 0.3"].n == 5 and rows_shown["Flat-LoRA 0.3"].group == "mild"
@@ -439,3 +441,5 @@ def test_figures_show_the_differences_of_the_tables(tmp_path, monkeypatch):
     assert [values[0] for values in by_schedule["constant"].values] == pytest.approx([20])
     points = {point.label: point for point in shown["scatter"][0]}
     assert {"LoRA", "Flat-LoRA 0.1", "x 0.4"} <= points.keys() and "x 1" not in points
+    assert points["Flat-LoRA 0.3"].x[0] == pytest.approx(heldout(1) * 0.6)
+    assert points["Flat-LoRA 0.3"].y[0] == pytest.approx(PLAIN["retention_loss"])

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
-from benchmarks import rivals
+from benchmarks import rivals, sam
 from flatlora_diffusion.data import find_samples
 from flatlora_diffusion.export import WEIGHTS_NAME
 from tests.conftest import assert_equal, global_rng_state, run
@@ -129,10 +129,10 @@ def test_the_ascent_raises_the_loss_by_rho_times_the_gradients_norm(config, on_m
     perturbed = trained(run)
     if on_merged:
         perturbed = [layer.get_base_layer().weight for layer in layers(run.learner.trained).values()]
-    with rivals._gradients_of(perturbed):
+    with sam.given_gradients(perturbed):
         run.learner.loss(0).backward()
     length = norm([t.grad for t in perturbed])
-    with rivals.ascended(perturbed, rho):
+    with sam.ascended(perturbed, rho):
         assert all(t.grad is None for t in perturbed)
         rise = run.learner.loss(0).item() - before
     assert rise == pytest.approx(rho * length, rel=0.03)
@@ -143,7 +143,7 @@ def test_weights_come_back_after_an_error():
     weight = torch.nn.Parameter(torch.tensor([0.1, 0.2]))
     weight.grad = torch.tensor([3.0, 4.0])
     own = weight.detach().clone()
-    with pytest.raises(RuntimeError, match="inside"), rivals.ascended([weight], 10.0):
+    with pytest.raises(RuntimeError, match="inside"), sam.ascended([weight], 10.0):
         torch.testing.assert_close(weight.detach(), own + torch.tensor([6.0, 8.0]))
         raise RuntimeError("inside")
     assert torch.equal(weight, own)

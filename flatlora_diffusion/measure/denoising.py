@@ -85,6 +85,17 @@ class DenoisingSet:
         rows = [self.batch_losses(unet, prompts, batch) for batch in self.batches()]
         return torch.stack([row.cpu() for row in rows])
 
+    def mean_loss(self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache) -> float:
+        """The mean of `losses`."""
+        return self.losses(unet, prompts).mean().item()
+
+    def parts_of_mean(
+        self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache
+    ) -> Iterator[Tensor]:
+        """Differentiable scalars whose sum is `mean_loss`, one a picture."""
+        for batch in self.batches():
+            yield self.batch_losses(unet, prompts, batch).mean() / len(self)
+
     def batches(self) -> Iterator[Batch]:
         """One batch a picture, with all its timesteps."""
         return self._latents.fixed_batches(self.timesteps)

@@ -166,7 +166,7 @@ class Personalisation:
         drawer: Draws.
         likeness: Compares.
         heldout: Pictures of the taught style that were never trained, with their captions.
-        training: Those that were.
+        training: Those that were; empty where they aren't at hand: copying isn't measured then.
 
     Raises:
         UserError: An image cannot be read.
@@ -178,12 +178,12 @@ class Personalisation:
         self._drawer, self._likeness = drawer, likeness
         self._wanted = [(sample.caption, seed) for seed, sample in enumerate(heldout)]
         self._true, self._training = (
-            likeness.pictures([open_image(sample.path) for sample in samples])
+            likeness.pictures([open_image(sample.path) for sample in samples]) if samples else None
             for samples in (heldout, training)
         )
 
     def measure(self, adapter: str | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """`clip_i`, and `nearest_training` of the `drawn` and the `true` pictures.
+        """`clip_i`, and with training pictures `nearest_training` of the `drawn` and the `true` pictures.
 
         Args:
             adapter: Name under which it is loaded, or None for the base alone.
@@ -193,13 +193,13 @@ class Personalisation:
             UserError: The pictures cannot be written.
         """
         drawn = self._likeness.pictures(self._drawer.draw(self._wanted, adapter, scale))
-        return {
-            "clip_i": paired_similarity(drawn, self._true),
-            "nearest_training": {
+        result: dict[str, Any] = {"clip_i": paired_similarity(drawn, self._true)}
+        if self._training is not None:
+            result["nearest_training"] = {
                 "drawn": nearest_similarity(drawn, self._training),
                 "true": nearest_similarity(self._true, self._training),
-            },
-        }
+            }
+        return result
 
 
 class Retention:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora_diffusion import data
@@ -152,16 +152,14 @@ class Evaluation:
         ]
         result: dict[str, Any] = {"heldout": {"loss": losses.mean().item(), "bands": bands}}
         if self._training:
-            result["train_loss"] = self._training.losses(unet, prompts).mean().item()
+            result["train_loss"] = self._training.mean_loss(unet, prompts)
         if self._retained:
-            result["retention"] = {"loss": self._retained.losses(unet, prompts).mean().item()}
+            result["retention"] = {"loss": self._retained.mean_loss(unet, prompts)}
         return result
 
     def _drawn(self, label: str) -> dict[str, Any]:
         name = self.names[label]
         result = self._personalisation.measure(name)
-        if not self.plan.training:
-            del result["nearest_training"]
         if self._trigger_free:
             result["retention"] = self._kept_drawings.measure(name)
         return result
@@ -171,11 +169,10 @@ class Evaluation:
         shown, layers, everything = self._flat_set, self._layers, filters(unet)
 
         def loss(unet: nn.Module) -> float:
-            return shown.losses(unet, prompts).mean().item()
+            return shown.mean_loss(unet, prompts)
 
-        def parts(unet: nn.Module) -> Any:
-            for batch in shown.batches():
-                yield shown.batch_losses(unet, prompts, batch).mean() / len(shown)
+        def parts(unet: nn.Module) -> Iterator[Tensor]:
+            return shown.parts_of_mean(unet, prompts)
 
         rises = flatness.expected_rise(loss, unet, layers, SIGMAS, DRAWS)
         return {
@@ -198,9 +195,9 @@ class Evaluation:
         curve = []
         for scale in SCALES:
             unet, prompts = self._model(label, scale)
-            point = {"scale": scale, "heldout_loss": self._few_heldout.losses(unet, prompts).mean().item()}
+            point = {"scale": scale, "heldout_loss": self._few_heldout.mean_loss(unet, prompts)}
             if self._few_retained:
-                point["retention_loss"] = self._few_retained.losses(unet, prompts).mean().item()
+                point["retention_loss"] = self._few_retained.mean_loss(unet, prompts)
             curve.append(point)
         return {"tradeoff": curve}
 
@@ -254,8 +251,7 @@ class Evaluation:
 
     @cached_property
     def _personalisation(self) -> Personalisation:
-        training = self.plan.training or self.plan.heldout
-        return Personalisation(self._drawer, self.likeness, self.plan.heldout, training)
+        return Personalisation(self._drawer, self.likeness, self.plan.heldout, self.plan.training)
 
     @cached_property
     def _kept_drawings(self) -> Retention:
