@@ -52,8 +52,9 @@ from benchmarks.common import (
     write_report,
 )
 from benchmarks.memory import MIB
+from benchmarks.sam import base_weights
 from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM
-from benchmarks.steps import adapted_weights, first_step
+from benchmarks.steps import first_step
 from flatlora_diffusion.sdxl import enable_gradient_checkpointing
 
 CHOICES = {"plain": PLAIN, "flat": FLAT, "in_place": IN_PLACE, "sam": SAM}
@@ -158,7 +159,7 @@ def measure(name: str, task: Task) -> Measured | str:
         if "memory" not in str(error):
             raise
         return str(error).splitlines()[0]
-    weights = adapted_weights(case.model)
+    weights = base_weights([case.model])
     return Measured(
         arm=name,
         adapted_layers=len(weights),

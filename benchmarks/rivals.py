@@ -7,7 +7,7 @@ of the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from benchmarks.sam import ascended, base_weights, given_gradients
+from benchmarks.sam import ascended, base_weights, given_gradients, lora_layers
 from flatlora_diffusion import train as trainer
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.interrupt import StopRequest
@@ -43,11 +43,6 @@ def train(config: TrainConfig, rival: str, rho: float) -> None:
     }
     with mock.patch.object(trainer, "Run", runs[rival]):
         trainer.train(config)
-
-
-def lora_layers(models: Iterable[nn.Module]) -> list[LoraLayer]:
-    """The LoRA layers of some models."""
-    return [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 class SamRun(Run):

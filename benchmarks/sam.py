@@ -15,10 +15,14 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 
+def lora_layers(models: Iterable[nn.Module]) -> list[LoraLayer]:
+    """The LoRA layers of some models."""
+    return [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 def base_weights(models: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The frozen weights under LoRA layers: `W + s*B@A` moves as W does, and has the same gradient."""
-    modules = (module for model in models for module in model.modules())
-    return [module.get_base_layer().weight for module in modules if isinstance(module, LoraLayer)]
+    return [layer.get_base_layer().weight for layer in lora_layers(models)]
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
 from benchmarks.common import now
 from benchmarks.memory import MIB, CpuLedger, CudaLedger, Memory, sampled_between_layers
+from benchmarks.sam import base_weights
 from benchmarks.step_arms import ARMS, PLAIN, PlainLoRA, copy_sharing_base
 
 
@@ -84,7 +84,7 @@ def measure(case: Case, deadline: float, repeats: int | None, names: Sequence[st
             arms[name].train_step(case.loss)
             seconds[name].append(now(device) - start)
 
-    sizes = [weight.nbytes / MIB for weight in adapted_weights(case.model.get_submodule(case.perturbed))]
+    sizes = [weight.nbytes / MIB for weight in base_weights([case.model.get_submodule(case.perturbed)])]
     return Result(
         case=case.name,
         adapted_layers=len(sizes),
@@ -93,11 +93,6 @@ def measure(case: Case, deadline: float, repeats: int | None, names: Sequence[st
         seconds=seconds,
         memory={name: memory[name].beyond(memory[PLAIN]) for name in names},
     )
-
-
-def adapted_weights(model: nn.Module) -> list[Tensor]:
-    """The base weights of a model's LoRA layers."""
-    return [module.get_base_layer().weight for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def ratio(ones: Sequence[float], others: Sequence[float]) -> str:

@@ -15,6 +15,7 @@ from benchmarks import cases, common, full_sdxl, growth, overhead, steps
 from benchmarks.bases import Sizes
 from benchmarks.cases import Case, Stack, WithTextEncoders, cached_prompts_case, predict_of_stack
 from benchmarks.memory import MIB
+from benchmarks.sam import base_weights
 from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM
 from tests.conftest import build_text_encoders
 
@@ -164,7 +165,7 @@ def test_a_sweep_varies_one_setting(tiny, monkeypatch, sweep, field, values, lay
 
     def measure(case, deadline, repeats, names):
         part = case.model.get_submodule(case.perturbed)
-        seen.append((case, len(steps.adapted_weights(part))))
+        seen.append((case, len(base_weights([part]))))
         return steps.Result(case.name, 1, 1.0, 1.0, {PLAIN: [1.0], FLAT: [1.0]}, {FLAT: NOTHING})
 
     monkeypatch.setattr(growth, "measure", measure)
