@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ SIGMAS = (0.1, 0.3)
 SIGMA = 0.1  # the paper's, at which inference scales are compared
 DRAWS = 2
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.2)
+OVER_SCALES = ("heldout_loss", "retention_loss", "train_loss", f"rise_{SIGMA}")
 DRAWING = Drawing(RESOLUTION, RESOLUTION, steps=30, guidance=3.0)
 DRAWN = 32  # held-out captions, and as many of the base's own styles
 CURVED = 8  # training icons in the Hessian
@@ -65,33 +67,38 @@ class Measures:
             write_atomically(folder / MEASURES, json.dumps(read_measures(folder) | found, indent=1).encode())
 
     def losses(self, arm: Arm, folder: Path) -> dict[str, float]:
-        """Losses, rise under noise, norm of the update; of featured arms over inference scales too."""
-        training, few = self._training_sets(arm)
+        """Losses, rise under noise, size of the update; of featured arms over inference scales too."""
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        result = {"update_norm": summary["mean_update_norm"]}
         load_adapter(self._pipeline, "adapter", folder)
         try:
-            unet, prompts = self._model("adapter", 1.0, training)
-            losses = self._heldout.losses(unet, prompts)
-            result["heldout_loss"] = losses.mean().item()
-            for index, (_, columns) in enumerate(self._heldout.bands(BANDS)):
-                result[f"heldout_loss_band_{index}"] = losses[:, columns].mean().item()
-            result["retention_loss"] = self._retained.mean_loss(unet, prompts)
-            result["train_loss"] = training.mean_loss(unet, prompts)
-
-            def loss(unet: nn.Module) -> float:
-                return few.mean_loss(unet, prompts)
-
-            for rise in flatness.expected_rise(loss, unet, self._attention(unet), SIGMAS, DRAWS):
-                result[f"rise_{rise.sigma}"] = rise.rise
+            base, merged = (merged_unet(self._pipeline, name) for name in (None, "adapter"))
+            relative = relative_update(base, merged, self._attention(merged))
+            result = self._at_scale(arm, 1.0, SIGMAS)
             if arm.featured:
-                for scale in (0.0, *SCALES):
-                    result |= self._at_scale(scale, training, few)
-                for name in ("heldout_loss", "retention_loss", "train_loss", f"rise_{SIGMA}"):
-                    result[f"scale_1.0_{name}"] = result[name]
+                curve = {scale: self._at_scale(arm, scale, [SIGMA]) for scale in (0.0, *SCALES)}
+                for scale, values in (curve | {1.0: result}).items():
+                    result |= {f"scale_{scale}_{name}": values[name] for name in OVER_SCALES}
+            return result | {"update_norm": summary["mean_update_norm"], "relative_update": relative}
         finally:
             self._pipeline.delete_adapters("adapter")
-        return result
+
+    def _at_scale(self, arm: Arm, scale: float, sigmas: Sequence[float]) -> dict[str, float]:
+        training, few = self._training_sets(arm)
+        unet, prompts = self._model("adapter", scale, training)
+
+        def loss(unet: nn.Module) -> float:
+            return few.mean_loss(unet, prompts)
+
+        heldout = self._heldout.losses(unet, prompts)
+        bands = enumerate(self._heldout.bands(BANDS))
+        rises = flatness.expected_rise(loss, unet, self._attention(unet), sigmas, DRAWS)
+        return {
+            "heldout_loss": heldout.mean().item(),
+            **{f"heldout_loss_band_{k}": heldout[:, columns].mean().item() for k, (_, columns) in bands},
+            "retention_loss": self._retained.mean_loss(unet, prompts),
+            "train_loss": training.mean_loss(unet, prompts),
+            **{f"rise_{rise.sigma}": rise.rise for rise in rises},
+        }
 
     def sharpness(self, arm: Arm, folder: Path) -> dict[str, float]:
         """Largest eigenvalue of the training loss's Hessian, with respect to the attention's weights."""
@@ -149,21 +156,26 @@ class Measures:
         captions = [*self._heldout.captions, *self._retained.captions, *training.captions]
         return unet, embed(self._pipeline, adapter, captions)
 
-    def _at_scale(self, scale: float, training: DenoisingSet, few: DenoisingSet) -> dict[str, float]:
-        unet, prompts = self._model("adapter", scale, training)
-
-        def loss(unet: nn.Module) -> float:
-            return few.mean_loss(unet, prompts)
-
-        (rise,) = flatness.expected_rise(loss, unet, self._attention(unet), [SIGMA], DRAWS)
-        return {
-            f"scale_{scale}_heldout_loss": self._heldout.mean_loss(unet, prompts),
-            f"scale_{scale}_retention_loss": self._retained.mean_loss(unet, prompts),
-            f"scale_{scale}_train_loss": training.mean_loss(unet, prompts),
-            f"scale_{scale}_rise_{SIGMA}": rise.rise,
-        }
-
     @staticmethod
     def _attention(unet: nn.Module) -> list[str]:
         """The same layers for every arm, whichever it trained."""
         return [name for name in filters(unet) if name.endswith(ATTENTION)]
+
+
+def relative_update(base: nn.Module, merged: nn.Module, layers: Sequence[str]) -> float:
+    """`||W' - W|| / ||W'||`, over the weights of some layers together.
+
+    Flat-LoRA's noise has the expected square `sigma^2 ||W'||^2`, so sigma over this is its length relative to
+    that of the update.
+
+    Args:
+        base: With the weights W.
+        merged: With W'.
+        layers: Names of linear or convolutional layers of both.
+    """
+    update = length = 0.0
+    for name in layers:
+        own, ours = (unet.get_submodule(name).weight.double() for unet in (base, merged))
+        update += (ours - own).square().sum().item()
+        length += ours.square().sum().item()
+    return math.sqrt(update / length)

@@ -18,6 +18,7 @@ from benchmarks.quality_measures import MAIN, OTHERS, Compared, Measure, Runs, c
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.measure.tables import markdown_table
 
+STRENGTHS = (0.1, 0.3)  # of the noise under which the rise is measured
 ENOUGH_SEEDS = 5  # with fewer, the intervals are too far from their level for a mark
 
 
@@ -57,12 +58,13 @@ def report(work: Path, arms: Mapping[str, Arm]) -> str:
             parts.append(_table(names, arms, runs, columns, OTHERS))
         parts.append(_matched_table([name for name in names if name in compared], arms, matches))
         sections.append("\n\n".join(filter(None, parts)))
+    sections.append(_strength_section(arms, runs))
     missing = [name for name in arms if not runs[name]]
     if missing:
         problems.append(f"not measured: {', '.join(missing)}")
     if problems:
         sections.append("\n".join(["## Left out", "", *(f"- {problem}" for problem in problems)]))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _preface(arms: int, count: int) -> str:
@@ -116,6 +118,30 @@ def _mean(values: Mapping[int, float], seeds: int) -> str:
 
 def _of_seeds(n: int, seeds: int) -> str:
     return "" if n == seeds else f" ({n} seed{'s' if n > 1 else ''})"
+
+
+def _strength_section(arms: Mapping[str, Arm], runs: Runs) -> str:
+    """The noise beside the update and its penalty beside the loss, for plain arms with a Flat-LoRA."""
+    measures = ("relative_update", "train_loss", *(f"rise_{sigma}" for sigma in STRENGTHS))
+    rows = []
+    for name in dict.fromkeys(arm.against for arm in arms.values() if arm.settings.get("flat_sigma")):
+        columns = [values_of(runs[name], measure) for measure in measures]
+        if not all(columns):
+            continue
+        update, loss, *rises = (statistics.fmean(values.values()) for values in columns)
+        cells = [f"{update:.3f}", *(f"{sigma / update:.2f}" for sigma in STRENGTHS)]
+        cells += [f"{100 * rise / loss:.2f}%" for rise in rises]
+        rows.append([f"{arms[name].label} ({arms[name].group})", *cells])
+    if not rows:
+        return ""
+    heads = [f"noise of sigma {sigma} / dW" for sigma in STRENGTHS]
+    heads += [f"rise at {sigma} / training loss" for sigma in STRENGTHS]
+    text = (
+        "The length of Flat-LoRA's noise beside that of plain LoRA's update, over all attention weights "
+        "together, and how much this noise adds to the loss of plain LoRA's model. Means over the seeds."
+    )
+    table = markdown_table(["plain arm", "dW / W'", *heads], rows)
+    return f"## How strong the noise is\n\n{text}\n\n{table}"
 
 
 def _matched_table(

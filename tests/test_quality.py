@@ -1,7 +1,9 @@
 """The benchmark of quality: its tables by hand, what is missing or damaged, and what trains when."""
 
+import copy
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -10,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import quality, quality_figures, quality_measures, rivals
+from benchmarks.adapter_measures import relative_update
 from benchmarks.matched import matched, scale_curve
 from benchmarks.quality_arms import Arm, make_arms, run_folder
 from benchmarks.quality_measures import read_runs
@@ -19,6 +24,7 @@ from benchmarks.quality_report import report
 from flatlora_diffusion import train as trainer
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.measure.merged import row_norms
 from flatlora_diffusion.run import SUMMARY
 
 ARMS = {
@@ -251,6 +257,42 @@ def test_a_curve_measured_in_another_way_is_not_used(tmp_path):
     text = report(tmp_path, ARMS)
     assert "- mild-lora seed 2: retention_loss is 0.3, but 0.35 at scale 1: the two were measured" in text
     assert rows(text, "Against plain LoRA at")[0]["seeds won"] == "0 of 4"
+
+
+def test_the_noise_is_told_beside_the_update_and_the_loss(tmp_path):
+    for seed, jitter in zip(SEEDS, JITTER, strict=True):
+        strength = {"relative_update": 0.25 + jitter, "rise_0.1": 0.002 + jitter / 100, "rise_0.3": 0.02}
+        write(tmp_path, "mild-lora", seed, PLAIN | strength)
+    assert rows(report(tmp_path, ARMS), "## How strong the noise is") == [
+        {
+            "plain arm": "LoRA (mild)",
+            "dW / W'": "0.250",
+            "noise of sigma 0.1 / dW": "0.40",
+            "noise of sigma 0.3 / dW": "1.20",
+            "rise at 0.1 / training loss": "0.50%",
+            "rise at 0.3 / training loss": "5.00%",
+        }
+    ]
+
+
+def test_the_noise_is_as_long_as_sigma_says_beside_the_update():
+    """Of layers of different sizes: noise as Flat-LoRA draws it, against what is told of it."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Sequential(nn.Linear(300, 200), nn.Conv2d(40, 50, 3), nn.Linear(5, 5))
+    for parameter in base.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    merged = copy.deepcopy(base)
+    update = noise = 0.0
+    for name in ("0", "1"):
+        weight = merged.get_submodule(name).weight.data
+        change = 0.1 * weight.flip(0) * torch.rand(weight.shape, generator=generator)
+        weight += change
+        update += change.square().sum().item()
+        normals = torch.randn(weight.shape, generator=generator)
+        noise += (0.3 * row_norms(weight) / math.sqrt(weight[0].numel()) * normals).square().sum().item()
+    merged.get_submodule("2").weight.data += 100  # a layer that isn't asked for
+    told = 0.3 / relative_update(base, merged, ["0", "1"])
+    assert told == pytest.approx(math.sqrt(noise / update), rel=0.01)
 
 
 # The commands.
