@@ -22,16 +22,20 @@ FORESTS = {
     "retention_loss": "Loss on icons of the base's own styles",
     "rise_0.1": "Rise of the training loss under noise (sigma 0.1)",
 }
-HELDOUT = "loss on held-out icons of the style  (better is lower)"
-SCATTERED = {
-    "style-against-retention": (
-        ("heldout_loss", HELDOUT),
-        ("retention_loss", "loss on the base's own styles  (better is lower)"),
-    ),
-    "flatness-against-style": (
-        ("rise_0.1", "rise of the training loss under noise, sigma 0.1  (flatter is lower)"),
-        ("heldout_loss", HELDOUT),
-    ),
+
+Axis = tuple[str, str]
+"""A measure, and what an axis calls it."""
+
+HELDOUT = ("heldout_loss", "loss on held-out icons of the style  (better is lower)")
+RETENTION = ("retention_loss", "loss on the base's own styles  (better is lower)")
+RISE = ("rise_0.1", "rise of the training loss under noise, sigma 0.1  (flatter is lower)")
+SCATTERED = {"style-against-retention": (HELDOUT, RETENTION), "flatness-against-style": (RISE, HELDOUT)}
+# Group of arms -> group in the plots of two measures, and the setting that is its points' label.
+SHOWN = {
+    "mild": ("Flat-LoRA, by sigma", "flat_sigma"),
+    "shorter": ("LoRA, by steps", "max_train_steps"),
+    "regularisers": ("regularisers", None),
+    "rivals": ("rivals", None),
 }
 PLAIN, SCHEDULES = "mild-lora", {"cosine": "mild", "constant": "schedule"}
 
@@ -55,6 +59,7 @@ def write_figures(runs: Runs, arms: Mapping[str, Arm], folder: Path) -> list[Pat
     }
     figures["sigma.png"] = _over_sigma(runs, arms, "rise_0.1")
     figures |= {f"{name}.png": _scattered(runs, arms, *axes) for name, axes in SCATTERED.items()}
+    figures["scales.png"] = _over_scales(runs, arms, HELDOUT, RETENTION)
     written = {folder / name: figure for name, figure in figures.items() if figure is not None}
     for path, figure in written.items():
         write_png(figure, path)
@@ -97,27 +102,51 @@ def _over_sigma(runs: Runs, arms: Mapping[str, Arm], measure: str) -> Figure | N
     return curves(series, "change of the rise of the loss under noise, %", 0) if series else None
 
 
-def _scattered(
-    runs: Runs, arms: Mapping[str, Arm], x_axis: tuple[str, str], y_axis: tuple[str, str]
-) -> Figure | None:
-    """The arms of the mild regime, and plain LoRA at other inference scales, in two measures with labels."""
-    (x_measure, x_label), (y_measure, y_label) = x_axis, y_axis
-    points = []
+def _scattered(runs: Runs, arms: Mapping[str, Arm], x_axis: Axis, y_axis: Axis) -> Figure | None:
+    """The arms of the mild regime in two measures; over sigma, steps and inference scales as curves."""
+    own = arms[PLAIN].label
+    plain = f"{own}, by inference scale"
+    points = _by_scale(runs[PLAIN], plain, x_axis, y_axis, own)
+    points = points or _points(own, own, runs[PLAIN], x_axis, y_axis)
     for name, arm in arms.items():
-        if name == PLAIN or arm.against == PLAIN:
-            x, y = (_interval(values_of(runs[name], measure)) for measure in (x_measure, y_measure))
-            if x and y:
-                points.append(Point(arm.group, arm.label, x, y))
+        if arm.against == PLAIN and arm.group in SHOWN:
+            group, setting = SHOWN[arm.group]
+            label = f"{arm.settings[setting]:g}" if setting else arm.label
+            points += _points(group, label, runs[name], x_axis, y_axis)
+    lines = [plain, *(group for group, setting in SHOWN.values() if setting)]
+    return scatter(points, x_axis[1], y_axis[1], lines) if points else None
+
+
+def _over_scales(runs: Runs, arms: Mapping[str, Arm], x_axis: Axis, y_axis: Axis) -> Figure | None:
+    """Two measures over inference scales, for the arms of the mild regime that have them."""
+    shown = {name: arm.label for name, arm in arms.items() if PLAIN in (name, arm.against)}
+    points = [
+        point for name, label in shown.items() for point in _by_scale(runs[name], label, x_axis, y_axis)
+    ]
+    return scatter(points, x_axis[1], y_axis[1], list(shown.values())) if points else None
+
+
+def _by_scale(
+    runs: Mapping[int, Mapping[str, float]], group: str, x_axis: Axis, y_axis: Axis, own: str = "x 1"
+) -> list[Point]:
+    """An arm at every inference scale above 0 that was measured; `own` is the label at scale 1."""
     by_scale: dict[float, dict[int, Mapping[str, float]]] = {}
-    for seed, measures in runs[PLAIN].items():
+    for seed, measures in runs.items():
         for scale, values in scale_curve(measures).items():
-            if 0 < scale != 1:
-                by_scale.setdefault(scale, {})[seed] = values
+            by_scale.setdefault(scale, {})[seed] = values
+    points = []
     for scale, found in sorted(by_scale.items()):
-        x, y = (_interval(values_of(found, measure)) for measure in (x_measure, y_measure))
-        if x and y:
-            points.append(Point("LoRA at other scales", f"x {scale:g}", x, y))
-    return scatter(points, x_label, y_label) if points else None
+        if scale > 0:
+            points += _points(group, own if scale == 1 else f"x {scale:g}", found, x_axis, y_axis)
+    return points
+
+
+def _points(
+    group: str, label: str, runs: Mapping[int, Mapping[str, float]], x_axis: Axis, y_axis: Axis
+) -> list[Point]:
+    """The point of some runs by seed; none where fewer than two have both measures."""
+    x, y = (_interval(values_of(runs, measure)) for measure, _ in (x_axis, y_axis))
+    return [Point(group, label, x, y)] if x and y else []
 
 
 def _interval(values: Mapping[int, float]) -> tuple[float, float, float] | None:

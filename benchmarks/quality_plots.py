@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -117,8 +117,15 @@ def forest(rows: Sequence[Difference], title: str, unit: str) -> Figure:
 
 
 @style()
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Figure:
-    """Arms as labelled points with intervals in both measures."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, connected: Collection[str] = ()) -> Figure:
+    """Arms as labelled points with intervals in both measures.
+
+    Args:
+        points: The arms.
+        x_label: The first measure.
+        y_label: The second one.
+        connected: Groups whose points have a line through them, in their order.
+    """
     figure, ((axes,),) = new_figure(6.5)
     groups = list(dict.fromkeys(point.group for point in points))
     handles, intervals = {}, []
@@ -130,6 +137,10 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Figure:
             axes.plot(*line, **faint)
             intervals.append(line)
         (handles[point.group],) = axes.plot(x, y, **appearance | {"linestyle": ""}, label=point.group)
+    for place, group in enumerate(groups):
+        if group in connected:
+            line = [(point.x[0], point.y[0]) for point in points if point.group == group]
+            axes.plot(*zip(*line, strict=True), color=look(place + 1)["color"], linewidth=1.2, zorder=1.6)
     axes.margins(0.06)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

@@ -357,6 +357,15 @@ def test_a_scatter_has_intervals_both_ways():
     assert axes.lines[0].get_color() == axes.lines[2].get_color() != axes.lines[5].get_color()
 
 
+def test_connected_groups_have_a_line_through_their_points_in_order():
+    ends = [("a", 3), ("b", 2), ("a", 1), ("b", 5), ("a", 2)]
+    points = [Point(group, str(x), (x, x - 0.1, x + 0.1), (-x, -x - 0.1, -x + 0.1)) for group, x in ends]
+    alone, connected = (quality_plots.scatter(points, "x", "y", groups).axes[0] for groups in ((), ("a",)))
+    (line,) = connected.lines[len(alone.lines) :]
+    np.testing.assert_array_equal(line.get_data(), [[3, 1, 2], [-3, -1, -2]])
+    assert line.get_color() == connected.lines[2].get_color() != connected.lines[5].get_color()
+
+
 def test_curves_over_sigma_have_their_intervals():
     values = [(-1.0, -2.0, 0.5), (-3.0, -5.0, -2.0)]
     series = [Series("cosine", SIGMAS, values), Series("constant", SIGMAS[:1], values[:1])]

@@ -460,28 +460,44 @@ def test_only_finished_runs_are_measured_and_only_what_is_missing(forked, tmp_pa
 
 
 def test_figures_show_the_differences_of_the_tables(tmp_path, monkeypatch):
-    shown = {}
-    for name in ("forest", "curves", "scatter"):
-        monkeypatch.setattr(quality_figures, name, lambda *data, name=name: shown.setdefault(name, data))
+    shown = {"forest": [], "curves": [], "scatter": []}
+    for name, calls in shown.items():
+        monkeypatch.setattr(quality_figures, name, lambda *data, calls=calls: calls.append(data) or data)
     monkeypatch.setattr(quality_figures, "write_png", lambda figure, path: None)
     arms = make_arms()
-    changes = {"mild-flat-0.1": -0.1, "mild-flat-0.3": -0.4, "mild-flat-constant-0.3": 0.2}
+    changes = {"mild-flat-0.1": -0.1, "mild-flat-0.3": -0.4, "mild-flat-constant-0.3": 0.2, "sam-0.2": 0.1}
     for seed, jitter in zip(SEEDS, JITTER, strict=True):
         write(tmp_path, "mild-lora", seed, PLAIN | scaled() | {"rise_0.1": 0.1})
         for name, change in changes.items():
             changed = {"rise_0.1": 0.1 * (1 + change), "heldout_loss": heldout(1) * (1 + change + jitter)}
-            write(tmp_path, name, seed, PLAIN | changed)
+            curve = scaled() if name == "mild-flat-0.3" else {}
+            write(tmp_path, name, seed, PLAIN | curve | changed)
     paths = quality_figures.write_figures(read_runs(tmp_path, arms)[0], arms, tmp_path)
     scattered = list(quality_figures.SCATTERED)
-    assert [path.stem for path in paths] == [*quality_figures.FORESTS, "sigma", *scattered]
-    rows_shown = {row.label: row for row in shown["forest"][0]}
+    assert [path.stem for path in paths] == [*quality_figures.FORESTS, "sigma", *scattered, "scales"]
+    rows_shown = {row.label: row for row in shown["forest"][0][0]}
     assert rows_shown["Flat-LoRA 0.3"].mean == pytest.approx(-40)
     assert rows_shown["Flat-LoRA 0.3"].n == 5 and rows_shown["Flat-LoRA 0.3"].group == "mild"
-    by_schedule = {series.label: series for series in shown["curves"][0]}
+    by_schedule = {series.label: series for series in shown["curves"][0][0]}
     assert by_schedule["cosine"].sigmas == [0.1, 0.3]
     assert [values[0] for values in by_schedule["cosine"].values] == pytest.approx([-10, -40])
     assert [values[0] for values in by_schedule["constant"].values] == pytest.approx([20])
-    points = {point.label: point for point in shown["scatter"][0]}
-    assert {"LoRA", "Flat-LoRA 0.1", "x 0.4"} <= points.keys() and "x 1" not in points
-    assert points["Flat-LoRA 0.3"].x[0] == pytest.approx(heldout(1) * 0.6)
-    assert points["Flat-LoRA 0.3"].y[0] == pytest.approx(PLAIN["retention_loss"])
+    style, flatness, over_scales = shown["scatter"]
+    points = {(point.group, point.label): point for point in style[0]}
+    by_sigma, by_scale = "Flat-LoRA, by sigma", "LoRA, by inference scale"
+    kept = PLAIN["retention_loss"]
+    expected = {
+        **{(by_scale, f"x {s:g}"): (heldout(s), retention(s)) for s in (0.2, 0.4, 0.6, 0.8, 1.2)},
+        (by_scale, "LoRA"): (heldout(1), retention(1)),
+        (by_sigma, "0.1"): (heldout(1) * 0.9, kept),
+        (by_sigma, "0.3"): (heldout(1) * 0.6, retention(1)),
+        ("rivals", "SAM on merged weights, rho 0.2"): (heldout(1) * 1.1, kept),
+    }
+    assert points.keys() == expected.keys()
+    for key, (x, y) in expected.items():
+        assert (points[key].x[0], points[key].y[0]) == pytest.approx((x, y))
+    assert {by_sigma, by_scale} <= set(style[3]) and "rivals" not in style[3]
+    assert {point.label for point in flatness[0]} == {"LoRA", "0.1", "0.3", "SAM on merged weights, rho 0.2"}
+    over = [(point.group, point.label) for point in over_scales[0]]
+    scales = ("x 0.2", "x 0.4", "x 0.6", "x 0.8", "x 1", "x 1.2")
+    assert over == [(arm, scale) for arm in ("LoRA", "Flat-LoRA 0.3") for scale in scales]
