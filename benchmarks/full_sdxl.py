@@ -1,7 +1,8 @@
-"""Time and memory of a training step on the whole of SDXL, at its real sizes with random weights in bf16.
+"""Time and memory of a training step on the whole of SDXL, at its real sizes with random weights.
 
     python -m benchmarks.full_sdxl                              # UNet: 256 px on a CPU, 1024 px on a GPU
     python -m benchmarks.full_sdxl --text_encoders --arms plain flat --steps 1 --resolution 128
+    python -m benchmarks.full_sdxl --dtype fp32                 # where the processor has no bf16 units
 
 Arms: plain LoRA, Flat-LoRA (table), the published in-place method, and sharpness-aware minimisation on the
 merged weights, each in a process of its own, one after the other. Batch 1, gradient checkpointing. Memory is
@@ -9,8 +10,9 @@ what the process had at most (on a GPU, its tensors), and its tensors alone in t
 weights and everything that the arm and its step made. The other steps are timed.
 
 On a CPU an arm may use the memory that is free when it begins and no more: one that needs more is reported
-as not fitting. Where the processor has no bf16 units a step at 256 px takes very long; --resolution 64
---steps 1 tells the memory beyond plain LoRA all the same: it belongs to the weights.
+as not fitting. Where the processor has no bf16 units a step in bf16 takes very long: --resolution 64
+--steps 1 tells the memory beyond plain LoRA all the same, which belongs to the weights, and --dtype fp32
+tells the time.
 
 A process may have far more than its tensors: glibc 2.36, for one, doesn't fit a freed aligned block to a new
 one of the same size, so that its heap grows by each weight that is perturbed for the first time. With
@@ -41,9 +43,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from benchmarks.bases import SDXL, Sizes
 from benchmarks.cases import Case, WithTextEncoders, cached_prompts_case, predict_of_unet, text_encoders_case
 from benchmarks.common import (
+    DTYPES,
     RANK,
     SIGMA,
     add_common_options,
+    dtype_name,
     machine,
     now,
     positive,
@@ -70,6 +74,7 @@ class Task:
 
     Attributes:
         sizes: Of the models.
+        dtype: Of their frozen weights.
         resolution: In pixels.
         text_encoders: Whether both are trained, and perturbed, too.
         steps: Of which all but the first are timed.
@@ -77,6 +82,7 @@ class Task:
     """
 
     sizes: Sizes
+    dtype: torch.dtype
     resolution: int
     text_encoders: bool
     steps: int
@@ -97,8 +103,8 @@ class Measured:
     seconds: list[float]
 
 
-def random_model(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """A model in bf16 whose weights are drawn where they stay: no other copy of them is ever made.
+def random_model(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model whose weights are drawn where they stay: no other copy of them is ever made.
 
     Matrices and filters have the standard deviation 1 / sqrt(inputs), biases are 0 and norms' scales 1.
     """
@@ -107,7 +113,7 @@ def random_model(make: Callable[[], nn.Module], device: torch.device) -> nn.Modu
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, shape in [(name, p.shape) for name, p in module.named_parameters(recurse=False)]:
-            values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            values = torch.empty(shape, dtype=dtype, device=device)
             if len(shape) == 1:
                 values.fill_(float(name == "weight"))
             else:
@@ -119,13 +125,13 @@ def random_model(make: Callable[[], nn.Module], device: torch.device) -> nn.Modu
 
 def make_case(task: Task, device: torch.device) -> Case:
     """SDXL's UNet with LoRA, and both text encoders where they are asked for."""
-    sizes = task.sizes
-    unet = random_model(lambda: UNet2DConditionModel(**sizes.unet), device)
+    sizes, dtype = task.sizes, task.dtype
+    unet = random_model(lambda: UNet2DConditionModel(**sizes.unet), dtype, device)
     predict, widths = predict_of_unet(unet, task.resolution // LATENT_SCALE)
     if not task.text_encoders:
         return cached_prompts_case("SDXL", unet, predict, widths)
     text_encoders = [
-        random_model(lambda kind=kind, config=config: kind(CLIPTextConfig(**config)), device)
+        random_model(lambda kind=kind, config=config: kind(CLIPTextConfig(**config)), dtype, device)
         for kind, config in (
             (CLIPTextModel, sizes.text_encoder),
             (CLIPTextModelWithProjection, sizes.text_encoder_2),
@@ -226,8 +232,8 @@ def report(results: dict[str, Measured | str], task: Task) -> str:
     head = (
         "## A training step of the whole SDXL\n\n"
         f"{machine()}.\n\n"
-        f"SDXL's {what} with random weights in bf16, {task.resolution} px, batch 1, gradient checkpointing, "
-        f"LoRA of rank {RANK}, sigma {SIGMA}. Each arm has a process of its own. "
+        f"SDXL's {what} with random weights in {dtype_name(task.dtype)}, {task.resolution} px, batch 1, "
+        f"gradient checkpointing, LoRA of rank {RANK}, sigma {SIGMA}. Each arm has a process of its own. "
     )
     measured = next((result for result in results.values() if isinstance(result, Measured)), None)
     if measured:
@@ -257,6 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=CHOICES, default=list(CHOICES), help="which arms (all)")
     parser.add_argument("--text_encoders", action="store_true", help="train and perturb both of them too")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the frozen weights (bf16)")
     parser.add_argument("--resolution", type=pixels, help="pixels (1024 on a GPU, else 256)")
     parser.add_argument("--steps", type=positive, default=4, help="steps; the first is not timed (4)")
     add_common_options(parser)
@@ -269,13 +276,16 @@ def main(arguments: list[str] | None = None, sizes: Sizes = SDXL) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     resolution = options.resolution or (1024 if torch.cuda.is_available() else 256)
-    task = Task(sizes, resolution, options.text_encoders, options.steps, options.threads)
+    task = Task(
+        sizes, DTYPES[options.dtype], resolution, options.text_encoders, options.steps, options.threads
+    )
     results: dict[str, Measured | str] = {}
     for choice in dict.fromkeys(options.arms):
         name = CHOICES[choice]
         results[name] = in_own_process(measure, name, task)
         print(name, results[name], file=sys.stderr, flush=True)  # progress: a full run takes long
     content = {
+        "dtype": options.dtype,
         "resolution": resolution,
         "text_encoders": task.text_encoders,
         "arms": {

@@ -131,7 +131,7 @@ def _strength_section(arms: Mapping[str, Arm], runs: Runs) -> str:
         update, loss, *rises = (statistics.fmean(values.values()) for values in columns)
         cells = [f"{update:.3f}", *(f"{sigma / update:.2f}" for sigma in STRENGTHS)]
         cells += [f"{100 * rise / loss:.2f}%" for rise in rises]
-        rows.append([f"{arms[name].label} ({arms[name].group})", *cells])
+        rows.append([f"{arms[name].label}, {arms[name].group}", *cells])
     if not rows:
         return ""
     heads = [f"noise of sigma {sigma} / dW" for sigma in STRENGTHS]

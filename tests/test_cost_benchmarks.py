@@ -217,16 +217,19 @@ def test_a_row_pairs_the_repeats():
 @pytest.fixture
 def task(base_path, monkeypatch):
     monkeypatch.setattr(full_sdxl, "limit_memory", lambda: None)  # it would hold for all the tests to come
-    return full_sdxl.Task(Sizes.of(base_path, 16), resolution=64, text_encoders=False, steps=2, threads=None)
+    return full_sdxl.Task(
+        Sizes.of(base_path, 16), torch.bfloat16, resolution=64, text_encoders=False, steps=2, threads=None
+    )
 
 
-def test_random_weights_are_drawn_in_half_precision():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_random_weights_are_drawn_in_their_precision(dtype):
     expected, _ = build_text_encoders()
-    model = full_sdxl.random_model(lambda: CLIPTextModel(expected.config), torch.device("cpu"))
+    model = full_sdxl.random_model(lambda: CLIPTextModel(expected.config), dtype, torch.device("cpu"))
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in expected.named_parameters()
     }
-    assert all(p.dtype == torch.bfloat16 and not p.is_meta for p in model.parameters())
+    assert all(p.dtype == dtype and not p.is_meta for p in model.parameters())
     buffers = dict(model.named_buffers())
     assert buffers and all(torch.equal(buffers[n], b) for n, b in expected.named_buffers())
     weight = model.get_parameter("embeddings.token_embedding.weight").float()

@@ -265,7 +265,7 @@ def test_the_noise_is_told_beside_the_update_and_the_loss(tmp_path):
         write(tmp_path, "mild-lora", seed, PLAIN | strength)
     assert rows(report(tmp_path, ARMS), "## How strong the noise is") == [
         {
-            "plain arm": "LoRA (mild)",
+            "plain arm": "LoRA, mild",
             "dW / W'": "0.250",
             "noise of sigma 0.1 / dW": "0.40",
             "noise of sigma 0.3 / dW": "1.20",
