@@ -110,7 +110,8 @@ class Measures:
             def parts(unet: nn.Module) -> Iterator[Tensor]:
                 return curved.parts_of_mean(unet, prompts)
 
-            return {"top_eigenvalue": flatness.top_eigenvalue(parts, unet, self._attention(unet))}
+            value = flatness.top_eigenvalue(parts, unet, self._attention(unet))
+            return {"top_eigenvalue": math.nan if value is None else value}
         finally:
             self._pipeline.delete_adapters("adapter")
 

@@ -1,8 +1,10 @@
 """The evaluation command: its report against the functions behind it, resuming, and bad input."""
 
 import json
+from functools import partial
 
 import pytest
+import torch
 from PIL import Image
 
 from flatlora_diffusion import data, evaluate
@@ -32,13 +34,14 @@ def small(monkeypatch):
     for name, value in (
         ("SIGMAS", (0.1, 0.5)),
         ("DRAWS", 2),
-        ("ITERATIONS", 1),
         ("LINE", (0.0, 0.5)),
         ("DIRECTIONS", 1),
         ("PLANE", (0.0, 0.5)),
         ("SCALES", (0.0, 1.0)),
         ("TIMESTEPS", 2),
         ("FLATNESS_PICTURES", 1),
+        ("CURVED_PICTURES", 1),
+        ("ITERATIONS", 1),
     ):
         monkeypatch.setattr(evaluation, name, value)
 
@@ -99,6 +102,24 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
     plane = flatness.landscape_plane(loss, unet, ["conv_in", "conv_out"], [0.0, 0.5])
     assert found["flatness"]["plane"]["losses"] == [pytest.approx(row, rel=1e-5) for row in plane]
     assert found["flatness"]["plane"]["losses"][0][0] == found["flatness"]["loss"]
+    assert found["flatness"]["top_eigenvalue"] is None, "one iteration can't tell it"
+
+
+def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, adapters, icons, monkeypatch):
+    monkeypatch.setattr(evaluation, "ITERATIONS", 60)
+    monkeypatch.setattr(evaluation, "adapted_layers", lambda *adapted: adapted_layers(*adapted)[:2])
+    changes = {"--parts": ["sharpness"], "--dtype": ["bf16"], "--adapter": [f"LoRA={adapters['LoRA']}"]}
+    methods = report_of(command | changes)["methods"]
+    pipeline = load_pipeline(str(base_path), dtype=torch.bfloat16)
+    load_adapter(pipeline, "lora", adapters["LoRA"])
+    layers = adapted_layers(pipeline.unet, ["lora"])[:2]
+    for label, name in (("base", None), ("LoRA", "lora")):
+        unet = merged_unet(pipeline, name).float()
+        shown = DenoisingSet(pipeline, data.find_samples(icons, "a icon")[:1], 16, 2)
+        prompts = embed(pipeline, name, shown.captions)
+        value = flatness.top_eigenvalue(partial(shown.parts_of_mean, prompts=prompts), unet, layers)
+        assert methods[label]["flatness"] == {"top_eigenvalue": pytest.approx(value, rel=1e-3)}
+    assert methods["base"]["flatness"] != methods["LoRA"]["flatness"]
 
 
 def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, monkeypatch):

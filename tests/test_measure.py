@@ -182,17 +182,31 @@ def test_landscapes_of_a_quadratic_are_parabolas():
 )
 def test_the_top_eigenvalue_of_a_quadratic_form(eigenvalues):
     basis = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
-    hessian = basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T
-    model = nn.Sequential(nn.Linear(2, 2, bias=False)).requires_grad_(False)
+    hessian = (basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T).double()
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).double().requires_grad_(False)
 
     def losses(model):
         w = model[0].weight.flatten()
         yield 0.25 * (w @ hessian @ w)
         yield 0.25 * (w @ hessian @ w)
 
-    value = top_eigenvalue(losses, model, ["0"], iterations=200, tolerance=1e-6)
-    assert value == pytest.approx(max(eigenvalues), rel=1e-3)
+    value = top_eigenvalue(losses, model, ["0"], iterations=4, tolerance=1e-6)
+    assert value == pytest.approx(max(eigenvalues), rel=1e-6)
     assert not model[0].weight.requires_grad
+    assert top_eigenvalue(losses, model, ["0"], iterations=2, tolerance=1e-6) is None
+
+
+def test_the_error_of_an_eigenvalue_is_within_the_tolerance():
+    """Of many that lie close together, under a negative one a thousand times as large."""
+    eigenvalues = torch.cat([torch.linspace(-1, 2, 255), torch.tensor([-2000.0])]).double()
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).double().requires_grad_(False)
+
+    def losses(model):
+        return [0.5 * (eigenvalues * model[0].weight.flatten().square()).sum()]
+
+    for tolerance in (1e-1, 1e-2, 1e-4):
+        value = top_eigenvalue(losses, model, ["0"], iterations=300, tolerance=tolerance)
+        assert 2 * (1 - tolerance) <= value <= 2 * (1 + 1e-9)
 
 
 def test_the_top_eigenvalue_of_a_network_is_that_of_its_whole_hessian():
@@ -210,7 +224,7 @@ def test_the_top_eigenvalue_of_a_network_is_that_of_its_whole_hessian():
 
     weights = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()])
     hessian = torch.autograd.functional.hessian(by_vector, weights)
-    value = top_eigenvalue(lambda m: [F.mse_loss(m(x), y)], model, ["0", "2"], iterations=500, tolerance=1e-7)
+    value = top_eigenvalue(lambda m: [F.mse_loss(m(x), y)], model, ["0", "2"], tolerance=1e-4)
     assert value == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
 
@@ -234,7 +248,7 @@ def test_flatness_of_a_unet_leaves_it_as_it_was(pipeline, icons):
     def losses(unet):
         return (shown.batch_losses(unet, prompts, batch).mean() for batch in shown.batches())
 
-    assert math.isfinite(top_eigenvalue(losses, unet, names, iterations=3))
+    assert top_eigenvalue(losses, unet, names) is not None
     assert global_rng_state() == rng
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     assert not any(parameter.requires_grad for parameter in unet.parameters())

@@ -104,7 +104,7 @@ class DenoisingSet:
         self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache, batch: Batch
     ) -> Tensor:
         """The squared error of each sample of a batch: (N,), float32."""
-        device = unet.device
+        device, dtype = unet.device, unet.dtype
         embeds = prompts.embed(batch.captions)
         return sdxl.diffusion_losses(
             unet,
@@ -112,7 +112,7 @@ class DenoisingSet:
             batch.latents.to(device),
             batch.noise.to(device),
             batch.timesteps.to(device),
-            sdxl.PromptEmbeds(embeds.tokens.to(device), embeds.pooled.to(device)),
+            sdxl.PromptEmbeds(embeds.tokens.to(device, dtype), embeds.pooled.to(device, dtype)),
             batch.time_ids.to(device),
         )
 

@@ -32,14 +32,15 @@ REPORT = "evaluation.json"
 PICTURES = "pictures"
 MEASURED = "measured"
 BASE = "base"
-PARTS = ("losses", "drawn", "flatness", "tradeoff")
+PARTS = ("losses", "drawn", "flatness", "tradeoff", "sharpness")
 
 BANDS = 4
 TIMESTEPS = 4  # of each picture where many losses are taken
 FLATNESS_PICTURES = 16
+CURVED_PICTURES = 8  # in the Hessian
+ITERATIONS = 60
 SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 DRAWS = 4
-ITERATIONS = 30
 LINE = tuple(round(-0.5 + 0.1 * k, 1) for k in range(11))
 DIRECTIONS = 3
 PLANE = tuple(round(-0.5 + 0.125 * k, 3) for k in range(9))
@@ -120,6 +121,7 @@ class Evaluation:
             ("drawn", self._drawn),
             ("flatness", self._flatness),
             ("tradeoff", self._tradeoff),
+            ("sharpness", self._sharpness),
         ]
         todo = [
             (label, part, measure)
@@ -171,9 +173,6 @@ class Evaluation:
         def loss(unet: nn.Module) -> float:
             return shown.mean_loss(unet, prompts)
 
-        def parts(unet: nn.Module) -> Iterator[Tensor]:
-            return shown.parts_of_mean(unet, prompts)
-
         rises = flatness.expected_rise(loss, unet, layers, SIGMAS, DRAWS)
         return {
             "flatness": {
@@ -187,9 +186,19 @@ class Evaluation:
                     "alphas": list(PLANE),
                     "losses": flatness.landscape_plane(loss, unet, everything, PLANE),
                 },
-                "top_eigenvalue": flatness.top_eigenvalue(parts, unet, layers, iterations=ITERATIONS),
             }
         }
+
+    def _sharpness(self, label: str) -> dict[str, Any]:
+        unet, prompts = self._model(label)
+        shown = self._curved_set
+
+        def parts(unet: nn.Module) -> Iterator[Tensor]:
+            return shown.parts_of_mean(unet, prompts)
+
+        # Second derivatives overflow in half precision.
+        value = flatness.top_eigenvalue(parts, unet.float(), self._layers, iterations=ITERATIONS)
+        return {"flatness": {"top_eigenvalue": value}}
 
     def _tradeoff(self, label: str) -> dict[str, Any]:
         curve = []
@@ -233,11 +242,19 @@ class Evaluation:
     def _few_retained(self) -> DenoisingSet | None:
         return self._set(self._retention_samples, TIMESTEPS)
 
+    @property
+    def _shown(self) -> Sequence[data.Sample]:
+        return self.plan.training or self.plan.heldout
+
     @cached_property
     def _flat_set(self) -> DenoisingSet:
         """What the loss surface is of: training pictures, or held-out ones where those aren't given."""
-        samples = self.plan.training or self.plan.heldout
-        return self._set(samples[:FLATNESS_PICTURES], TIMESTEPS)
+        return self._set(self._shown[:FLATNESS_PICTURES], TIMESTEPS)
+
+    @cached_property
+    def _curved_set(self) -> DenoisingSet:
+        """What the Hessian is of: some of the same, since it takes long."""
+        return self._set(self._shown[:CURVED_PICTURES], TIMESTEPS)
 
     @cached_property
     def _layers(self) -> list[str]:
@@ -314,6 +331,10 @@ class Evaluation:
                 "pictures": FLATNESS_PICTURES,
                 "timesteps": TIMESTEPS,
                 "draws": DRAWS,
+            },
+            "sharpness": {
+                "pictures": CURVED_PICTURES,
+                "timesteps": TIMESTEPS,
                 "iterations": ITERATIONS,
             },
         }
@@ -326,6 +347,8 @@ class Evaluation:
             own["drawing"] = settings["drawn"]
         if part == "flatness":
             own["flatness"] = [settings["flatness"], SIGMAS, LINE, DIRECTIONS, PLANE, self._layers]
+        if part == "sharpness":
+            own["sharpness"] = [settings["sharpness"], self._layers]
         content = [own, part, settings["adapters"].get(label), SCALES, BANDS]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

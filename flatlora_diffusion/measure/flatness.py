@@ -118,23 +118,29 @@ def top_eigenvalue(
     unet: nn.Module,
     layers: Sequence[str],
     *,
-    iterations: int = 30,
-    tolerance: float = 1e-3,
+    iterations: int = 60,
+    tolerance: float = 1e-2,
     seed: int = 0,
-) -> float:
-    """The largest eigenvalue of the loss's Hessian with respect to merged weights, by power iteration.
+) -> float | None:
+    """The largest eigenvalue of the loss's Hessian with respect to merged weights.
 
-    Hessian-vector products are exact (two backward passes each). Power iteration finds the eigenvalue that is
-    largest by magnitude; where it is negative, a second run, on the Hessian minus it, finds the largest.
+    By Lanczos' iteration: power iteration that looks at all its vectors at once. It takes the same products,
+    converges in far fewer, and tells the largest eigenvalue from a negative one that is larger by magnitude,
+    which the loss of a UNet often has. Vectors aren't made orthogonal again: that spoils none of the extreme
+    eigenvalues, and three of them are all that is kept. Hessian-vector products are exact (two backward passes
+    each) as far as the UNet's precision goes: half precision is not enough.
 
     Args:
         losses: The loss of a UNet as parts whose sum it is, differentiable; each part's graph is freed before
             the next is made.
         unet: With merged weights.
         layers: Names of the layers whose weights count.
-        iterations: At most, in either run.
-        tolerance: Ends the iteration when the estimate changes by less, relative to itself.
+        iterations: At most; a product each.
+        tolerance: Of the bound of the error, relative to the eigenvalue.
         seed: Of the first vector.
+
+    Returns:
+        The eigenvalue, or None where it isn't known that well after all iterations.
     """
     weights = [unet.get_submodule(name).weight for name in layers]
 
@@ -150,50 +156,50 @@ def top_eigenvalue(
         return total
 
     start = [
-        _normals(weight, seed, "eigenvector", 0, name) for weight, name in zip(weights, layers, strict=True)
+        _normals(weight, seed, "eigenvector", 0, name).to(weight.dtype)
+        for weight, name in zip(weights, layers, strict=True)
     ]
     frozen = [weight for weight in weights if not weight.requires_grad]
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        largest = _power_iteration(product, start, 0.0, iterations, tolerance)
-        if largest >= 0:
-            return largest
-        return _power_iteration(product, start, largest, iterations, tolerance)
+        return _lanczos(product, start, iterations, tolerance)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
 
 
-def _power_iteration(
-    product: Callable[[list[Tensor]], list[Tensor]],
-    vector: list[Tensor],
-    shift: float,
-    iterations: int,
-    tolerance: float,
-) -> float:
-    """The eigenvalue of H that is farthest from `shift`."""
-    vector = _unit(vector)
-    value = math.inf
+def _lanczos(
+    product: Callable[[list[Tensor]], list[Tensor]], start: list[Tensor], iterations: int, tolerance: float
+) -> float | None:
+    """The largest eigenvalue of a symmetric operator."""
+    length = _length(start)
+    vector, before, coupling = [part / length for part in start], None, 0.0
+    diagonal: list[float] = []
+    beside: list[float] = []
     for _ in range(iterations):
         image = product(vector)
-        before, value = value, sum(float((i * v).sum()) for i, v in zip(image, vector, strict=True))
-        if abs(value - before) <= tolerance * abs(value):
-            break
-        shifted = [i - shift * v for i, v in zip(image, vector, strict=True)]
-        if not _length(shifted):
-            break
-        vector = _unit(shifted)
-    return value
+        diagonal.append(sum(float((i * v).sum()) for i, v in zip(image, vector, strict=True)))
+        for place, (own, now) in enumerate(zip(image, vector, strict=True)):
+            own -= diagonal[-1] * now
+            if before is not None:
+                own -= coupling * before[place]
+        coupling = _length(image)
+        projected = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        if beside:
+            sides = torch.tensor(beside, dtype=torch.float64)
+            projected += torch.diag(sides, 1) + torch.diag(sides, -1)
+        values, vectors = torch.linalg.eigh(projected)
+        # An eigenvalue lies this near (Parlett, The Symmetric Eigenvalue Problem, section 13.2).
+        if coupling * abs(vectors[-1, -1].item()) <= tolerance * abs(values[-1].item()):
+            return values[-1].item()
+        beside.append(coupling)
+        before, vector = vector, [part / coupling for part in image]
+    return None
 
 
 def _length(vector: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in vector))
-
-
-def _unit(vector: list[Tensor]) -> list[Tensor]:
-    length = _length(vector)
-    return [part / length for part in vector]
 
 
 def _noise(unet: nn.Module, layer: str, seed: int, draw: int) -> Tensor:

@@ -8,9 +8,10 @@ for is missing or None:
     clip_i             of drawn against true held-out icons
     nearest_training   {"drawn", "true"}: likeness to the nearest training icon
     retention          {"loss", "clip_t", "drift", "pixel_drift"}: the base's own styles
-    flatness           {"loss", "rise": [{"sigma", "rise", "standard_error"}, ...], "top_eigenvalue",
+    flatness           {"loss", "rise": [{"sigma", "rise", "standard_error"}, ...],
                        "line": {"alphas", "losses": one list a direction},
-                       "plane": {"alphas", "losses": [i][j] is that at (alphas[i], alphas[j])}}
+                       "plane": {"alphas", "losses": [i][j] is that at (alphas[i], alphas[j])},
+                       "top_eigenvalue": of the Hessian; None, too, where it wasn't found}
     tradeoff           [{"scale", "heldout_loss", "retention_loss", "clip_i", "drift"}, ...]
 """
 
