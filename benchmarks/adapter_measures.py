@@ -32,6 +32,7 @@ SIGMA = 0.1  # the paper's, at which inference scales are compared
 DRAWS = 2
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.2)
 OVER_SCALES = ("heldout_loss", "retention_loss", "train_loss", f"rise_{SIGMA}")
+DRAWN_SCALES = (0.6, 0.8)
 DRAWING = Drawing(RESOLUTION, RESOLUTION, steps=30, guidance=3.0)
 DRAWN = 32  # held-out captions, and as many of the base's own styles
 CURVED = 8  # training icons in the Hessian
@@ -116,7 +117,10 @@ class Measures:
             self._pipeline.delete_adapters("adapter")
 
     def drawn(self, arm: Arm, folder: Path) -> dict[str, float]:
-        """CLIP-I, nearness to the training icons, CLIP-T and drift, from drawn pictures."""
+        """CLIP-I, nearness to the training icons, CLIP-T and drift, from drawn pictures.
+
+        Of plain arms at other inference scales too.
+        """
         name = "-".join(folder.parts[-2:]).replace(".", "_")
         facts = load_adapter(self._pipeline, name, folder)
         try:
@@ -125,13 +129,29 @@ class Measures:
             )
             training = data.find_samples(self._icons(arm), PROMPT)
             heldout, kept = self._heldout_samples[:DRAWN], self._retention_samples[:DRAWN]
-            found = Personalisation(drawer, self._likeness, heldout, training).measure(name)
-            return {
-                "clip_i": found["clip_i"],
-                "nearest_training": found["nearest_training"]["drawn"],
-                "nearest_training_true": found["nearest_training"]["true"],
-                **Retention(drawer, self._likeness, [sample.caption for sample in kept]).measure(name),
-            }
+            personalisation = Personalisation(drawer, self._likeness, heldout, training)
+            retention = Retention(drawer, self._likeness, [sample.caption for sample in kept])
+
+            def at(scale: float) -> dict[str, float]:
+                found = personalisation.measure(name, scale)
+                nearest = found["nearest_training"]
+                return {
+                    "clip_i": found["clip_i"],
+                    "nearest_training": nearest["drawn"],
+                    "nearest_training_true": nearest["true"],
+                    **retention.measure(name, scale),
+                }
+
+            result = at(1.0)
+            if arm.against is None:
+                curve = {1.0: result, **{scale: at(scale) for scale in DRAWN_SCALES}}
+                scaled = {
+                    f"scale_{scale}_{measure}": value
+                    for scale, values in curve.items()
+                    for measure, value in values.items()
+                }
+                result |= scaled | {"scale_0.0_drift": 0.0}  # the base's own
+            return result
         finally:
             self._pipeline.delete_adapters(name)
 

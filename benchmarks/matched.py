@@ -50,6 +50,7 @@ MATCHES = (
     Match("retention_loss", "heldout_loss", "scale", "held-out loss at equal retention loss"),
     Match("train_loss", "heldout_loss", "scale", "held-out loss at equal training loss"),
     Match("train_loss", "rise_0.1", "scale", "rise under noise (sigma 0.1) at equal training loss"),
+    Match("retention_loss", "drift", "scale", "drift at equal retention loss"),
     Match("retention_loss", "heldout_loss", "steps", "held-out loss at equal retention loss"),
 )
 

@@ -127,8 +127,8 @@ def top_eigenvalue(
     By Lanczos' iteration: power iteration that looks at all its vectors at once. It takes the same products,
     converges in far fewer, and tells the largest eigenvalue from a negative one that is larger by magnitude,
     which the loss of a UNet often has. Vectors aren't made orthogonal again: that spoils none of the extreme
-    eigenvalues, and three of them are all that is kept. Hessian-vector products are exact (two backward passes
-    each) as far as the UNet's precision goes: half precision is not enough.
+    eigenvalues, and three of them are all that is kept. Hessian-vector products are exact (two backward
+    passes each) as far as the UNet's precision goes: half precision is not enough.
 
     Args:
         losses: The loss of a UNet as parts whose sum it is, differentiable; each part's graph is freed before
