@@ -38,12 +38,14 @@ class Match:
         measure: The one that is compared.
         along: What is chosen so: the inference scale, or the number of steps.
         label: In the table's head.
+        better: -1 where a lower value of `measure` is better, 1 where a higher one is.
     """
 
     held: str
     measure: str
     along: str
     label: str
+    better: int = -1
 
 
 MATCHES = (
@@ -51,6 +53,7 @@ MATCHES = (
     Match("train_loss", "heldout_loss", "scale", "held-out loss at equal training loss"),
     Match("train_loss", "rise_0.1", "scale", "rise under noise (sigma 0.1) at equal training loss"),
     Match("retention_loss", "drift", "scale", "drift at equal retention loss"),
+    Match("drift", "clip_i", "scale", "CLIP-I at equal drift", better=1),
     Match("retention_loss", "heldout_loss", "steps", "held-out loss at equal retention loss"),
 )
 
@@ -78,21 +81,27 @@ def scale_curve(measures: Mapping[str, float]) -> dict[float, dict[str, float]]:
 
 
 def matched(
-    curve: Curve, held: str, target: float, measure: str, between: Literal["smooth", "straight"]
+    curve: Curve,
+    held: str,
+    target: float,
+    measure: str,
+    between: Literal["smooth", "straight"],
+    better: int = -1,
 ) -> Point | None:
     """Where the curve has the value `target` of the measure `held`, and the other measure there.
 
-    Where it has that value several times, the point with the lowest value of the other measure counts: the
-    best that plain LoRA can do at this price.
+    Where it has that value several times, the point with the best value of the other measure counts: the best
+    that plain LoRA can do at this price.
 
     Args:
         curve: Of the plain arm.
         held: The measure that is to be equal.
         target: Its value for the other arm.
-        measure: The loss that is compared.
+        measure: The one that is compared.
         between: How the curve goes between its points: `smooth` is the polynomial through all of them (losses
             at fixed timesteps and noise are smooth in the scale), `straight` lines are for points of several
             runs (chords of a convex curve are above it: they flatter the arm that is compared).
+        better: -1 where a lower value of the other measure is better, 1 where a higher one is.
 
     Returns:
         None where the curve doesn't reach that value, or has fewer than two points with both measures.
@@ -117,7 +126,7 @@ def matched(
                 float(others[start] + share * (others[start + 1] - others[start])),
             )
         )
-    return min(points, key=lambda point: point.value, default=None)
+    return max(points, key=lambda point: better * point.value, default=None)
 
 
 def _smooth(positions: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -171,7 +180,9 @@ def _matched_difference(
     for seed, measures in ours.items():
         if seed in curves and match.held in measures and match.measure in measures:
             between = "smooth" if match.along == "scale" else "straight"
-            point = matched(curves[seed], match.held, measures[match.held], match.measure, between)
+            point = matched(
+                curves[seed], match.held, measures[match.held], match.measure, between, match.better
+            )
             if point:
                 points[seed] = point
     found = compare(values_of(ours, match.measure), {seed: point.value for seed, point in points.items()})

@@ -18,6 +18,7 @@ from benchmarks.quality_measures import MAIN, OTHERS, Compared, Measure, Runs, c
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.measure.tables import markdown_table
 
+ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 STRENGTHS = (0.1, 0.3)  # of the noise under which the rise is measured
 ENOUGH_SEEDS = 5  # with fewer, the intervals are too far from their level for a mark
 
@@ -90,7 +91,7 @@ def _table(
 ) -> str:
     """Plain arms with their means, each followed by the arms that are compared with it."""
     present = [m for m in measures if any(m.name in run for name in names for run in runs[name].values())]
-    heads = [f"{m.label}{ {-1: ' ↓', 0: '', 1: ' ↑'}[m.better] }" for m in present]
+    heads = [f"{m.label}{ARROWS[m.better]}" for m in present]
     stars = {measure: _starred(columns[measure]) for measure in present}
     rows = []
     for plain in dict.fromkeys(arms[name].against or name for name in names):
@@ -151,7 +152,9 @@ def _matched_table(
     present = [match for match in matches if any(matches[match].get(name) for name in names)]
     if not present:
         return ""
-    heads = [cell for m in present for cell in (f"{m.along} of LoRA", f"{m.label} ↓", "seeds won")]
+    heads = [
+        cell for m in present for cell in (f"{m.along} of LoRA", f"{m.label}{ARROWS[m.better]}", "seeds won")
+    ]
     stars = {match: _starred(matches[match]) for match in present}
     rows = []
     for name in names:
@@ -162,8 +165,8 @@ def _matched_table(
                 cells += ["", "", ""]
                 continue
             d = found.difference
-            cells += [f"{found.position:.3g}", _cell(found, -1, True, name in stars[match], d.n)]
-            cells.append(f"{d.wins} of {d.n}")
+            cells += [f"{found.position:.3g}", _cell(found, match.better, True, name in stars[match], d.n)]
+            cells.append(f"{d.wins if match.better < 0 else d.n - d.wins} of {d.n}")
         if any(cells):
             rows.append([arms[name].label, *cells])
     title = "Against plain LoRA at the scale, or number of steps, where it has the same loss:"

@@ -250,6 +250,24 @@ def test_fewer_steps_make_a_curve_too(tmp_path):
     assert "steps of LoRA" not in shorter and "scale of LoRA" in shorter
 
 
+def test_likeness_is_compared_at_equal_drift_where_higher_is_better(tmp_path):
+    """Plain LoRA has drift 0.3 * scale and CLIP-I 0.1 + 0.2 * scale."""
+    drawn = {"scale_0.0_drift": 0.0, "drift": 0.3, "clip_i": 0.3}
+    for scale in (0.6, 0.8, 1.0):
+        drawn |= {f"scale_{scale}_drift": 0.3 * scale, f"scale_{scale}_clip_i": 0.1 + 0.2 * scale}
+    for seed, jitter in zip(SEEDS, JITTER, strict=True):
+        write(tmp_path, "mild-lora", seed, PLAIN | drawn)
+        alike = {"drift": 0.21, "clip_i": 0.24 + jitter / 10}  # that of scale 0.7
+        write(tmp_path, "mild-flat", seed, PLAIN | alike)
+        write(tmp_path, "mild-flat-2", seed, PLAIN | alike | {"clip_i": 0.252 + jitter / 10})
+    first, second = rows(report(tmp_path, ARMS), "Against plain LoRA at")
+    assert first["scale of LoRA"] == second["scale of LoRA"] == "0.7"
+    held = "CLIP-I at equal drift ↑"
+    assert first[held].lstrip("+-") == "0.00% [-0.33%, +0.33%]"
+    assert second[held] == "+5.00% [+4.67%, +5.33%] better*"
+    assert second["seeds won"] == "5 of 5"
+
+
 def test_a_curve_measured_in_another_way_is_not_used(tmp_path):
     for seed in SEEDS:
         write(tmp_path, "mild-lora", seed, scaled() | {"retention_loss": 0.3 if seed == 2 else retention(1)})
