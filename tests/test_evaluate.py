@@ -122,6 +122,17 @@ def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, 
     assert methods["base"]["flatness"] != methods["LoRA"]["flatness"]
 
 
+def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_kept(command, monkeypatch):
+    def too_large(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(flatness, "top_eigenvalue", too_large)
+    with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts"):
+        report_of(command | {"--parts": ["losses", "sharpness"]})
+    monkeypatch.setattr(DenoisingSet, "losses", too_large)  # so they are not measured again
+    assert "heldout" in report_of(command | {"--parts": ["losses"]})["methods"]["LoRA"]
+
+
 def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, monkeypatch):
     monkeypatch.setattr(evaluation, "TIMESTEPS", 8)  # as many as the losses have
     report = report_of(command | {"--parts": ["losses", "tradeoff"]})

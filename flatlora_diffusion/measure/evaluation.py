@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -115,7 +116,11 @@ class Evaluation:
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure what isn't measured yet; the report, which is in the folder too."""
+        """Measure what isn't measured yet; the report, which is in the folder too.
+
+        Raises:
+            UserError: A part needs more memory than the device has, or the folder cannot be written.
+        """
         parts = [
             ("losses", self._losses),
             ("drawn", self._drawn),
@@ -135,7 +140,13 @@ class Evaluation:
                 key, file = self._key(part, label), self._file(part, label)
                 result = self._stored(file, key)
                 if result is None:
-                    result = measure(label)
+                    try:
+                        result = measure(label)
+                    except torch.OutOfMemoryError:
+                        raise UserError(
+                            f"{part} of {label}: the memory of {self.plan.device} ran out; set a smaller "
+                            "--resolution, or leave this part out with --parts (what was measured is kept)"
+                        ) from None
                     _write(file, {"key": key, "result": result})
                     release()
                 _merge(self.report["methods"][label], result)
