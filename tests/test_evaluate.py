@@ -133,8 +133,7 @@ def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_ke
     assert "heldout" in report_of(command | {"--parts": ["losses"]})["methods"]["LoRA"]
 
 
-def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, monkeypatch):
-    monkeypatch.setattr(evaluation, "TIMESTEPS", 8)  # as many as the losses have
+def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
     report = report_of(command | {"--parts": ["losses", "tradeoff"]})
     base, lora = (report["methods"][label] for label in ("base", "LoRA"))
     start, end = lora["tradeoff"]

@@ -215,9 +215,9 @@ class Evaluation:
         curve = []
         for scale in SCALES:
             unet, prompts = self._model(label, scale)
-            point = {"scale": scale, "heldout_loss": self._few_heldout.mean_loss(unet, prompts)}
-            if self._few_retained:
-                point["retention_loss"] = self._few_retained.mean_loss(unet, prompts)
+            point = {"scale": scale, "heldout_loss": self._heldout.mean_loss(unet, prompts)}
+            if self._retained:
+                point["retention_loss"] = self._retained.mean_loss(unet, prompts)
             curve.append(point)
         return {"tradeoff": curve}
 
@@ -238,20 +238,12 @@ class Evaluation:
         return self._set(self.plan.heldout, HELDOUT_TIMESTEPS)
 
     @cached_property
-    def _few_heldout(self) -> DenoisingSet:
-        return self._set(self.plan.heldout, TIMESTEPS)
-
-    @cached_property
     def _training(self) -> DenoisingSet | None:
         return self._set(self.plan.training, HELDOUT_TIMESTEPS)
 
     @cached_property
     def _retained(self) -> DenoisingSet | None:
         return self._set(self._retention_samples, HELDOUT_TIMESTEPS)
-
-    @cached_property
-    def _few_retained(self) -> DenoisingSet | None:
-        return self._set(self._retention_samples, TIMESTEPS)
 
     @property
     def _shown(self) -> Sequence[data.Sample]:
