@@ -196,6 +196,11 @@ def test_the_top_eigenvalue_of_a_quadratic_form(eigenvalues):
     assert top_eigenvalue(losses, model, ["0"], iterations=2, tolerance=1e-6) is None
 
 
+def test_an_eigenvalue_of_a_loss_that_is_not_finite_is_not_told():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).requires_grad_(False)
+    assert top_eigenvalue(lambda m: [m[0].weight.square().sum() * math.inf], model, ["0"]) is None
+
+
 def test_the_error_of_an_eigenvalue_is_within_the_tolerance():
     """Of many that lie close together, under a negative one a thousand times as large."""
     eigenvalues = torch.cat([torch.linspace(-1, 2, 255), torch.tensor([-2000.0])]).double()

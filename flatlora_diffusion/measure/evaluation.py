@@ -352,7 +352,7 @@ class Evaluation:
             own["flatness"] = [settings["flatness"], SIGMAS, LINE, DIRECTIONS, PLANE, self._layers]
         if part == "sharpness":
             own["sharpness"] = [settings["sharpness"], self._layers]
-        content = [own, part, settings["adapters"].get(label), SCALES, BANDS]
+        content = [own, part, settings["adapters"].get(label), SCALES, BANDS, HELDOUT_TIMESTEPS]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _stored(self, file: Path, key: str) -> dict[str, Any] | None:

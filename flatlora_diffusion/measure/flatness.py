@@ -140,7 +140,7 @@ def top_eigenvalue(
         seed: Of the first vector.
 
     Returns:
-        The eigenvalue, or None where it isn't known that well after all iterations.
+        The eigenvalue; None where it isn't known that well after all iterations, or isn't finite.
     """
     weights = [unet.get_submodule(name).weight for name in layers]
 
@@ -185,6 +185,8 @@ def _lanczos(
             if before is not None:
                 own -= coupling * before[place]
         coupling = _length(image)
+        if not math.isfinite(diagonal[-1] + coupling):
+            return None
         projected = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
         if beside:
             sides = torch.tensor(beside, dtype=torch.float64)
