@@ -20,12 +20,17 @@ ALL_LAYERS = (
     *("conv_in", "conv1", "conv2", "conv", "conv_shortcut", "conv_out"),
 )
 
-FEATURED = ("mild-lora", "mild-flat-0.3", "mild-flat-0.8", "over-lora", "over-flat-0.3")
+FEATURED = (
+    *("mild-lora", "mild-flat-0.3", "mild-flat-0.8", "over-lora", "over-flat-0.3"),
+    *("demo-lora", "demo-flat-0.3"),
+)
 
 # The regimes. Demo's learning rate: ten times that of the paper, for a model ten times as narrow.
 MILD = {"rank": 4, "max_train_steps": 500}
 OVERFITTING = {"rank": 16, "max_train_steps": 1500}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
+LARGER_BATCH = {"train_batch_size": 4}
+DEMO = {**LARGER_BATCH, **TEXT_ENCODERS, "max_train_steps": 400}  # as in assets/demo.yaml
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 46}
 
 
@@ -149,6 +154,8 @@ def make_arms() -> dict[str, Arm]:
     family("loraplus", "other adapters", (0.3,), "LoRA+", learning_rate=2.5e-4, loraplus_lr_ratio=16.0)
     for rank in (1, 16, 64):
         family(f"rank-{rank}", "ranks", (0.3,), f"LoRA (rank {rank})", rank=rank)
+    family("demo", "settings of the demo", (0.1, 0.3), **DEMO)
+    family("batch", "batch of 4", (0.1, 0.3), **LARGER_BATCH)
     for name in FEATURED:
         arms[name] = replace(arms[name], featured=True)
     return arms
