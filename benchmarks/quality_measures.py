@@ -51,7 +51,6 @@ MAIN = (
 )
 OTHERS = (
     *(Measure(f"heldout_loss_band_{k}", f"held-out loss, band {k}") for k in range(4)),
-    Measure("top_eigenvalue", "largest Hessian eigenvalue"),
     Measure("clip_i", "CLIP-I", better=1, relative=False),
     Measure("nearest_training", "likeness to the nearest training icon", better=0, relative=False),
     Measure("clip_t", "CLIP-T", better=1, relative=False),

@@ -59,7 +59,7 @@ def report(work: Path, arms: Mapping[str, Arm]) -> str:
             parts.append(_table(names, arms, runs, columns, OTHERS))
         parts.append(_matched_table([name for name in names if name in compared], arms, matches))
         sections.append("\n\n".join(filter(None, parts)))
-    sections.append(_strength_section(arms, runs))
+    sections += [_sharpness_section(arms, runs), _strength_section(arms, runs)]
     missing = [name for name in arms if not runs[name]]
     if missing:
         problems.append(f"not measured: {', '.join(missing)}")
@@ -119,6 +119,31 @@ def _mean(values: Mapping[int, float], seeds: int) -> str:
 
 def _of_seeds(n: int, seeds: int) -> str:
     return "" if n == seeds else f" ({n} seed{'s' if n > 1 else ''})"
+
+
+def _sharpness_section(arms: Mapping[str, Arm], runs: Runs) -> str:
+    """The Hessian's largest eigenvalues by rank, as single runs, by thousands, would decide their means."""
+    rows = []
+    for name, arm in arms.items():
+        values = values_of(runs[name], "top_eigenvalue")
+        if not values:
+            continue
+        ordered = sorted(values.values())
+        cells = [f"{value:.4g}" for value in (ordered[0], statistics.median(ordered), ordered[-1])]
+        plain = values_of(runs[arm.against], "top_eigenvalue") if arm.against else {}
+        shared = values.keys() & plain.keys()
+        lower = sum(values[seed] < plain[seed] for seed in shared)
+        cells.append(f"{lower} of {len(shared)}" if shared else "")
+        rows.append([f"{arm.label}, {arm.group}", str(len(values)), *cells])
+    if not rows:
+        return ""
+    heads = ["arm", "seeds", "least", "median", "greatest", "lower than its plain twin"]
+    text = (
+        "Of the training loss, with respect to the attention's merged weights, over the seeds of "
+        "featured arms. Not among the comparisons above: a single run can have a thousand times the value of "
+        "the others."
+    )
+    return f"## The Hessian's largest eigenvalue\n\n{text}\n\n{markdown_table(heads, rows)}"
 
 
 def _strength_section(arms: Mapping[str, Arm], runs: Runs) -> str:

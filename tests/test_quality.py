@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks.quality_arms import Arm, make_arms, run_folder
 from benchmarks.quality_measures import read_runs
 from benchmarks.quality_report import report
 from flatlora_diffusion import train as trainer
+from flatlora_diffusion.cli import parse_train_config
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import WEIGHTS_NAME
 from flatlora_diffusion.measure.merged import row_norms
@@ -275,6 +277,32 @@ def test_a_curve_measured_in_another_way_is_not_used(tmp_path):
     text = report(tmp_path, ARMS)
     assert "- mild-lora seed 2: retention_loss is 0.3, but 0.35 at scale 1: the two were measured" in text
     assert rows(text, "Against plain LoRA at")[0]["seeds won"] == "0 of 4"
+
+
+def test_eigenvalues_are_told_by_rank(tmp_path):
+    """One of a thousand times the others' size moves none but the greatest."""
+    for seed, value in zip(SEEDS, (1.5, 1.0, 2.0, 9000.0, 0.5), strict=True):
+        write(tmp_path, "mild-lora", seed, PLAIN | {"top_eigenvalue": value})
+    for seed, value in zip(range(4), (1.0, 2.0, 1.0, 3.0), strict=True):
+        write(tmp_path, "ema", seed, PLAIN | {"top_eigenvalue": value})
+    text = report(tmp_path, ARMS)
+    assert [list(row.values()) for row in rows(text, "## The Hessian's largest eigenvalue")] == [
+        ["LoRA, mild", "5", "0.5", "1.5", "9000", ""],
+        ["LoRA, EMA, regularisers", "4", "1", "1.5", "3", "3 of 4"],
+    ]
+
+
+def test_the_demo_arms_have_the_settings_of_the_demo(tmp_path, monkeypatch):
+    project = Path(__file__).parents[1]
+    monkeypatch.chdir(project)
+    demo = parse_train_config(["--config", "assets/demo.yaml"])
+    arm = make_arms()["demo-flat-0.3"].config(demo.seed, tmp_path, tmp_path)
+    base, icons = project / demo.pretrained_model_name_or_path, project / demo.instance_data_dir
+    ours = replace(demo, pretrained_model_name_or_path=str(base), instance_data_dir=str(icons))
+    differ = {field.name for field in fields(demo) if getattr(arm, field.name) != getattr(ours, field.name)}
+    reports = {"output_dir", "report_to", "compare", "heldout_data_dir", "heldout_steps"}
+    checkpoints = {"checkpointing_steps", "checkpoints_total_limit"}
+    assert {name for name in differ if "validation" not in name} == reports | checkpoints
 
 
 def test_the_noise_is_told_beside_the_update_and_the_loss(tmp_path):
