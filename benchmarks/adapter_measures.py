@@ -30,7 +30,7 @@ BANDS = 4
 SIGMAS = (0.1, 0.3)
 SIGMA = 0.1  # the paper's, at which inference scales are compared
 DRAWS = 2
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.2)
+SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 OVER_SCALES = ("heldout_loss", "retention_loss", "train_loss", f"rise_{SIGMA}")
 DRAWN_SCALES = (0.6, 0.8)
 DRAWING = Drawing(RESOLUTION, RESOLUTION, steps=30, guidance=3.0)
@@ -62,26 +62,31 @@ class Measures:
         """Measure those parts of an arm's run that aren't measured yet, and add them to its file."""
         missing = missing_parts(arm, folder)
         for part in (part for part in parts if part in missing):
-            found = {"losses": self.losses, "sharpness": self.sharpness, "drawn": self.drawn}[part](
-                arm, folder
-            )
+            found = getattr(self, part)(arm, folder)
             write_atomically(folder / MEASURES, json.dumps(read_measures(folder) | found, indent=1).encode())
 
     def losses(self, arm: Arm, folder: Path) -> dict[str, float]:
-        """Losses, rise under noise, size of the update; of featured arms over inference scales too."""
+        """Losses, rise under noise, size of the update."""
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         load_adapter(self._pipeline, "adapter", folder)
         try:
             base, merged = (merged_unet(self._pipeline, name) for name in (None, "adapter"))
             relative = relative_update(base, merged, self._attention(merged))
             result = self._at_scale(arm, 1.0, SIGMAS)
-            if arm.featured:
-                curve = {scale: self._at_scale(arm, scale, [SIGMA]) for scale in (0.0, *SCALES)}
-                for scale, values in (curve | {1.0: result}).items():
-                    result |= {f"scale_{scale}_{name}": values[name] for name in OVER_SCALES}
             return result | {"update_norm": summary["mean_update_norm"], "relative_update": relative}
         finally:
             self._pipeline.delete_adapters("adapter")
+
+    def scales(self, arm: Arm, folder: Path) -> dict[str, float]:
+        """Losses and rise under noise over inference scales."""
+        load_adapter(self._pipeline, "adapter", folder)
+        try:
+            curve = {scale: self._at_scale(arm, scale, [SIGMA]) for scale in SCALES}
+        finally:
+            self._pipeline.delete_adapters("adapter")
+        return {
+            f"scale_{scale}_{name}": values[name] for scale, values in curve.items() for name in OVER_SCALES
+        }
 
     def _at_scale(self, arm: Arm, scale: float, sigmas: Sequence[float]) -> dict[str, float]:
         training, few = self._training_sets(arm)

@@ -24,6 +24,7 @@ FEATURED = (
     *("mild-lora", "mild-flat-0.3", "mild-flat-0.8", "over-lora", "over-flat-0.3"),
     *("demo-lora", "demo-flat-0.3"),
 )
+OVER_SCALES = (*FEATURED, "batch-lora")
 
 # The regimes. Demo's learning rate: ten times that of the paper, for a model ten times as narrow.
 MILD = {"rank": 4, "max_train_steps": 500}
@@ -46,6 +47,7 @@ class Arm:
         rival: `sam`, `lora-sam` or `bi-lora`; None is this project's training.
         rho: Of the rival.
         few_icons: Train 5 of the 23 icons.
+        over_scales: Its losses are measured at other inference scales too.
         featured: Its pictures are compared too, and its Hessian, which take longer to measure than the rest.
     """
 
@@ -56,6 +58,7 @@ class Arm:
     rival: str | None = None
     rho: float = 0.0
     few_icons: bool = False
+    over_scales: bool = False
     featured: bool = False
 
     def config(self, seed: int, folder: Path, work: Path) -> TrainConfig:
@@ -156,6 +159,6 @@ def make_arms() -> dict[str, Arm]:
         family(f"rank-{rank}", "ranks", (0.3,), f"LoRA (rank {rank})", rank=rank)
     family("demo", "settings of the demo", (0.1, 0.3), **DEMO)
     family("batch", "batch of 4", (0.1, 0.3), **LARGER_BATCH)
-    for name in FEATURED:
-        arms[name] = replace(arms[name], featured=True)
+    for name in OVER_SCALES:
+        arms[name] = replace(arms[name], over_scales=True, featured=name in FEATURED)
     return arms

@@ -17,7 +17,12 @@ from benchmarks.quality_arms import Arm, run_folder
 
 MEASURES = "measures.json"
 
-PARTS = {"losses": "train_loss", "sharpness": "top_eigenvalue", "drawn": "clip_i"}
+PARTS = {
+    "losses": "train_loss",
+    "scales": "scale_0.8_train_loss",
+    "sharpness": "top_eigenvalue",
+    "drawn": "clip_i",
+}
 """What is measured together -> a measure that tells that it was."""
 
 Runs = dict[str, dict[int, dict[str, float]]]
@@ -81,7 +86,7 @@ def read_measures(folder: Path) -> dict[str, float]:
 def missing_parts(arm: Arm, folder: Path) -> set[str]:
     """Those of `PARTS` that are still to be measured of a finished run."""
     measures = read_measures(folder)
-    wanted = PARTS if arm.featured else ["losses"]
+    wanted = ["losses", *["scales"] * arm.over_scales, *["sharpness", "drawn"] * arm.featured]
     return {part for part in wanted if PARTS[part] not in measures}
 
 
