@@ -55,8 +55,8 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for a process, a browser or the disk."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than there are cores: many tests wait for a process, a browser or the disk."""
+    return (os.cpu_count() or 1) + 2
 
 
 def build_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -74,7 +74,7 @@ def build_unet(seed: int = 0) -> UNet2DConditionModel:
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            transformer_layers_per_block=(1, 2),
+            transformer_layers_per_block=1,
             projection_class_embeddings_input_dim=80,
             cross_attention_dim=64,
             norm_num_groups=8,
@@ -250,8 +250,10 @@ def clean_copy(tmp_path):
     return copy
 
 
-def write_adapters(folder: Path) -> dict[str, Path]:
-    """Two adapters far from zero: label -> file."""
+@pytest.fixture(scope="session")
+def written_adapters(tmp_path_factory) -> dict[str, Path]:
+    """Two adapters far from zero, label -> file; tests must leave them as they are."""
+    folder = tmp_path_factory.mktemp("adapters")
     paths = {}
     for index, label in enumerate(("LoRA", "Flat-LoRA")):
         unet = build_unet()
@@ -268,9 +270,11 @@ def write_adapters(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def adapters(tmp_path) -> dict[str, Path]:
-    """Those of `write_adapters`, for a test that may damage them."""
-    return write_adapters(tmp_path)
+def adapters(written_adapters, tmp_path) -> dict[str, Path]:
+    """Copies of `written_adapters`, for a test that may damage them."""
+    for label, path in written_adapters.items():
+        shutil.copytree(path.parent, tmp_path / label)
+    return {label: tmp_path / label / path.name for label, path in written_adapters.items()}
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from flatlora_diffusion.page.tally import chance, tally_html
 from flatlora_diffusion.studio import Studio
 from flatlora_diffusion.votes import TIE, Tally, Vote, VoteFile
 from tests.browser import served
-from tests.conftest import write_adapters
 
 pytest_plugins = ["tests.browser"]
 
@@ -37,13 +36,8 @@ METHODS = ("LoRA", "Flat-LoRA")
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def studio(base_path, adapters):
-    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+def studio(base_path, written_adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +60,10 @@ def votes(votes_path):
 
 
 @pytest.fixture(scope="module")
-def lone(base_path, adapters):
+def lone(base_path, written_adapters):
     """The picture of a method when nothing else is drawn."""
     pipeline = load_pipeline(str(base_path))
-    for label, path in adapters.items():
+    for label, path in written_adapters.items():
         load_adapter(pipeline, label, path)
 
     def draw(method, prompt, seed):
@@ -398,8 +392,8 @@ def test_a_page_without_a_file_of_votes_has_no_blind_test(studio):
     assert "Compare" in labels and "Blind test" not in labels
 
 
-def test_a_label_that_means_no_difference_is_refused(base_path, adapters, tmp_path):
-    named = Studio(load_pipeline(str(base_path)), "tiny", {TIE: adapters["LoRA"]})
+def test_a_label_that_means_no_difference_is_refused(base_path, written_adapters, tmp_path):
+    named = Studio(load_pipeline(str(base_path)), "tiny", {TIE: written_adapters["LoRA"]})
     with pytest.raises(UserError, match="an adapter is called 'tie'"):
         build(Site(named, PRESETS, votes=VoteFile(tmp_path / "votes.jsonl")))
 

@@ -20,7 +20,6 @@ from flatlora_diffusion.page.build import build, launch_settings
 from flatlora_diffusion.page.site import MAX_PROMPT, Site
 from flatlora_diffusion.studio import Studio
 from tests.browser import served
-from tests.conftest import write_adapters
 
 pytest_plugins = ["tests.browser"]
 
@@ -40,13 +39,8 @@ PRESETS = {"Unseen": ["a red icon", "a blue icon"], "The base's own": ["an icon"
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def studio(base_path, adapters):
-    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+def studio(base_path, written_adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +65,16 @@ def client(address):
 
 
 @pytest.fixture(scope="module")
-def lone(base_path, adapters):
+def lone(base_path, written_adapters):
     """The pictures of a request that nobody disturbs, in the order of the methods."""
     pipeline = load_pipeline(str(base_path))
-    for label, path in adapters.items():
+    for label, path in written_adapters.items():
         load_adapter(pipeline, label, path)
 
     def draw(prompt, seed, drawing=DRAWING, scale=1.0):
         return [
             draw_with(pipeline, adapter, prompt, seed, drawing, scale).tobytes()
-            for adapter in (None, *adapters)
+            for adapter in (None, *written_adapters)
         ]
 
     return draw

@@ -18,7 +18,6 @@ from flatlora_diffusion.page.grid import MAX_PICTURES
 from flatlora_diffusion.page.site import MAX_PROMPT, Site
 from flatlora_diffusion.studio import BASE, Drawn, Job, Studio
 from tests.browser import served
-from tests.conftest import write_adapters
 
 pytest_plugins = ["tests.browser"]
 
@@ -39,9 +38,8 @@ ASKED = {
 
 
 @pytest.fixture(scope="module")
-def studio(base_path, tmp_path_factory):
-    adapters = write_adapters(tmp_path_factory.mktemp("adapters"))
-    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+def studio(base_path, written_adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import micro_muon
 import micro_score
 import micro_text
 import micro_training
+import micro_unet
 import numpy as np
 import pytest
 import torch
@@ -175,6 +176,9 @@ def test_every_stage_runs_and_the_export_loads(work: Path, tmp_path: Path, monke
     monkeypatch.setattr(micro_score, "SPEED_REPEATS", 1)
     monkeypatch.setattr(micro_score, "STEPS", 2)
     monkeypatch.setattr(micro_text, "RETRIEVAL_POOL", 50)
+    monkeypatch.setattr(micro_clip, "PAIRS", 16)
+    for module in (micro_autoencoder, micro_text, micro_unet):
+        monkeypatch.setattr(module, "BATCH", 8)
     for stage in ("autoencoder", "clip", "text", "unet", "score", "export"):
         run_stage(stage, work, tmp_path, steps=2, device=torch.device("cpu"))
 
