@@ -88,7 +88,7 @@ def landscape_line(
     """
     lines = []
     for index in range(directions):
-        direction = {name: filter_normalised(unet, name, seed, index) for name in layers}
+        direction = _direction(unet, layers, seed, index)
         lines.append([_loss_at(loss, unet, [(alpha, direction)]) for alpha in alphas])
     return lines
 
@@ -101,8 +101,13 @@ def landscape_plane(
     Returns:
         For each alpha the losses, one a beta (the same values).
     """
-    one, two = ({name: filter_normalised(unet, name, seed, index) for name in layers} for index in range(2))
+    one, two = (_direction(unet, layers, seed, index) for index in range(2))
     return [[_loss_at(loss, unet, [(alpha, one), (beta, two)]) for beta in alphas] for alpha in alphas]
+
+
+def _direction(unet: nn.Module, layers: Sequence[str], seed: int, index: int) -> dict[str, Tensor]:
+    """A direction by layer, in the main memory: of the full weight space it is as large as the UNet."""
+    return {name: filter_normalised(unet, name, seed, index).cpu() for name in layers}
 
 
 def filter_normalised(unet: nn.Module, layer: str, seed: int, index: int) -> Tensor:
@@ -218,10 +223,9 @@ def _normals(weight: Tensor, *key: object) -> Tensor:
 
 def _loss_at(loss: Loss, unet: nn.Module, moves: Sequence[tuple[float, dict[str, Tensor]]]) -> float:
     """The loss at `W' + sum of factor * direction`."""
-    weights = {
-        name: unet.get_submodule(name).weight.data
-        + sum(factor * direction[name] for factor, direction in moves)
-        for name in moves[0][1]
-    }
+    weights = {}
+    for name in moves[0][1]:
+        own = unet.get_submodule(name).weight.data
+        weights[name] = own + sum(factor * direction[name].to(own.device) for factor, direction in moves)
     with replaced(unet, weights):
         return loss(unet)
