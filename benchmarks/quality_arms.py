@@ -32,6 +32,8 @@ OVERFITTING = {"rank": 16, "max_train_steps": 1500}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
 LARGER_BATCH = {"train_batch_size": 4}
 DEMO = {**LARGER_BATCH, **TEXT_ENCODERS, "max_train_steps": 400}  # as in assets/demo.yaml
+PAPERS_RATE = {"learning_rate": 1e-4}  # a small update beside the noise
+SMALLER_STEPS = {"learning_rate": 3e-4, "max_train_steps": 1500}  # as long a way in more steps
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 46}
 
 
@@ -159,6 +161,8 @@ def make_arms() -> dict[str, Arm]:
         family(f"rank-{rank}", "ranks", (0.3,), f"LoRA (rank {rank})", rank=rank)
     family("demo", "settings of the demo", (0.1, 0.3), **DEMO)
     family("batch", "batch of 4", (0.1, 0.3), **LARGER_BATCH)
+    family("rate-1e-4", "learning rate 1e-4", (0.1, 0.3), **PAPERS_RATE)
+    family("rate-3e-4", "learning rate 3e-4, 1,500 steps", (0.1, 0.3), **SMALLER_STEPS)
     for name in OVER_SCALES:
         arms[name] = replace(arms[name], over_scales=True, featured=name in FEATURED)
     return arms
