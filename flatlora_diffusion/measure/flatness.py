@@ -53,16 +53,16 @@ def expected_rise(
         seed: Of the draws.
     """
     quiet = loss(unet)
-    rises = []
-    for sigma in sigmas:
-        differences = []
-        for draw in range(draws):
-            noise = {name: _noise(unet, name, seed, draw) for name in layers}
+    differences: dict[float, list[float]] = {sigma: [] for sigma in sigmas}
+    for draw in range(draws):
+        noise = {name: _noise(unet, name, seed, draw) for name in layers}  # slow to draw on large models
+        for sigma in sigmas:
             both = [_loss_at(loss, unet, [(sign * sigma, noise)]) - quiet for sign in (1, -1)]
-            differences.append(sum(both) / 2)
-        error = statistics.stdev(differences) / math.sqrt(draws)
-        rises.append(Rise(sigma, statistics.mean(differences), error))
-    return rises
+            differences[sigma].append(sum(both) / 2)
+    return [
+        Rise(sigma, statistics.mean(found), statistics.stdev(found) / math.sqrt(draws))
+        for sigma, found in differences.items()
+    ]
 
 
 def landscape_line(
