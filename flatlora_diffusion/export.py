@@ -125,6 +125,7 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
         if FROZEN_ADAPTER in model.peft_config:  # twice the rank at the same scale
             config["r"] *= 2
             config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+        config["lora_dropout"] = 0.0  # of the training: diffusers would draw with it
         for key, value in config.items():
             lora_metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value
     metadata = {

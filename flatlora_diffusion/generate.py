@@ -90,6 +90,18 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def native_side(pipeline: StableDiffusionXLPipeline) -> int:
+    """Side in pixels of the pictures that a base was trained on.
+
+    Raises:
+        UserError: It doesn't say.
+    """
+    size = pipeline.unet.config.sample_size
+    if not isinstance(size, int):
+        raise UserError(f"the base's unet/config.json: sample_size is {size}; set the latents' side, as 128")
+    return size * pipeline.vae_scale_factor
+
+
 def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
     """Load an adapter under a name, from its file or the folder that holds it, with its new tokens.
 
@@ -119,6 +131,9 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
             )
         check_loaded(pipeline, name, adapter)
         load_embeddings(pipeline, name, adapter.facts, embeddings)
+        # Layers that diffusers adds are in train(): those of other people's files may have dropout.
+        for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+            model.eval()
     except (ValueError, KeyError, RuntimeError, UserError) as error:
         pipeline.delete_adapters(name)
         if isinstance(error, UserError):

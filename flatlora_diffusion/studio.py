@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter_file import AdapterFacts
 from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import DTYPES, Drawing, draw_batch, load_adapter, sketches
+from flatlora_diffusion.generate import DTYPES, Drawing, draw_batch, load_adapter, native_side, sketches
 from flatlora_diffusion.samplers import sampler_name
 from flatlora_diffusion.stamp import Stamp, versions
 
@@ -113,7 +113,7 @@ class Studio:
     @property
     def native_side(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
-        return self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
+        return native_side(self._pipeline)
 
     @property
     def dtype(self) -> str:

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from flatlora_diffusion.generate import (
     draw_with,
     load_adapter,
     load_pipeline,
+    native_side,
     sketches,
 )
 from tests.conftest import global_rng_state
@@ -31,6 +35,35 @@ def test_columns_differ_and_switching_back_gives_the_bits_of_the_base(pipeline, 
     assert len({picture.tobytes() for picture in (base, one, other)}) == 3
     assert draw_with(pipeline, None, "a icon", 3, DRAWING).tobytes() == base.tobytes()
     assert draw_with(pipeline, "LoRA", "a icon", 3, DRAWING).tobytes() == one.tobytes()
+
+
+def with_dropout(file: Path, share: float) -> None:
+    """Let an adapter's file ask for dropout, as those of other trainers do."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    settings = json.loads(metadata["lora_adapter_metadata"])
+    assert settings["unet.lora_dropout"] == 0.0
+    metadata["lora_adapter_metadata"] = json.dumps(settings | {"unet.lora_dropout": share})
+    save_file(load_file(file), file, metadata)
+
+
+def test_dropout_of_the_training_is_not_drawn_with(pipeline, adapters):
+    load_adapter(pipeline, "plain", adapters["LoRA"])
+    with_dropout(adapters["LoRA"], 0.5)
+    load_adapter(pipeline, "dropped", adapters["LoRA"])
+    assert any(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in pipeline.unet.modules())
+    rng = global_rng_state()
+    plain, dropped = (draw_with(pipeline, name, "a icon", 3, DRAWING) for name in ("plain", "dropped"))
+    assert dropped.tobytes() == plain.tobytes()
+    assert global_rng_state() == rng
+
+
+@pytest.mark.parametrize("size", [None, (16, 16)])
+def test_a_base_that_does_not_tell_its_size(pipeline, size):
+    assert native_side(pipeline) == 8 * pipeline.vae_scale_factor
+    pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(UserError, match=r"sample_size is .*; set the latents' side"):
+        native_side(pipeline)
 
 
 def test_every_method_starts_from_the_noise_of_the_seed(pipeline, adapters, monkeypatch):

@@ -87,6 +87,9 @@ def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
     assert global_rng_state() == state
     plain = run(config, output_dir=str(tmp_path / "plain"))
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+    with safe_open(tmp_path / "run" / WEIGHTS_NAME, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["unet.lora_dropout"] == 0.0, "whoever loads the adapter would draw with dropout"
 
     # Interrupted after two steps and resumed, with other draws from the global RNG in between.
 
