@@ -49,6 +49,12 @@ class Batch:
             torch.cat([self.time_ids, other.time_ids]),
         )
 
+    def singles(self) -> Iterator[Batch]:
+        """Each sample as a batch of its own."""
+        for place, caption in enumerate(self.captions):
+            tensors = (self.latents, self.noise, self.timesteps, self.time_ids)
+            yield Batch([caption], *(tensor[place : place + 1] for tensor in tensors))
+
 
 class LatentCache:
     """The latents of every variant of every image, and the endless stream of samples made of them.

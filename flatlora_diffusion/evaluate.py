@@ -188,8 +188,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         library.disable_progress_bar()
         library.set_verbosity_error()  # they take the weights of an adapter for missing ones
     folder = given.get("output", Path("evaluation"))
-    print(markdown(evaluate(plan, folder)))
+    try:
+        report = evaluate(plan, folder)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--device {plan.device}: its memory ran out while models were loaded; --dtype bf16 halves them"
+        ) from None
+    print(markdown(report))
     print(folder / TABLES)
+    if report["left_out"]:
+        raise UserError("; ".join(report["left_out"]))
 
 
 if __name__ == "__main__":

@@ -160,8 +160,7 @@ def load_base(
         )
 
     scheduler = str((index.get("scheduler") or [None, None])[1])
-    if "EDM" in scheduler:  # as the diffusers script knows them: Playground v2.5
-        raise UserError(f"{flag}: its scheduler is {scheduler}, and EDM-style training isn't done here")
+    check_scheduler(flag, scheduler)
     weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
     sampler = getattr(diffusers, scheduler, None)
     if sampler is None:
@@ -189,6 +188,21 @@ def load_base(
     for model in (*base.text_encoders, base.vae, base.unet):
         model.requires_grad_(False)
     return base
+
+
+def check_scheduler(flag: str, scheduler: str) -> None:
+    """Refuse bases whose loss isn't the one that `diffusion_losses` takes.
+
+    Args:
+        flag: Names the base.
+        scheduler: Class of its scheduler.
+
+    Raises:
+        UserError: It is one for EDM-style training or flow matching.
+    """
+    for kind, name in (("EDM", "EDM-style"), ("FlowMatch", "flow-matching")):  # Playground v2.5, say
+        if kind in scheduler:
+            raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")
 
 
 def load_vae(name: str) -> AutoencoderKL:

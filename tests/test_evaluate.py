@@ -1,14 +1,17 @@
 """The evaluation command: its report against the functions behind it, resuming, and bad input."""
 
+import dataclasses
 import json
 from functools import partial
 
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
 
-from flatlora_diffusion import data, evaluate
+from flatlora_diffusion import data, evaluate, sdxl
 from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
 from flatlora_diffusion.generate import load_adapter, load_pipeline
 from flatlora_diffusion.measure import evaluation, flatness, plots
 from flatlora_diffusion.measure.denoising import DenoisingSet, embed
@@ -127,10 +130,75 @@ def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_ke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(flatness, "top_eigenvalue", too_large)
-    with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts"):
-        report_of(command | {"--parts": ["losses", "sharpness"]})
+    with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts$"):
+        evaluate.main(words(command | {"--parts": ["losses", "sharpness"]}))
+    folder = data.Path(command["--output"][0])
+    assert "heldout" in json.loads((folder / evaluation.REPORT).read_text())["methods"]["LoRA"]
+    assert "- sharpness of base: the memory of cpu ran out" in (folder / evaluate.TABLES).read_text()
     monkeypatch.setattr(DenoisingSet, "losses", too_large)  # so they are not measured again
     assert "heldout" in report_of(command | {"--parts": ["losses"]})["methods"]["LoRA"]
+
+
+def test_models_that_do_not_fit_into_the_memory_are_told(command, monkeypatch):
+    def too_large(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(evaluation, "load_pipeline", too_large)
+    with pytest.raises(UserError, match=r"^--device cpu: its memory ran out while models were loaded; "):
+        evaluate.main(words(command))
+
+
+def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
+    del command["--training"], command["--retention"]
+    report = report_of(command)
+    lora = report["methods"]["LoRA"]
+    assert report["settings"]["flatness"]["of"] == "heldout"
+    assert lora["heldout"] and lora["flatness"]["rise"] and len(lora["tradeoff"]) == 2
+    tables = (tmp_path / "evaluation" / "evaluation.md").read_text()
+    assert "loss on some of the held-out pictures" in tables and "## Style against retention" in tables
+
+
+def test_what_was_measured_before_stays_in_the_report(command):
+    whole = report_of(command | {"--parts": ["losses"]})
+    both = report_of(command | {"--parts": ["tradeoff"]})["methods"]["LoRA"]
+    assert both["heldout"] == whole["methods"]["LoRA"]["heldout"] and both["tradeoff"]
+    again = report_of(command | {"--parts": ["tradeoff"], "--resolution": ["24"]})["methods"]["LoRA"]
+    assert "heldout" not in again and again["tradeoff"] != both["tradeoff"]
+
+
+def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, base_path, tmp_path):
+    pipeline = load_pipeline(str(base_path))
+    sdxl.add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
+    path = tmp_path / "text-alone" / WEIGHTS_NAME
+    path.parent.mkdir()
+    path.write_bytes(adapter_bytes({"text_encoder": pipeline.text_encoder}, {}))
+    command["--adapter"] = [f"text={path}"]
+    found = report_of(command | {"--parts": ["flatness", "sharpness"]})["methods"]["text"]["flatness"]
+    assert found["rise"] is None and found["plane"]["losses"] and "top_eigenvalue" not in found
+
+
+def test_losses_that_are_not_finite_are_null(command, monkeypatch):
+    monkeypatch.setattr(flatness, "landscape_line", lambda *arguments: [[1.0, float("nan")]])
+    found = report_of(command | {"--parts": ["flatness"]})["methods"]["LoRA"]["flatness"]
+    assert found["line"]["losses"] == [[1.0, None]]
+
+
+def test_labels_may_be_names_of_a_module_s_own(command, adapters):
+    command["--adapter"] = [f"half={adapters['LoRA']}", f"Train={adapters['Flat-LoRA']}"]
+    assert list(report_of(command | {"--parts": ["losses"]})["methods"]) == ["base", "half", "Train"]
+
+
+def test_other_objectives_are_refused(command, monkeypatch):
+    original = evaluation.load_pipeline
+
+    def edm(*arguments, **settings):
+        pipeline = original(*arguments, **settings)
+        pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+        return pipeline
+
+    monkeypatch.setattr(evaluation, "load_pipeline", edm)
+    with pytest.raises(UserError, match=r"^--base .*EDMDPMSolverMultistepScheduler, and EDM-style training"):
+        evaluate.main(words(command))
 
 
 def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
@@ -168,6 +236,24 @@ def test_prompts_stand_in_for_pictures_of_the_base(command, clip_path):
     assert report["settings"]["prompts"] == ["a cat", "a dog"]
     retained = [report["methods"][label]["retention"]["loss"] for label in ("base", "LoRA")]
     assert retained[0] != retained[1]
+
+
+def test_drawing_the_base_s_pictures_leaves_the_adapter_its_text_encoders(command, base_path, tmp_path):
+    pipeline = load_pipeline(str(base_path))
+    sdxl.add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
+    for name, parameter in pipeline.text_encoder.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 1
+    path = tmp_path / "text-alone" / WEIGHTS_NAME
+    path.parent.mkdir()
+    path.write_bytes(adapter_bytes({"text_encoder": pipeline.text_encoder}, {}))
+    del command["--retention"], command["--training"]
+    command |= {"--adapter": [f"text={path}"], "--prompt": ["a cat"], "--clip": ["-"], "--steps": ["1"]}
+    plan = evaluate.read_plan(vars(evaluate.evaluation_parser().parse_all(words(command))))
+    measured = evaluation.Evaluation(dataclasses.replace(plan, parts=["losses"]), tmp_path / "evaluation")
+    first, again = (measured._model("text")[1].embed(["a navy icon"]).tokens for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, measured._model("base")[1].embed(["a navy icon"]).tokens)
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatch):

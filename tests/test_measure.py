@@ -147,6 +147,20 @@ def test_the_expected_rise_of_a_quadratic_is_half_the_variance_of_the_noise():
     assert large.rise == pytest.approx(4 * small.rise, rel=1e-3)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_the_rise_of_a_loss_that_is_not_finite_is_not_either(broken):
+    losses = iter([1.0, *[broken] * 8])
+    rises = expected_rise(lambda model: next(losses), Quadratic(), LAYERS, [0.1, 0.2], draws=2)
+    assert len(rises) == 2 and not any(math.isfinite(rise.rise) for rise in rises)
+
+
+def test_nothing_is_said_of_no_layers():
+    with pytest.raises(ValueError, match="no layers"):
+        expected_rise(loss_of, Quadratic(), [], [0.1], draws=2)
+    with pytest.raises(ValueError, match="no layers"):
+        top_eigenvalue(lambda model: [], Quadratic(), [])
+
+
 def test_only_the_named_layers_are_perturbed():
     model = Quadratic()
     one = expected_rise(loss_of, model, ["linear"], [0.1], draws=200)[0]

@@ -60,8 +60,6 @@ def made_up(heldout: float, retention: float, curvature: float) -> dict:
                 "scale": s,
                 "heldout_loss": 0.2 + (heldout - 0.2) * s,
                 "retention_loss": 0.1 + (retention - 0.1) * s**2,
-                "clip_i": None,
-                "drift": 0.05 * s,
             }
             for s in SCALES
         ],
@@ -429,8 +427,8 @@ def test_bands_and_scales_have_tables(report):
         ["LoRA", "0.2850 (-5.00%)", "0.09500 (-5.00%)"],
         [LONG.replace("|", "/"), "0.2700 (-10.00%)", "0.09000 (-10.00%)"],
     ]
-    assert scales[0] == ["method", "scale", "held-out loss ↓", "retention loss ↓", "drift ↓"]
-    assert scales[4] == ["LoRA", "1.2", "0.1880 (-6.00%)", "0.1029 (+2.88%)", "0.060"]
+    assert scales[0] == ["method", "scale", "held-out loss ↓", "retention loss ↓"]
+    assert scales[4] == ["LoRA", "1.2", "0.1880 (-6.00%)", "0.1029 (+2.88%)"]
     assert len(scales) == 1 + 2 * len(SCALES)
 
 

@@ -92,9 +92,11 @@ class DenoisingSet:
     def parts_of_mean(
         self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache
     ) -> Iterator[Tensor]:
-        """Differentiable scalars whose sum is `mean_loss`, one a picture."""
+        """Differentiable scalars whose sum is `mean_loss`, one a picture and timestep."""
+        count = len(self) * len(self.timesteps)
         for batch in self.batches():
-            yield self.batch_losses(unet, prompts, batch).mean() / len(self)
+            for single in batch.singles():  # second derivatives of more don't fit into a GPU
+                yield self.batch_losses(unet, prompts, single).sum() / count
 
     def batches(self) -> Iterator[Batch]:
         """One batch a picture, with all its timesteps."""

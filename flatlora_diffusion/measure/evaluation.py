@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion import data
+from flatlora_diffusion import data, sdxl
 from flatlora_diffusion.adapter_file import AdapterFacts
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.export import write_atomically
-from flatlora_diffusion.generate import DTYPES, Drawing, load_adapter, load_pipeline, release
+from flatlora_diffusion.generate import DTYPES, Drawing, load_adapter, load_pipeline, native_side, release
 from flatlora_diffusion.learner import HELDOUT_TIMESTEPS
 from flatlora_diffusion.measure import flatness
 from flatlora_diffusion.measure.denoising import DenoisingSet, embed
@@ -91,7 +92,8 @@ class Evaluation:
         folder: Where the report, the parts and the drawn pictures go.
 
     Attributes:
-        report: `base`, `settings` and `methods`: label -> what was measured, the base first.
+        report: `base`, `settings`, `methods`: label -> what was measured, the base first, and `left_out`: a
+            line for each part that needs more memory than the device has.
 
     Raises:
         UserError: A model or an adapter is missing, damaged, or doesn't fit.
@@ -101,56 +103,60 @@ class Evaluation:
         self.plan, self.folder = plan, folder
         self.likeness = Likeness(plan.clip, plan.device) if plan.clip and "drawn" in plan.parts else None
         self.pipeline = load_pipeline(plan.base, device=plan.device, dtype=DTYPES[plan.dtype])
+        sdxl.check_scheduler(f"--base {plan.base}", type(self.pipeline.scheduler).__name__)
         self.names: dict[str, str | None] = {BASE: None}
         self.facts: dict[str, AdapterFacts] = {}
         slugs = unique_slugs(label.replace(".", "-") for label in plan.adapters)  # PEFT takes no dots
-        for name, (label, path) in zip(slugs, plan.adapters.items(), strict=True):
-            self.names[label] = name
+        for slug, (label, path) in zip(slugs, plan.adapters.items(), strict=True):
+            self.names[label] = name = f"adapter_{slug}"  # some words are names of a module's own
             self.facts[name] = load_adapter(self.pipeline, name, path)
-        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        self.resolution = plan.resolution or own
+        self.resolution = plan.resolution or native_side(self.pipeline)
         self.report: dict[str, Any] = {
             "base": plan.base,
             "settings": self._settings(),
             "methods": {label: {} for label in self.names},
+            "left_out": [],
         }
 
     def run(self) -> dict[str, Any]:
         """Measure what isn't measured yet; the report, which is in the folder too.
 
+        It also has the parts that weren't asked for, where they were measured before in the same way.
+
         Raises:
-            UserError: A part needs more memory than the device has, or the folder cannot be written.
+            UserError: The folder cannot be written.
         """
-        parts = [
-            ("losses", self._losses),
-            ("drawn", self._drawn),
-            ("flatness", self._flatness),
-            ("tradeoff", self._tradeoff),
-            ("sharpness", self._sharpness),
-        ]
-        todo = [
-            (label, part, measure)
-            for part, measure in parts
-            for label in self.names
-            if part in self.plan.parts and self._is_asked(part, label)
-        ]
+        parts = {
+            "losses": self._losses,
+            "drawn": self._drawn,
+            "flatness": self._flatness,
+            "tradeoff": self._tradeoff,
+            "sharpness": self._sharpness,
+        }
+        todo = [(label, part) for part in parts for label in self.names if self._is_possible(part, label)]
+        too_large = set()
         with tqdm(todo, unit="part") as bar:
-            for label, part, measure in bar:
+            for label, part in bar:
                 bar.set_description(f"{part} of {label}")
                 key, file = self._key(part, label), self._file(part, label)
                 result = self._stored(file, key)
                 if result is None:
+                    if part not in self.plan.parts or part in too_large:
+                        continue
                     try:
-                        result = measure(label)
+                        result = parts[part](label)
                     except torch.OutOfMemoryError:
-                        raise UserError(
-                            f"{part} of {label}: the memory of {self.plan.device} ran out; set a smaller "
-                            "--resolution, or leave this part out with --parts (what was measured is kept)"
-                        ) from None
+                        too_large.add(part)
+                        self.report["left_out"].append(
+                            f"{part} of {label}: the memory of {self.plan.device} ran out; set --dtype bf16 "
+                            "or a smaller --resolution, or leave this part out with --parts"
+                        )
+                        continue
+                    finally:
+                        release()
                     _write(file, {"key": key, "result": result})
-                    release()
                 _merge(self.report["methods"][label], result)
-        _write(self.folder / REPORT, self.report)
+        _write(self.folder / REPORT, _finite(self.report))
         return self.report
 
     # The parts: each gives what it adds to a method's entry.
@@ -184,11 +190,11 @@ class Evaluation:
         def loss(unet: nn.Module) -> float:
             return shown.mean_loss(unet, prompts)
 
-        rises = flatness.expected_rise(loss, unet, layers, SIGMAS, DRAWS)
+        rises = flatness.expected_rise(loss, unet, layers, SIGMAS, DRAWS) if layers else None
         return {
             "flatness": {
                 "loss": loss(unet),
-                "rise": [asdict(rise) for rise in rises],
+                "rise": rises and [asdict(rise) for rise in rises],
                 "line": {
                     "alphas": list(LINE),
                     "losses": flatness.landscape_line(loss, unet, everything, LINE, DIRECTIONS),
@@ -212,22 +218,23 @@ class Evaluation:
         return {"flatness": {"top_eigenvalue": value}}
 
     def _tradeoff(self, label: str) -> dict[str, Any]:
-        curve = []
-        for scale in SCALES:
-            unet, prompts = self._model(label, scale)
-            point = {"scale": scale, "heldout_loss": self._heldout.mean_loss(unet, prompts)}
-            if self._retained:
-                point["retention_loss"] = self._retained.mean_loss(unet, prompts)
-            curve.append(point)
-        return {"tradeoff": curve}
+        return {"tradeoff": [self._at_scale(label, scale) for scale in SCALES]}
+
+    def _at_scale(self, label: str, scale: float) -> dict[str, float]:
+        unet, prompts = self._model(label, scale)  # gone with this call: two would be too many for a GPU
+        point = {"scale": scale, "heldout_loss": self._heldout.mean_loss(unet, prompts)}
+        if self._retained:
+            point["retention_loss"] = self._retained.mean_loss(unet, prompts)
+        return point
 
     # What the parts need, made when it is first needed.
 
     def _model(self, label: str, scale: float = 1.0) -> tuple[nn.Module, Any]:
         """The merged UNet of a method, and the embeddings of all captions by its text encoders."""
         name = self.names[label]
-        unet = merged_unet(self.pipeline, name, scale)  # makes the adapter the active one
+        # Before the adapter is made the active one: this may draw with the base.
         samples = [*self.plan.heldout, *self.plan.training, *self._retention_samples]
+        unet = merged_unet(self.pipeline, name, scale)
         return unet, embed(self.pipeline, name, [sample.caption for sample in samples])
 
     def _set(self, samples: Sequence[data.Sample], count: int) -> DenoisingSet | None:
@@ -297,9 +304,11 @@ class Evaluation:
 
     # What decides whether a part has to be measured.
 
-    def _is_asked(self, part: str, label: str) -> bool:
+    def _is_possible(self, part: str, label: str) -> bool:
         if part == "drawn":
-            return self.likeness is not None
+            return self.plan.clip is not None
+        if part == "sharpness":
+            return bool(self._layers)
         return part != "tradeoff" or label != BASE
 
     def _file(self, part: str, label: str) -> Path:
@@ -370,6 +379,15 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{file.parent}: cannot be made ({error.strerror})") from error
     write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _finite(content: Any) -> Any:
+    """The same with None, which JSON has, for numbers that it hasn't."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _merge(target: dict[str, Any], more: Mapping[str, Any]) -> None:

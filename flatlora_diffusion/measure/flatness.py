@@ -7,7 +7,6 @@ alone: the same ones meet every adapter, so that differences between adapters ar
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +50,15 @@ def expected_rise(
         sigmas: Strengths.
         draws: Pairs of draws, at least 2.
         seed: Of the draws.
+
+    Returns:
+        A rise for each sigma; not finite where the loss isn't.
+
+    Raises:
+        ValueError: There are no layers.
     """
+    if not layers:
+        raise ValueError("no layers to perturb")
     quiet = loss(unet)
     differences: dict[float, list[float]] = {sigma: [] for sigma in sigmas}
     for draw in range(draws):
@@ -59,10 +66,11 @@ def expected_rise(
         for sigma in sigmas:
             both = [_loss_at(loss, unet, [(sign * sigma, noise)]) - quiet for sign in (1, -1)]
             differences[sigma].append(sum(both) / 2)
-    return [
-        Rise(sigma, statistics.mean(found), statistics.stdev(found) / math.sqrt(draws))
-        for sigma, found in differences.items()
-    ]
+    rises = []
+    for sigma, found in differences.items():
+        values = torch.tensor(found, dtype=torch.float64)
+        rises.append(Rise(sigma, values.mean().item(), values.std().item() / math.sqrt(draws)))
+    return rises
 
 
 def landscape_line(
@@ -146,7 +154,12 @@ def top_eigenvalue(
 
     Returns:
         The eigenvalue; None where it isn't known that well after all iterations, or isn't finite.
+
+    Raises:
+        ValueError: There are no layers.
     """
+    if not layers:
+        raise ValueError("no layers whose weights count")
     weights = [unet.get_submodule(name).weight for name in layers]
 
     def product(vector: list[Tensor]) -> list[Tensor]:

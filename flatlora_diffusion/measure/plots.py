@@ -20,7 +20,7 @@ from flatlora_diffusion.measure.figures import (
     wrapped,
     write_png,
 )
-from flatlora_diffusion.measure.report import band_name, base_name, find, parts
+from flatlora_diffusion.measure.report import band_name, base_name, find, parts, shown_pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def rise(report: Report) -> Figure | None:
         # To the second order the rise is a multiple of sigma squared: so small sigmas can be read as well.
         right.errorbar(sigmas, means / sigmas**2, errors / sigmas**2, **appearance)
     left.set_title("Rise of the loss under noise")
-    left.set_ylabel("rise of the training icons' loss  (← flatter)")
+    left.set_ylabel(f"rise of the loss on the {shown_pictures(report)}  (← flatter)")
     right.set_title("The same, divided by sigma²", fontweight="normal")
     right.set_ylabel("rise / sigma²  (← flatter)")
     is_a_rise = all(p["rise"] >= p["standard_error"] for points in rises.values() for p in points)
@@ -107,7 +107,7 @@ def line(report: Report) -> Figure | None:
         )
     axes.margins(x=0)
     axes.set_xlabel("distance along a random direction, relative to each filter's norm")
-    axes.set_ylabel("loss on the training icons")
+    axes.set_ylabel(f"loss on the {shown_pictures(report)}")
     axes.set_title("Loss along random directions: mean, least to greatest")
     legend_beside(figure, means)
     return figure
@@ -146,7 +146,7 @@ def plane(report: Report) -> Figure | None:
         axes.set_title(text, fontsize=10, pad=6)
         axes.tick_params(labelbottom=place + columns >= len(planes), labelleft=place % columns == 0)
     bar = figure.colorbar(filled, ax=panels.tolist(), aspect=25 * rows, pad=0.02)
-    bar.set_label("loss on the training icons")
+    bar.set_label(f"loss on the {shown_pictures(report)}")
     bar.outline.set_visible(False)
     figure.supxlabel("first random direction, relative to each filter's norm", fontsize=9.5)
     figure.supylabel("second direction", fontsize=9.5)
@@ -155,8 +155,12 @@ def plane(report: Report) -> Figure | None:
 
 @style()
 def tradeoff(report: Report) -> Figure | None:
-    """Style against retention: a curve a method over the adapter's scales, all from the base."""
-    curves = {name: points for name, points in parts(report, "tradeoff").items() if points}
+    """Style against retention: a curve a method over scales; those of plain LoRA begin at the base."""
+    curves = {
+        name: points
+        for name, points in parts(report, "tradeoff").items()
+        if any("retention_loss" in point for point in points)
+    }
     base = report["methods"][base_name(report)]
     curves.pop(base_name(report), None)
     if not curves:
@@ -180,7 +184,7 @@ def tradeoff(report: Report) -> Figure | None:
                 zorder=4,
             )
         for place, point in enumerate(points):
-            # What all curves start from, and large markers, are known.
+            # What curves start from, and large markers, are known.
             is_drawn = math.isfinite(xs[place]) and math.isfinite(ys[place])
             if is_drawn and point["scale"] and place not in whole:
                 places.append((xs[place], ys[place]))

@@ -1,18 +1,18 @@
 """The report of an evaluation, as tables and plots read it.
 
 `report["methods"]` has what was measured of each method by its name, the base first. A part that wasn't asked
-for is missing or None:
+for, or couldn't be measured, is missing or None:
 
     heldout            {"loss", "bands": [{"from", "to", "loss"}, ...]}
-    train_loss         of the training icons
-    clip_i             of drawn against true held-out icons
-    nearest_training   {"drawn", "true"}: likeness to the nearest training icon
+    train_loss         of the training pictures
+    clip_i             of drawn against true held-out pictures
+    nearest_training   {"drawn", "true"}: likeness to the nearest training picture
     retention          {"loss", "clip_t", "drift", "pixel_drift"}: the base's own styles
     flatness           {"loss", "rise": [{"sigma", "rise", "standard_error"}, ...],
                        "line": {"alphas", "losses": one list a direction},
                        "plane": {"alphas", "losses": [i][j] is that at (alphas[i], alphas[j])},
                        "top_eigenvalue": of the Hessian; None, too, where it wasn't found}
-    tradeoff           [{"scale", "heldout_loss", "retention_loss", "clip_i", "drift"}, ...]
+    tradeoff           [{"scale", "heldout_loss", "retention_loss"}, ...], the last where there is retention
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def parts(report: dict[str, Any], *keys: str) -> dict[str, Any]:
 def base_name(report: dict[str, Any]) -> str:
     """The method that the others are compared with: the first."""
     return next(iter(report["methods"]))
+
+
+def shown_pictures(report: dict[str, Any]) -> str:
+    """Which pictures the loss is of whose flatness is told."""
+    of = find(report, "settings", "flatness", "of") or "training"
+    return {"training": "training pictures", "heldout": "held-out pictures"}[of]
 
 
 def band_name(band: dict[str, Any]) -> str:

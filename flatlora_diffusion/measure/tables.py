@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flatlora_diffusion.measure.report import band_name, base_name, find, parts
+from flatlora_diffusion.measure.report import band_name, base_name, find, parts, shown_pictures
 
 Report = dict[str, Any]
 NOTHING = "-"
@@ -54,9 +54,12 @@ def markdown(report: Report) -> str:
         "## Summary",
         _summary(report),
         "Arrows say which way is better; changes are against the base. Nearest training icon: the likeness "
-        "to it of what was drawn, and of true held-out icons; more than theirs is copying. Rises: those of "
-        "the training loss under noise, in percent of it.",
+        "to it of what was drawn, and of true held-out icons; more than theirs is copying. Rises under "
+        f"noise and the top eigenvalue: of the loss on some of the {shown_pictures(report)} at a few "
+        "timesteps; rises in percent of that loss.",
     ]
+    if left_out := report.get("left_out"):
+        texts += ["Left out:", "\n".join(f"- {line}" for line in left_out)]
     if table := _bands(report):
         texts += ["## Held-out loss by timesteps", table]
     if table := _tradeoff(report):
@@ -144,8 +147,6 @@ def _tradeoff(report: Report) -> str | None:
             "retention_loss",
             lambda value: _beside_change(value, find(base, "retention", "loss")),
         ),
-        "CLIP-I ↑": ("clip_i", decimals),
-        "drift ↓": ("drift", decimals),
     }
     points = [(name, point) for name, own in parts(report, "tradeoff").items() for point in own]
     there = {
