@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from benchmarks.quality_arms import ASSETS, ATTENTION, PROMPT, Arm
-from benchmarks.quality_measures import MEASURES, missing_parts, read_measures
+from benchmarks.quality_measures import MEASURED_WITH, MEASURES, read_parts
 from flatlora_diffusion import data
 from flatlora_diffusion.cache import PromptCache
 from flatlora_diffusion.export import write_atomically
@@ -36,6 +38,26 @@ DRAWN_SCALES = (0.6, 0.8)
 DRAWING = Drawing(RESOLUTION, RESOLUTION, steps=30, guidance=3.0)
 DRAWN = 32  # held-out captions, and as many of the base's own styles
 CURVED = 8  # training icons in the Hessian
+
+CONSTANTS: dict[str, tuple[Any, ...]] = {
+    "losses": (RESOLUTION, HELDOUT_TIMESTEPS, TIMESTEPS, BANDS, SIGMAS, DRAWS, ATTENTION),
+    "scales": (RESOLUTION, HELDOUT_TIMESTEPS, TIMESTEPS, SIGMA, DRAWS, ATTENTION, SCALES, OVER_SCALES),
+    "sharpness": (RESOLUTION, TIMESTEPS, CURVED, ATTENTION),
+    "drawn": (DRAWING, DRAWN, DRAWN_SCALES),
+}
+"""Part -> what its values depend on besides the run: with other constants it is measured anew."""
+
+
+def digest(part: str) -> str:
+    """A short one of the constants that a part depends on, to be kept beside its values."""
+    return hashlib.sha256(repr(CONSTANTS[part]).encode()).hexdigest()[:12]
+
+
+def missing_parts(arm: Arm, folder: Path) -> set[str]:
+    """Those of `quality_measures.PARTS` that a finished run still lacks, or has with other constants."""
+    known, _ = read_parts(folder)
+    wanted = ["losses", *["scales"] * arm.over_scales, *["sharpness", "drawn"] * arm.featured]
+    return {part for part in wanted if known.get(part, {}).get(MEASURED_WITH) != digest(part)}
 
 
 class Measures:
@@ -63,7 +85,9 @@ class Measures:
         missing = missing_parts(arm, folder)
         for part in (part for part in parts if part in missing):
             found = getattr(self, part)(arm, folder)
-            write_atomically(folder / MEASURES, json.dumps(read_measures(folder) | found, indent=1).encode())
+            known, _ = read_parts(folder)
+            known[part] = {MEASURED_WITH: digest(part), **found}
+            write_atomically(folder / MEASURES, json.dumps(known, indent=1).encode())
 
     def losses(self, arm: Arm, folder: Path) -> dict[str, float]:
         """Losses, rise under noise, size of the update."""
@@ -129,9 +153,9 @@ class Measures:
         name = "-".join(folder.parts[-2:]).replace(".", "_")
         facts = load_adapter(self._pipeline, name, folder)
         try:
-            drawer = Drawer(
-                self._pipeline, self._base, {name: facts}, DRAWING, self._work / "pictures", batch_size=16
-            )
+            # Several runs are measured at a time: none writes where another does, the base's pictures either.
+            pictures = self._work.joinpath("pictures", *folder.parts[-2:])
+            drawer = Drawer(self._pipeline, self._base, {name: facts}, DRAWING, pictures, batch_size=16)
             training = data.find_samples(self._icons(arm), PROMPT)
             heldout, kept = self._heldout_samples[:DRAWN], self._retention_samples[:DRAWN]
             personalisation = Personalisation(drawer, self._likeness, heldout, training)

@@ -3,6 +3,13 @@
 Whoever wants less change of the base can draw with plain LoRA at a smaller scale, or train it for fewer
 steps. So an arm that forgets less has won something only if its held-out loss is below that of plain LoRA at
 the scale (or number of steps) where that forgets just as little; the same goes for equal training loss.
+
+Equal training loss has a limit: over inference scales, plain LoRA's own has its minimum near scale 1. So
+matching by it drops the seeds whose arm has a lower training loss than plain LoRA at any scale, which selects
+by outcome; it moves the scale by the square root of a tiny excess; and it takes the better of two crossings:
+plain LoRA's scale is tuned to the arm, and the arm's isn't. An arm that equals plain LoRA but for chance
+looks worse there, so a held-out loss that is a few tenths of a percent higher at equal training loss says
+nothing against an arm. Retention loss and drift have no such minimum.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ else is said to generalise. Every arm of a seed has the same initial adapter, da
 Each run has one thread and a process of its own, `--jobs` of them at a time, and leaves in
 `WORK/runs/ARM/seed-K` what `train_dreambooth_flat.py` leaves, and what it said in `train.log`. Finished runs
 are not trained again. A run that fails is named, and the others go on; the exit code is then 1. Ctrl-C ends
-all of them.
+all of them. Where an arm has other settings than one of its finished runs, nothing begins: the run is named.
 
 `measure` measures the finished runs in the same way, each once: see `benchmarks.adapter_measures`.
 
@@ -28,7 +28,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -38,8 +38,9 @@ from pathlib import Path
 from benchmarks.common import positive
 from benchmarks.quality_arms import ASSETS, FEW_ICONS, Arm, make_arms, run_folder
 from benchmarks.quality_figures import write_figures
-from benchmarks.quality_measures import PARTS, is_finished, missing_parts, read_runs
+from benchmarks.quality_measures import PARTS, read_runs
 from benchmarks.quality_report import report
+from benchmarks.quality_runs import change_since, is_finished, record_rival
 from flatlora_diffusion.cli import OneLineParser, run_command
 from flatlora_diffusion.errors import UserError
 from flatlora_diffusion.extras import import_extra
@@ -56,7 +57,9 @@ def train_run(work: Path, task: Task) -> None:
 
     name, seed = task
     arm = make_arms()[name]
-    config = arm.config(seed, run_folder(work, name, seed), work)
+    folder = run_folder(work, name, seed)
+    config = arm.config(seed, folder, work)
+    record_rival(arm, folder)
     if arm.rival:
         rivals.train(config, arm.rival, arm.rho)
     else:
@@ -95,6 +98,8 @@ def needs_training(arm: Arm, folder: Path) -> bool:
 
 def needs_measuring(arm: Arm, folder: Path, parts: Sequence[str]) -> bool:
     """Whether one of the parts is still to be measured of a finished run."""
+    from benchmarks.adapter_measures import missing_parts
+
     return is_finished(folder) and not missing_parts(arm, folder).isdisjoint(parts)
 
 
@@ -203,37 +208,47 @@ def prepare(work: Path, arms: Sequence[Arm]) -> None:
 
 def train_missing(options: argparse.Namespace) -> None:
     """The command `train`."""
-    prepare(options.folder, list(chosen_arms(options).values()))
-    do(training(), options)
+    arms = chosen_arms(options)
+    prepare(options.folder, list(arms.values()))
+    do(training(), options, arms)
 
 
 def measure_missing(options: argparse.Namespace) -> None:
     """The command `measure`."""
-    do(measuring(options.parts), options)
+    do(measuring(options.parts), options, chosen_arms(options))
 
 
 def chosen_arms(options: argparse.Namespace) -> dict[str, Arm]:
     """Name -> arm, of those that the user names.
 
     Raises:
-        UserError: No arm has such a name, or the folder cannot be written.
+        UserError: No arm has such a name, the folder cannot be written, or an arm has other settings than one
+            of its finished runs.
     """
     arms = make_arms()
     for pattern in options.arms:
         if not fnmatch.filter(arms, pattern):
             raise UserError(f"--arms {pattern}: no arm is called so; there are {', '.join(arms)}")
     check_writable("--folder", options.folder)
-    return {name: arm for name, arm in arms.items() if any(fnmatch.fnmatch(name, p) for p in options.arms)}
+    chosen = {name: arm for name, arm in arms.items() if any(fnmatch.fnmatch(name, p) for p in options.arms)}
+    changes = [
+        change_since(options.folder, name, arm, seed)
+        for name, arm in chosen.items()
+        for seed in range(options.seeds)
+    ]
+    if changed := list(filter(None, changes)):
+        others = f" (and {len(changed) - 1} more such)" if len(changed) > 1 else ""
+        raise UserError(
+            f"--folder {options.folder}: {changed[0]}{others}; remove that run's folder or name another "
+            "--folder"
+        )
+    return chosen
 
 
-def do(job: Job, options: argparse.Namespace) -> None:
-    """Do a job for every run that the user asks for.
-
-    Raises:
-        UserError: No arm has such a name, or the folder cannot be written.
-    """
+def do(job: Job, options: argparse.Namespace, arms: Iterable[str]) -> None:
+    """Do a job for every run of some arms, by their names, that the user asks for."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    tasks = [(name, seed) for name in chosen_arms(options) for seed in range(options.seeds)]
+    tasks = [(name, seed) for name in arms for seed in range(options.seeds)]
     failed = run_all(job, options.folder, tasks, options.jobs)
     if failed:
         runs = ", ".join(f"{name} seed {seed}" for name, seed in failed)

@@ -1,6 +1,7 @@
 """The measures of the runs of `benchmarks.quality`: which there are, read from the disk and compared.
 
-`WORK/runs/ARM/seed-K/measures.json` holds the measures of a run, name -> number.
+`WORK/runs/ARM/seed-K/measures.json` holds the measures of a run: part -> name -> number, and under
+`measured_with` a digest of the constants of that part (see `benchmarks.adapter_measures`).
 """
 
 from __future__ import annotations
@@ -8,22 +9,20 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paired import Difference, difference
 from benchmarks.quality_arms import Arm, run_folder
+from benchmarks.quality_runs import change_since
 
 MEASURES = "measures.json"
+MEASURED_WITH = "measured_with"
 
-PARTS = {
-    "losses": "train_loss",
-    "scales": "scale_0.8_train_loss",
-    "sharpness": "top_eigenvalue",
-    "drawn": "clip_i",
-}
-"""What is measured together -> a measure that tells that it was."""
+PARTS = ("losses", "scales", "sharpness", "drawn")
+"""What is measured together."""
 
 Runs = dict[str, dict[int, dict[str, float]]]
 """Name of an arm -> seed -> name of a measure -> value."""
@@ -63,56 +62,51 @@ OTHERS = (
 )
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds its adapter and all that belongs to it."""
-    from flatlora_diffusion.run import SUMMARY  # it brings libraries that must be told first to be quiet
+def read_parts(folder: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """What was measured of a run, as its file has it, and what is wrong with that file.
 
-    return (folder / SUMMARY).is_file()
+    Nothing was measured where there is no file, or where something is wrong with it.
+    """
+    from flatlora_diffusion.export import WEIGHTS_NAME  # it brings libraries that must be told to be quiet
 
-
-def read_measures(folder: Path) -> dict[str, float]:
-    """What was measured of a run; nothing where the file is older than the adapter, or damaged."""
-    from flatlora_diffusion.export import WEIGHTS_NAME
-
-    file = folder / MEASURES
+    file, adapter = folder / MEASURES, folder / WEIGHTS_NAME
+    if not file.is_file():
+        return {}, None
     try:
-        if file.stat().st_mtime < (folder / WEIGHTS_NAME).stat().st_mtime:
-            return {}
-        return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        if adapter.is_file() and file.stat().st_mtime < adapter.stat().st_mtime:
+            return {}, "older than the adapter; measure that run again"
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        return {}, "not JSON; measure that run again"
+    if not (isinstance(content, dict) and content and all(isinstance(p, dict) for p in content.values())):
+        return {}, "not the measures of each part; measure that run again"
+    return content, None
 
 
-def missing_parts(arm: Arm, folder: Path) -> set[str]:
-    """Those of `PARTS` that are still to be measured of a finished run."""
-    measures = read_measures(folder)
-    wanted = ["losses", *["scales"] * arm.over_scales, *["sharpness", "drawn"] * arm.featured]
-    return {part for part in wanted if PARTS[part] not in measures}
+def read_runs(work: Path, arms: Mapping[str, Arm]) -> tuple[Runs, list[str]]:
+    """The measures of all runs, and a line for each file or run that is left out and each measure it lacks.
 
-
-def read_runs(work: Path, arms: Iterable[str]) -> tuple[Runs, list[str]]:
-    """The measures of all runs, and a line for each file that is damaged and each measure that it lacks."""
+    Left out are damaged files, those that are older than the adapter, and runs whose arm has changed since.
+    """
     runs: Runs = {name: {} for name in arms}
     problems = []
     for name in runs:
         folders = run_folder(work, name, 0).parent.glob("seed-*")
         seeds = [int(number) for number in (folder.name[5:] for folder in folders) if number.isdecimal()]
         for seed in sorted(seeds):
-            path = run_folder(work, name, seed) / MEASURES
-            if not path.is_file():
+            folder = run_folder(work, name, seed)
+            where = folder.relative_to(work) / MEASURES
+            if changed := change_since(work, name, arms[name], seed):
+                problems.append(f"{changed}; remove that folder and train it again")
                 continue
-            where = path.relative_to(work)
-            try:
-                content = json.loads(path.read_bytes())
-            except OSError as error:
-                problems.append(f"{where}: cannot be read ({error.strerror})")
+            parts, problem = read_parts(folder)
+            if problem:
+                problems.append(f"{where}: {problem}")
+            if not parts:
                 continue
-            except (ValueError, RecursionError):
-                problems.append(f"{where}: not JSON; measure that run again")
-                continue
-            if not isinstance(content, dict):
-                problems.append(f"{where}: not a dictionary of measures; measure that run again")
-                continue
+            content = {k: v for part in parts.values() for k, v in part.items() if k != MEASURED_WITH}
             numbers = {key: float(value) for key, value in content.items() if _is_finite(value)}
             bad = [key for key in content if key not in numbers]
             if bad:

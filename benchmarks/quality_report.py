@@ -1,7 +1,7 @@
 """Tables of what was measured of the runs of `benchmarks.quality`: every arm beside its plain twin.
 
-`WORK/runs/ARM/seed-K/measures.json` holds the measures of a run, name -> number. What is missing is left out
-and the number of seeds said; what is damaged is named in a line at the end.
+What is missing is left out and the number of seeds said; what is damaged or out of date is named in a line at
+the end.
 """
 
 from __future__ import annotations
@@ -194,7 +194,10 @@ def _matched_table(
             cells.append(f"{d.wins if match.better < 0 else d.n - d.wins} of {d.n}")
         if any(cells):
             rows.append([arms[name].label, *cells])
-    title = "Against plain LoRA at the scale, or number of steps, where it has the same loss:"
+    title = (
+        "Against plain LoRA at the scale, or number of steps, where it has the same loss. At equal training "
+        "loss the comparison of losses leans to plain LoRA's side (see `benchmarks/matched.py`):"
+    )
     return f"{title}\n\n{markdown_table(['arm', *heads], rows)}"
 
 

@@ -6,22 +6,25 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import quality, quality_figures, quality_measures, rivals
-from benchmarks.adapter_measures import relative_update
+from benchmarks import adapter_measures, quality, quality_figures, rivals
+from benchmarks.adapter_measures import Measures, digest, relative_update
 from benchmarks.matched import matched, scale_curve
 from benchmarks.quality_arms import Arm, make_arms, run_folder
-from benchmarks.quality_measures import read_runs
+from benchmarks.quality_measures import MEASURED_WITH, PARTS, read_parts, read_runs
 from benchmarks.quality_report import report
+from benchmarks.quality_runs import change_since
 from flatlora_diffusion import train as trainer
 from flatlora_diffusion.cli import parse_train_config
 from flatlora_diffusion.errors import UserError
@@ -51,8 +54,18 @@ PLAIN = {
 def write(work: Path, name: str, seed: int, measures: dict) -> Path:
     path = run_folder(work, name, seed) / "measures.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(measures))
+    path.write_text(json.dumps({"losses": measures}))
     return path
+
+
+def finish(work: Path, name: str, seed: int, **settings: object) -> Path:
+    """A run's folder as training leaves it, with some other settings than its arm has."""
+    folder = run_folder(work, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS_NAME).write_bytes(b"")
+    told = make_arms()[name].config(seed, folder, work).settings() | settings
+    (folder / SUMMARY).write_text(json.dumps({"settings": told}))
+    return folder
 
 
 def rows(text: str, heading: str) -> list[dict[str, str]]:
@@ -139,9 +152,8 @@ def test_missing_and_damaged_runs_are_left_out_and_named(tmp_path):
     (flat / "seed-0" / "measures.json").write_text("{")
     (flat / "seed-1" / "measures.json").write_text("[1]")
     lacking = {name: value for name, value in PLAIN.items() if name != "rise_0.3"}
-    (flat / "seed-2" / "measures.json").write_text(
-        json.dumps(lacking | {"train_loss": float("nan"), "x": "y"})
-    )
+    damaged = lacking | {"train_loss": float("nan"), "x": "y"}
+    (flat / "seed-2" / "measures.json").write_text(json.dumps({"losses": damaged}))
     text = report(tmp_path, ARMS)
     _, arm, other = rows(text, "## Mild")
     assert arm["seeds"] == "3"
@@ -151,7 +163,7 @@ def test_missing_and_damaged_runs_are_left_out_and_named(tmp_path):
     assert rows(text, "## Regularisers")[1] == dict.fromkeys(arm, "-") | {"arm": "LoRA, EMA", "seeds": "1"}
     assert text[text.index("## Left out") :].splitlines()[2:] == [
         "- runs/mild-flat/seed-0/measures.json: not JSON; measure that run again",
-        "- runs/mild-flat/seed-1/measures.json: not a dictionary of measures; measure that run again",
+        "- runs/mild-flat/seed-1/measures.json: not the measures of each part; measure that run again",
         "- runs/mild-flat/seed-2/measures.json: not a finite number: train_loss, x",
         "- runs/mild-flat/seed-2/measures.json: lacks rise_0.3",
         "- not measured: steps-125, steps-250",
@@ -395,7 +407,7 @@ def test_failing_runs_are_named_and_the_others_go_on_and_nothing_is_trained_twic
             raise RuntimeError("a bug")
         if name == "ema" and seed == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        (run_folder(work, name, seed) / SUMMARY).write_text("{}")
+        finish(work, name, seed)
 
     monkeypatch.setattr(quality, "train_run", train_run)
     words = ["train", "--folder", str(tmp_path), "--seeds", "2", "--jobs", "2"]
@@ -427,7 +439,7 @@ def test_failing_runs_are_named_and_the_others_go_on_and_nothing_is_trained_twic
         quality.main(words)
     assert sorted((tmp_path / "begun").read_text().splitlines()) == ["ema 0", "ema 1", "mild-lora 1"]
     for name, seed in logs:
-        (run_folder(tmp_path, name, seed) / SUMMARY).write_text("{}")
+        finish(tmp_path, name, seed)
     (tmp_path / "begun").unlink()
     quality.main(words)
     assert not (tmp_path / "begun").exists()
@@ -479,16 +491,13 @@ def test_each_arm_is_trained_by_its_own_method(tmp_path, monkeypatch):
 def test_only_finished_runs_are_measured_and_only_what_is_missing(forked, tmp_path, monkeypatch, capfd):
     def measure_run(work, task, parts):
         folder = run_folder(work, *task)
-        found = dict.fromkeys(map(quality_measures.PARTS.get, parts), 1.0)
+        found = {part: {MEASURED_WITH: digest(part), "x": 1.0} for part in parts}
         (folder / "measures.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(quality, "measure_run", measure_run)
-    for name, seed in (("mild-lora", 0), ("mild-lora", 1), ("ema", 0), ("ema", 1)):
-        folder = run_folder(tmp_path, name, seed)
-        folder.mkdir(parents=True)
-        (folder / WEIGHTS_NAME).write_bytes(b"")
-        if (name, seed) != ("ema", 1):
-            (folder / SUMMARY).write_text("{}")
+    for task in (("mild-lora", 0), ("mild-lora", 1), ("ema", 0), ("ema", 1)):
+        finish(tmp_path, *task)
+    (run_folder(tmp_path, "ema", 1) / SUMMARY).unlink()
 
     def measured(*more: str) -> list[str]:
         quality.main(["measure", "--folder", str(tmp_path), "--arms", "mild-lora", "ema", *more])
@@ -503,6 +512,153 @@ def test_only_finished_runs_are_measured_and_only_what_is_missing(forked, tmp_pa
     assert measured() == ["ema seed 0"]
     (run_folder(tmp_path, "mild-lora", 1) / "measures.json").write_text("{")
     assert measured("--parts", "losses") == ["mild-lora seed 1"]
+    (run_folder(tmp_path, "ema", 0) / "measures.json").write_text(json.dumps(PLAIN))  # without its constants
+    assert measured("--parts", "losses") == ["ema seed 0"]
+    monkeypatch.setitem(adapter_measures.CONSTANTS, "losses", (1, 2))
+    assert measured() == ["ema seed 0", "mild-lora seed 0", "mild-lora seed 1"]
+
+
+def test_a_part_with_other_constants_is_measured_anew_and_nothing_of_it_is_kept(tmp_path, monkeypatch):
+    class Fake(Measures):
+        def __init__(self):
+            self.calls = []
+
+        def losses(self, arm, folder):
+            self.calls.append("losses")
+            (sigma,) = adapter_measures.CONSTANTS["losses"]
+            return {f"rise_{sigma}": 1.0}
+
+        def scales(self, arm, folder):
+            self.calls.append("scales")
+            return {"scale_0.8_train_loss": 2.0}
+
+    arm = make_arms()["batch-lora"]  # over scales, not featured
+    folder, fake = finish(tmp_path, "batch-lora", 0), Fake()
+    for constants in ((0.1,), (0.1,), (0.2,)):
+        monkeypatch.setitem(adapter_measures.CONSTANTS, "losses", constants)
+        fake.measure(arm, folder, PARTS)
+    assert fake.calls == ["losses", "scales", "losses"]
+    runs, _ = read_runs(tmp_path, {"batch-lora": arm})
+    assert runs["batch-lora"][0] == {"rise_0.2": 1.0, "scale_0.8_train_loss": 2.0}
+
+
+def test_runs_measured_at_a_time_draw_into_folders_of_their_own(tmp_path, monkeypatch):
+    """The base's pictures as well, which are the same for all."""
+    folders = []
+
+    def drawer(pipeline, base, adapters, drawing, folder, batch_size):
+        folders.append(folder)
+        raise UserError("enough")
+
+    class Fake(Measures):
+        def __init__(self):
+            self._work, self._base, self._pipeline = tmp_path, "base", mock.Mock()
+
+    monkeypatch.setattr(adapter_measures, "load_adapter", lambda pipeline, name, folder: None)
+    monkeypatch.setattr(adapter_measures, "Drawer", drawer)
+    for task in (("mild-lora", 0), ("mild-lora", 1), ("mild-flat-0.3", 0)):
+        with pytest.raises(UserError, match="enough"):
+            Fake().drawn(make_arms()[task[0]], run_folder(tmp_path, *task))
+    assert len(set(folders)) == 3 and all(folder.is_relative_to(tmp_path / "pictures") for folder in folders)
+
+
+def test_a_run_retrained_since_it_was_measured_is_left_out_and_named(tmp_path):
+    """By the report as by the measuring."""
+    for seed in SEEDS:
+        write(tmp_path, "mild-lora", seed, PLAIN)
+        write(tmp_path, "ema", seed, PLAIN)
+    stale = run_folder(tmp_path, "ema", 3)
+    (stale / WEIGHTS_NAME).write_bytes(b"")
+    os.utime(stale / "measures.json", (1, 1))
+    text = report(tmp_path, ARMS)
+    assert rows(text, "## Regularisers")[1]["seeds"] == "4"
+    assert "- runs/ema/seed-3/measures.json: older than the adapter; measure that run again" in text
+    assert read_parts(stale)[0] == {}
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Fail where a run would begin, or what several of them share would be made."""
+    for name in ("prepare", "run_all"):
+        monkeypatch.setattr(quality, name, lambda *arguments, name=name: pytest.fail(f"{name} was called"))
+
+
+def changed_arms(**changes) -> dict[str, Arm]:
+    """The benchmark's arms, one of them with other attributes."""
+    arms = make_arms()
+    return arms | {name: replace(arms[name], **change) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize("command", ["train", "measure"])
+def test_nothing_begins_where_an_arm_has_changed_since_its_run(command, nothing_runs, tmp_path, monkeypatch):
+    for seed in range(2):
+        finish(tmp_path, "prior", seed)
+    settings = make_arms()["prior"].settings | {"rank": 8, "learning_rate": 5e-4, "lora_layers": ("to_q",)}
+    monkeypatch.setattr(quality, "make_arms", lambda: changed_arms(prior={"settings": settings}))
+    words = [command, "--folder", str(tmp_path), "--arms", "prior"]
+    with pytest.raises(UserError) as refused:
+        quality.main(words)
+    assert str(refused.value) == (
+        f"--folder {tmp_path}: runs/prior/seed-0: rank was 4 and is 8 now, "
+        "lora_layers was None and is ['to_q'] now, learning_rate was 0.001 and is 0.0005 now "
+        "(and 1 more such); remove that run's folder or name another --folder"
+    )
+    shutil.rmtree(run_folder(tmp_path, "prior", 0))
+    with pytest.raises(UserError, match=r"seed-1: rank was 4 and is 8 now.* 0\.0005 now; remove"):
+        quality.main(words)
+
+
+def test_a_run_of_a_changed_arm_is_left_out_of_the_report(tmp_path):
+    arms = changed_arms(ema={"settings": {"use_ema": True, "ema_decay": 0.9}})
+    for seed in SEEDS:
+        for name in ("mild-lora", "ema"):
+            write(tmp_path, name, seed, PLAIN)
+            folder = finish(tmp_path, name, seed)
+            os.utime(folder / WEIGHTS_NAME, (1, 1))
+    text = report(tmp_path, arms)
+    assert "## Regularisers" not in text and rows(text, "## Mild")[0]["seeds"] == "5"
+    line = "- runs/ema/seed-2: ema_decay was 0.99 and is 0.9 now; remove that folder and train it again"
+    assert line in text.splitlines()
+
+
+def test_finished_runs_count_wherever_their_folder_is_and_whatever_came_since(tmp_path):
+    """They are told by their folders' names; a setting that was not there yet had its default."""
+    arms = make_arms()
+    there = {"pretrained_model_name_or_path": "/elsewhere/assets/micro-sdxl"}
+    finish(tmp_path / "first", "few-lora", 0, **there)
+    finish(tmp_path / "first", "prior", 0, **there)
+    (tmp_path / "first").rename(tmp_path / "second")
+    for name in ("few-lora", "prior"):
+        assert change_since(tmp_path / "second", name, arms[name], 0) is None
+        assert change_since(tmp_path / "second", name, arms[name], 1) is None, "it isn't finished"
+    other = replace(arms["few-lora"], few_icons=False)
+    found = change_since(tmp_path / "second", "few-lora", other, 0)
+    assert found == "runs/few-lora/seed-0: instance_data_dir was few-icons and is icons-3d now"
+
+    file = finish(tmp_path, "ema", 0) / SUMMARY
+    told = json.loads(file.read_text())["settings"]
+    del told["snr_gamma"], told["use_ema"]
+    file.write_text(json.dumps({"settings": told}))
+    assert (
+        change_since(tmp_path, "ema", arms["ema"], 0) == "runs/ema/seed-0: use_ema was False and is True now"
+    )
+    for damaged in ("{", "{}", "[]", '{"settings": 1}'):
+        file.write_text(damaged)
+        assert "summary.json or rival.json is damaged" in change_since(tmp_path, "ema", arms["ema"], 0)
+
+
+def test_a_rival_and_its_rho_belong_to_the_settings(tmp_path, monkeypatch):
+    """In their own file, without which older runs count."""
+    monkeypatch.setattr(rivals, "train", lambda config, rival, rho: finish(tmp_path, "sam-0.2", config.seed))
+    quality.train_run(tmp_path, ("sam-0.2", 0))
+    arm = make_arms()["sam-0.2"]
+    assert change_since(tmp_path, "sam-0.2", arm, 0) is None
+    other = replace(arm, rival="bi-lora", rho=0.3)
+    found = change_since(tmp_path, "sam-0.2", other, 0)
+    assert found == "runs/sam-0.2/seed-0: rival was sam and is bi-lora now, rho was 0.2 and is 0.3 now"
+    assert "rival was sam and is None now" in change_since(tmp_path, "sam-0.2", replace(arm, rival=None), 0)
+    finish(tmp_path, "sam-0.2", 1)
+    assert change_since(tmp_path, "sam-0.2", other, 1) is None
 
 
 def test_figures_show_the_differences_of_the_tables(tmp_path, monkeypatch):
