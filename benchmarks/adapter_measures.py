@@ -23,7 +23,7 @@ from flatlora_diffusion.measure import flatness
 from flatlora_diffusion.measure.denoising import DenoisingSet, embed
 from flatlora_diffusion.measure.drawn import Drawer, Personalisation, Retention
 from flatlora_diffusion.measure.likeness import Likeness
-from flatlora_diffusion.measure.merged import filters, merged_unet
+from flatlora_diffusion.measure.merged import filters, merged_unet, replaced
 from flatlora_diffusion.run import SUMMARY
 
 RESOLUTION = 64
@@ -36,12 +36,14 @@ SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 OVER_SCALES = ("heldout_loss", "retention_loss", "train_loss", f"rise_{SIGMA}")
 DRAWN_SCALES = (0.6, 0.8)
 DRAWING = Drawing(RESOLUTION, RESOLUTION, steps=30, guidance=3.0)
+ROUNDED = {"attention_4": (ATTENTION, 4), "attention_3": (ATTENTION, 3), "all_4": ("", 4)}  # name ends, bits
 DRAWN = 32  # held-out captions, and as many of the base's own styles
 CURVED = 8  # training icons in the Hessian
 
 CONSTANTS: dict[str, tuple[Any, ...]] = {
     "losses": (RESOLUTION, HELDOUT_TIMESTEPS, TIMESTEPS, BANDS, SIGMAS, DRAWS, ATTENTION),
     "scales": (RESOLUTION, HELDOUT_TIMESTEPS, TIMESTEPS, SIGMA, DRAWS, ATTENTION, SCALES, OVER_SCALES),
+    "rounded": (RESOLUTION, HELDOUT_TIMESTEPS, ROUNDED),
     "sharpness": (RESOLUTION, TIMESTEPS, CURVED, ATTENTION),
     "drawn": (DRAWING, DRAWN, DRAWN_SCALES),
 }
@@ -56,7 +58,7 @@ def digest(part: str) -> str:
 def missing_parts(arm: Arm, folder: Path) -> set[str]:
     """Those of `quality_measures.PARTS` that a finished run still lacks, or has with other constants."""
     known, _ = read_parts(folder)
-    wanted = ["losses", *["scales"] * arm.over_scales, *["sharpness", "drawn"] * arm.featured]
+    wanted = ["losses", "rounded", *["scales"] * arm.over_scales, *["sharpness", "drawn"] * arm.featured]
     return {part for part in wanted if known.get(part, {}).get(MEASURED_WITH) != digest(part)}
 
 
@@ -111,6 +113,23 @@ class Measures:
         return {
             f"scale_{scale}_{name}": values[name] for scale, values in curve.items() for name in OVER_SCALES
         }
+
+    def rounded(self, arm: Arm, folder: Path) -> dict[str, float]:
+        """The held-out loss with merged weights of few bits."""
+        load_adapter(self._pipeline, "adapter", folder)
+        try:
+            unet, prompts = self._model("adapter", 1.0, self._training_sets(arm)[0])
+        finally:
+            self._pipeline.delete_adapters("adapter")
+        losses = {}
+        for name, (ends, bits) in ROUNDED.items():
+            layers = [layer for layer in filters(unet) if layer.endswith(ends)]
+            weights = {
+                layer: flatness.rounded(unet.get_submodule(layer).weight.data, bits) for layer in layers
+            }
+            with replaced(unet, weights):
+                losses[f"rounded_{name}_heldout_loss"] = self._heldout.mean_loss(unet, prompts)
+        return losses
 
     def _at_scale(self, arm: Arm, scale: float, sigmas: Sequence[float]) -> dict[str, float]:
         training, few = self._training_sets(arm)

@@ -99,7 +99,9 @@ def _over_sigma(runs: Runs, arms: Mapping[str, Arm], measure: str) -> Figure | N
         if points:
             sigmas = sorted(points)
             series.append(Series(schedule, sigmas, [points[sigma] for sigma in sigmas]))
-    return curves(series, "change of the rise of the loss under noise, %", 0) if series else None
+    if not any(len(one.sigmas) > 1 for one in series):  # a point is no curve
+        return None
+    return curves(series, "change of the rise of the loss under noise, %", 0)
 
 
 def _scattered(runs: Runs, arms: Mapping[str, Arm], x_axis: Axis, y_axis: Axis) -> Figure | None:
@@ -114,7 +116,7 @@ def _scattered(runs: Runs, arms: Mapping[str, Arm], x_axis: Axis, y_axis: Axis) 
             label = f"{arm.settings[setting]:g}" if setting else arm.label
             points += _points(group, label, runs[name], x_axis, y_axis)
     lines = [plain, *(group for group, setting in SHOWN.values() if setting)]
-    return scatter(points, x_axis[1], y_axis[1], lines) if points else None
+    return scatter(points, x_axis[1], y_axis[1], lines) if len(points) > 2 else None
 
 
 def _over_scales(runs: Runs, arms: Mapping[str, Arm], x_axis: Axis, y_axis: Axis) -> Figure | None:

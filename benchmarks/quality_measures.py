@@ -21,7 +21,7 @@ from benchmarks.quality_runs import change_since
 MEASURES = "measures.json"
 MEASURED_WITH = "measured_with"
 
-PARTS = ("losses", "scales", "sharpness", "drawn")
+PARTS = ("losses", "scales", "rounded", "sharpness", "drawn")
 """What is measured together."""
 
 Runs = dict[str, dict[int, dict[str, float]]]
@@ -55,6 +55,9 @@ MAIN = (
 )
 OTHERS = (
     *(Measure(f"heldout_loss_band_{k}", f"held-out loss, band {k}") for k in range(4)),
+    Measure("rounded_attention_4_heldout_loss", "held-out loss, attention in 4 bits"),
+    Measure("rounded_attention_3_heldout_loss", "held-out loss, attention in 3 bits"),
+    Measure("rounded_all_4_heldout_loss", "held-out loss, all weights in 4 bits"),
     Measure("clip_i", "CLIP-I", better=1, relative=False),
     Measure("nearest_training", "likeness to the nearest training icon", better=0, relative=False),
     Measure("clip_t", "CLIP-T", better=1, relative=False),

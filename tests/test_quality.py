@@ -358,11 +358,12 @@ def test_the_noise_is_as_long_as_sigma_says_beside_the_update():
 
 def test_report_is_written_where_asked(tmp_path, capsys):
     for seed in SEEDS:
-        write(tmp_path, "mild-lora", seed, PLAIN)
+        for name in ("mild-lora", "mild-flat-0.1", "mild-flat-0.3"):
+            write(tmp_path, name, seed, PLAIN)
     quality.main(["report", "--folder", str(tmp_path), "--output", str(tmp_path / "report.md")])
     written = (tmp_path / "report.md").read_text()
     tables = report(tmp_path, make_arms())
-    images = ("style-against-retention", "flatness-against-style")
+    images = (*quality_figures.FORESTS, "sigma", *quality_figures.SCATTERED)
     assert written == tables + "".join(f"\n![{image}]({image}.png)\n" for image in images)
     assert capsys.readouterr().out.strip() == tables.strip()
     assert all((tmp_path / f"{image}.png").is_file() for image in images)
@@ -503,8 +504,9 @@ def test_only_finished_runs_are_measured_and_only_what_is_missing(forked, tmp_pa
         quality.main(["measure", "--folder", str(tmp_path), "--arms", "mild-lora", "ema", *more])
         return sorted(line.split(":")[0] for line in capfd.readouterr().out.splitlines())
 
-    assert measured("--parts", "losses") == ["ema seed 0", "mild-lora seed 0", "mild-lora seed 1"]
-    assert measured("--parts", "losses") == []
+    common = ("--parts", "losses", "rounded")
+    assert measured(*common) == ["ema seed 0", "mild-lora seed 0", "mild-lora seed 1"]
+    assert measured(*common) == []
     assert measured() == ["mild-lora seed 0", "mild-lora seed 1"]  # drawn too: it is a featured arm
     assert measured() == []
     stale = run_folder(tmp_path, "ema", 0) / "measures.json"
@@ -532,14 +534,22 @@ def test_a_part_with_other_constants_is_measured_anew_and_nothing_of_it_is_kept(
             self.calls.append("scales")
             return {"scale_0.8_train_loss": 2.0}
 
+        def rounded(self, arm, folder):
+            self.calls.append("rounded")
+            return {"rounded_all_4_heldout_loss": 3.0}
+
     arm = make_arms()["batch-lora"]  # over scales, not featured
     folder, fake = finish(tmp_path, "batch-lora", 0), Fake()
     for constants in ((0.1,), (0.1,), (0.2,)):
         monkeypatch.setitem(adapter_measures.CONSTANTS, "losses", constants)
         fake.measure(arm, folder, PARTS)
-    assert fake.calls == ["losses", "scales", "losses"]
+    assert fake.calls == ["losses", "scales", "rounded", "losses"]
     runs, _ = read_runs(tmp_path, {"batch-lora": arm})
-    assert runs["batch-lora"][0] == {"rise_0.2": 1.0, "scale_0.8_train_loss": 2.0}
+    assert runs["batch-lora"][0] == {
+        "rise_0.2": 1.0,
+        "scale_0.8_train_loss": 2.0,
+        "rounded_all_4_heldout_loss": 3.0,
+    }
 
 
 def test_runs_measured_at_a_time_draw_into_folders_of_their_own(tmp_path, monkeypatch):
