@@ -55,8 +55,8 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: many tests wait for a process, a browser or the disk."""
-    return (os.cpu_count() or 1) + 2
+    """One more than there are cores: many tests wait for a process, a browser or the disk."""
+    return (os.cpu_count() or 1) + 1
 
 
 def build_unet(seed: int = 0) -> UNet2DConditionModel:

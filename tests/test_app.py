@@ -75,7 +75,7 @@ def hide_gradio() -> None:
 def test_what_a_run_left_is_served(launcher, comparison):
     port = free_port()
     running = launcher.start("app.py", "--run", comparison, "--port", port)
-    assert running.wait_until(lambda: "the page is at" in running.stdout)
+    assert running.wait_until(lambda: running.stdout.endswith("\n"))
     assert running.stdout == f"the page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
     client = Client(f"http://127.0.0.1:{port}/", verbose=False)
     assert list(client.predict(api_name="/methods")) == ["base", "LoRA", "Flat-LoRA"]

@@ -4,8 +4,6 @@ import itertools
 import json
 import logging
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -685,16 +683,11 @@ class TestBadInput:
         assert "--layer_per_block" in refused(source, target, "--layer_per_block", "2")
         assert "TARGET" in refused(source)
 
-    def test_of_a_process_has_no_traceback(self, tmp_path):
+    def test_of_a_process_has_no_traceback(self, launcher, tmp_path):
         source = tmp_path / "source.safetensors"
         save_file(BAD["LoHa"][0], source)
-        done = subprocess.run(
-            [sys.executable, "-m", "flatlora_diffusion.kohya", source, tmp_path / "target.safetensors"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2
+        done = launcher.run("-m", "flatlora_diffusion.kohya", source, tmp_path / "target.safetensors")
+        assert done.code == 2
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith(f"error: {source}: {IN}.hada_w1_a")
         assert list(tmp_path.iterdir()) == [source]
