@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.quality_arms import ASSETS, ATTENTION, PROMPT, Arm
@@ -124,9 +125,7 @@ class Measures:
         losses = {}
         for name, (ends, bits) in ROUNDED.items():
             layers = [layer for layer in filters(unet) if layer.endswith(ends)]
-            weights = {
-                layer: flatness.rounded(unet.get_submodule(layer).weight.data, bits) for layer in layers
-            }
+            weights = {layer: round_weight(unet.get_submodule(layer).weight.data, bits) for layer in layers}
             with replaced(unet, weights):
                 losses[f"rounded_{name}_heldout_loss"] = self._heldout.mean_loss(unet, prompts)
         return losses
@@ -229,6 +228,17 @@ class Measures:
     def _attention(unet: nn.Module) -> list[str]:
         """The same layers for every arm, whichever it trained."""
         return [name for name in filters(unet) if name.endswith(ATTENTION)]
+
+
+def round_weight(weight: Tensor, bits: int) -> Tensor:
+    """A weight with each entry rounded to the nearest of `2^bits - 1` values.
+
+    They lie evenly between the filter's largest magnitude and its negative, 0 among them: the plainest way of
+    quantising a weight.
+    """
+    largest = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.dim() - 1))
+    step = largest / (2 ** (bits - 1) - 1)
+    return torch.where(step > 0, (weight / step).round() * step, weight)
 
 
 def relative_update(base: nn.Module, merged: nn.Module, layers: Sequence[str]) -> float:

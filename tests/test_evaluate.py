@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from flatlora_diffusion import data, evaluate, sdxl
@@ -188,16 +188,20 @@ def test_labels_may_be_names_of_a_module_s_own(command, adapters):
     assert list(report_of(command | {"--parts": ["losses"]})["methods"]) == ["base", "half", "Train"]
 
 
-def test_other_objectives_are_refused(command, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheduler", "told"),
+    [(EDMDPMSolverMultistepScheduler, "EDM-style"), (FlowMatchEulerDiscreteScheduler, "flow-matching")],
+)
+def test_other_objectives_are_refused(command, monkeypatch, scheduler, told):
     original = evaluation.load_pipeline
 
-    def edm(*arguments, **settings):
+    def load(*arguments, **settings):
         pipeline = original(*arguments, **settings)
-        pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+        pipeline.scheduler = scheduler()
         return pipeline
 
-    monkeypatch.setattr(evaluation, "load_pipeline", edm)
-    with pytest.raises(UserError, match=r"^--base .*EDMDPMSolverMultistepScheduler, and EDM-style training"):
+    monkeypatch.setattr(evaluation, "load_pipeline", load)
+    with pytest.raises(UserError, match=rf"^--base .*{scheduler.__name__}, and {told} training"):
         evaluate.main(words(command))
 
 

@@ -18,7 +18,6 @@ from flatlora_diffusion.measure.flatness import (
     filter_normalised,
     landscape_line,
     landscape_plane,
-    rounded,
     top_eigenvalue,
 )
 from flatlora_diffusion.measure.merged import adapted_layers, filters, merged_unet, replaced, row_norms
@@ -176,18 +175,6 @@ def test_filters_of_a_direction_are_as_long_as_the_weights():
         assert direction.shape == weight.shape
         torch.testing.assert_close(row_norms(direction), row_norms(weight))
     assert not torch.equal(filter_normalised(model, "linear", 0, 1), directions["linear"])
-
-
-def test_rounded_weights_have_few_values():
-    weight = Quadratic().conv.weight.data
-    for bits in (3, 4, 8):
-        found = rounded(weight, bits)
-        step = weight.flatten(1).abs().amax(1).view(-1, 1, 1, 1) / (2 ** (bits - 1) - 1)
-        levels = found / step
-        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
-        assert ((found - weight).abs() <= 0.5001 * step).all() and not torch.equal(found, weight)
-        torch.testing.assert_close(found.flatten(1).abs().amax(1), weight.flatten(1).abs().amax(1))
-    assert torch.equal(rounded(torch.zeros(2, 3), 4), torch.zeros(2, 3))
 
 
 def test_landscapes_of_a_quadratic_are_parabolas():

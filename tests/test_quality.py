@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import adapter_measures, quality, quality_figures, rivals
-from benchmarks.adapter_measures import Measures, digest, relative_update
+from benchmarks.adapter_measures import Measures, digest, relative_update, round_weight
 from benchmarks.matched import matched, scale_curve
 from benchmarks.quality_arms import Arm, make_arms, run_folder
 from benchmarks.quality_measures import MEASURED_WITH, PARTS, read_parts, read_runs
@@ -550,6 +550,18 @@ def test_a_part_with_other_constants_is_measured_anew_and_nothing_of_it_is_kept(
         "scale_0.8_train_loss": 2.0,
         "rounded_all_4_heldout_loss": 3.0,
     }
+
+
+def test_rounded_weights_have_few_values():
+    weight = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for bits in (3, 4, 8):
+        found = round_weight(weight, bits)
+        step = weight.flatten(1).abs().amax(1).view(-1, 1, 1, 1) / (2 ** (bits - 1) - 1)
+        levels = found / step
+        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+        assert ((found - weight).abs() <= 0.5001 * step).all() and not torch.equal(found, weight)
+        torch.testing.assert_close(found.flatten(1).abs().amax(1), weight.flatten(1).abs().amax(1))
+    assert torch.equal(round_weight(torch.zeros(2, 3), 4), torch.zeros(2, 3))
 
 
 def test_runs_measured_at_a_time_draw_into_folders_of_their_own(tmp_path, monkeypatch):

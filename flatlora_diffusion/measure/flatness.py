@@ -126,17 +126,6 @@ def filter_normalised(unet: nn.Module, layer: str, seed: int, index: int) -> Ten
     return (normals * (row_norms(weight) / lengths)).to(weight.dtype)
 
 
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """A weight with each entry rounded to the nearest of `2^bits - 1` values.
-
-    They lie evenly between the filter's largest magnitude and its negative, 0 among them: the plainest way of
-    quantising a weight.
-    """
-    largest = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.dim() - 1))
-    step = largest / (2 ** (bits - 1) - 1)
-    return torch.where(step > 0, (weight / step).round() * step, weight)
-
-
 def top_eigenvalue(
     losses: Callable[[nn.Module], Iterable[Tensor]],
     unet: nn.Module,
