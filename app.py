@@ -1,29 +1,7 @@
 #!/usr/bin/env python
 """Base, LoRA and Flat-LoRA side by side in a browser, for the same prompt and seed. Try --help."""
 
-from __future__ import annotations
-
-import gc
-from collections.abc import Sequence
-
-from flatlora_diffusion.app_flags import parse_app_arguments
-from flatlora_diffusion.cli import run_command
-from flatlora_diffusion.extras import import_extra
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and serve the page."""
-    given = parse_app_arguments(arguments)
-    # After parsing: --help and bad flags answer at once. What is imported stays: looking for garbage in it
-    # would take a second, and time again later.
-    gc.disable()
-    import_extra("gradio", "app.py")
-    from flatlora_diffusion.page.serve import serve
-
-    gc.freeze()
-    gc.enable()
-    serve(given)
-
+from flatlora_diffusion.app.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run()

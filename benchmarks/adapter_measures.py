@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from benchmarks.quality_arms import ASSETS, ATTENTION, PROMPT, Arm
 from benchmarks.quality_measures import MEASURED_WITH, MEASURES, read_parts
-from flatlora_diffusion import data
-from flatlora_diffusion.cache import PromptCache
-from flatlora_diffusion.export import write_atomically
-from flatlora_diffusion.generate import Drawing, load_adapter, load_pipeline
-from flatlora_diffusion.learner import HELDOUT_TIMESTEPS
-from flatlora_diffusion.measure import flatness
-from flatlora_diffusion.measure.denoising import DenoisingSet, embed
-from flatlora_diffusion.measure.drawn import Drawer, Personalisation, Retention
-from flatlora_diffusion.measure.likeness import Likeness
-from flatlora_diffusion.measure.merged import filters, merged_unet, replaced
-from flatlora_diffusion.run import SUMMARY
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.data.images import Sample, find_samples
+from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS, PromptCache
+from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline
+from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
+from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention
+from flatlora_diffusion.evaluate.flatness import expected_rise, top_eigenvalue
+from flatlora_diffusion.evaluate.likeness import Likeness
+from flatlora_diffusion.evaluate.merged import filters, merged_unet, replaced
+from flatlora_diffusion.output.names import SUMMARY
 
 RESOLUTION = 64
 TIMESTEPS = 4
@@ -74,13 +73,13 @@ class Measures:
         self._work = work
         self._base = str(ASSETS / "micro-sdxl")
         self._pipeline = load_pipeline(self._base)
-        self._heldout_samples = data.find_samples(ASSETS / "icons-3d-heldout", PROMPT)
-        self._retention_samples = data.find_samples(ASSETS / "icons-flat", PROMPT)
+        self._heldout_samples = find_samples(ASSETS / "icons-3d-heldout", PROMPT)
+        self._retention_samples = find_samples(ASSETS / "icons-flat", PROMPT)
         self._heldout = self._set(self._heldout_samples, HELDOUT_TIMESTEPS)
         self._retained = self._set(self._retention_samples, TIMESTEPS)
         self._training: dict[Path, tuple[DenoisingSet, DenoisingSet]] = {}
 
-    def _set(self, samples: list[data.Sample], count: int) -> DenoisingSet:
+    def _set(self, samples: list[Sample], count: int) -> DenoisingSet:
         return DenoisingSet(self._pipeline, samples, RESOLUTION, count)
 
     def measure(self, arm: Arm, folder: Path, parts: Sequence[str]) -> None:
@@ -139,7 +138,7 @@ class Measures:
 
         heldout = self._heldout.losses(unet, prompts)
         bands = enumerate(self._heldout.bands(BANDS))
-        rises = flatness.expected_rise(loss, unet, self._attention(unet), sigmas, DRAWS)
+        rises = expected_rise(loss, unet, self._attention(unet), sigmas, DRAWS)
         return {
             "heldout_loss": heldout.mean().item(),
             **{f"heldout_loss_band_{k}": heldout[:, columns].mean().item() for k, (_, columns) in bands},
@@ -150,7 +149,7 @@ class Measures:
 
     def sharpness(self, arm: Arm, folder: Path) -> dict[str, float]:
         """Largest eigenvalue of the training loss's Hessian, with respect to the attention's weights."""
-        curved = self._set(data.find_samples(self._icons(arm), PROMPT)[:CURVED], TIMESTEPS)
+        curved = self._set(find_samples(self._icons(arm), PROMPT)[:CURVED], TIMESTEPS)
         load_adapter(self._pipeline, "adapter", folder)
         try:
             unet, prompts = self._model("adapter", 1.0, curved)
@@ -158,7 +157,7 @@ class Measures:
             def parts(unet: nn.Module) -> Iterator[Tensor]:
                 return curved.parts_of_mean(unet, prompts)
 
-            value = flatness.top_eigenvalue(parts, unet, self._attention(unet))
+            value = top_eigenvalue(parts, unet, self._attention(unet))
             return {"top_eigenvalue": math.nan if value is None else value}
         finally:
             self._pipeline.delete_adapters("adapter")
@@ -174,7 +173,7 @@ class Measures:
             # Several runs are measured at a time: none writes where another does, the base's pictures either.
             pictures = self._work.joinpath("pictures", *folder.parts[-2:])
             drawer = Drawer(self._pipeline, self._base, {name: facts}, DRAWING, pictures, batch_size=16)
-            training = data.find_samples(self._icons(arm), PROMPT)
+            training = find_samples(self._icons(arm), PROMPT)
             heldout, kept = self._heldout_samples[:DRAWN], self._retention_samples[:DRAWN]
             personalisation = Personalisation(drawer, self._likeness, heldout, training)
             retention = Retention(drawer, self._likeness, [sample.caption for sample in kept])
@@ -213,7 +212,7 @@ class Measures:
         """The arm's training icons: at the timesteps of the held-out ones, and at fewer."""
         folder = self._icons(arm)
         if folder not in self._training:
-            samples = data.find_samples(folder, PROMPT)
+            samples = find_samples(folder, PROMPT)
             self._training[folder] = self._set(samples, HELDOUT_TIMESTEPS), self._set(samples, TIMESTEPS)
         return self._training[folder]
 

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 from benchmarks.common import SIGMA, now, process_peak
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config.settings import TrainConfig
 
 # Each process imports this module: what only some of the arms need is imported where it is used.
 
@@ -72,8 +72,9 @@ class Steps:
 
 def train_here(config: TrainConfig, steps: Steps) -> None:
     """The trainer as it is, watched from outside."""
-    from flatlora_diffusion import train as trainer
-    from flatlora_diffusion.run import Run
+    from flatlora_diffusion.train import arms
+    from flatlora_diffusion.train.arms import train
+    from flatlora_diffusion.train.loop import Run
 
     class WatchedRun(Run):
         def _prepare(self, resuming: bool) -> None:
@@ -85,8 +86,8 @@ def train_here(config: TrainConfig, steps: Steps) -> None:
                 steps.done()
             return super()._optimizer_step(step, *rest)
 
-    with mock.patch.object(trainer, "Run", WatchedRun):
-        trainer.train(config)
+    with mock.patch.object(arms, "Run", WatchedRun):
+        train(config)
 
 
 def work(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.bases import PROMPT_TOKENS, SDXL
 from benchmarks.common import DEMO_BASE, RANK, TARGETS, dtype_name
-from flatlora_diffusion.sdxl import TEXT_ENCODER_TARGETS
+from flatlora_diffusion.sdxl.lora import TEXT_ENCODER_TARGETS
 
 WIDTH = SDXL.unet["block_out_channels"][-1]
 CONTEXT_WIDTH = SDXL.unet["cross_attention_dim"]

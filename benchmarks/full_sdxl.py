@@ -59,7 +59,7 @@ from benchmarks.memory import MIB
 from benchmarks.sam import base_weights
 from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM
 from benchmarks.steps import first_step
-from flatlora_diffusion.sdxl import enable_gradient_checkpointing
+from flatlora_diffusion.sdxl.lora import enable_gradient_checkpointing
 
 CHOICES = {"plain": PLAIN, "flat": FLAT, "in_place": IN_PLACE, "sam": SAM}
 LATENT_SCALE = 8

@@ -41,10 +41,10 @@ from benchmarks.quality_figures import write_figures
 from benchmarks.quality_measures import PARTS, read_runs
 from benchmarks.quality_report import report
 from benchmarks.quality_runs import change_since, is_finished, record_rival
-from flatlora_diffusion.cli import OneLineParser, run_command
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.extras import import_extra
-from flatlora_diffusion.output_folder import check_writable
+from flatlora_diffusion.common.command import OneLineParser, run_command
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.extras import import_extra
+from flatlora_diffusion.common.lock import check_writable
 
 Task = tuple[str, int]
 """Name of an arm, and a seed."""
@@ -53,7 +53,7 @@ Task = tuple[str, int]
 def train_run(work: Path, task: Task) -> None:
     """Train one arm with one seed."""
     from benchmarks import rivals
-    from flatlora_diffusion.train import train
+    from flatlora_diffusion.train.arms import train
 
     name, seed = task
     arm = make_arms()[name]
@@ -187,9 +187,9 @@ def prepare(work: Path, arms: Sequence[Arm]) -> None:
     """Make what several runs share: the folder with a few of the icons, and the class images."""
     for arm in arms:
         if arm.settings.get("with_prior_preservation"):
-            from flatlora_diffusion import prior
+            from flatlora_diffusion.train.class_images import class_samples
 
-            prior.class_samples(arm.config(0, work, work))  # the same ones for every seed
+            class_samples(arm.config(0, work, work))  # the same ones for every seed
             break
     few = work / "few-icons"
     if few.is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config.settings import TrainConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROMPT = "a fluent 3d icon"

@@ -12,7 +12,7 @@ from benchmarks.paired import bootstrap_interval
 from benchmarks.quality_arms import Arm
 from benchmarks.quality_measures import Compared, Runs, compare, values_of
 from benchmarks.quality_plots import Difference, Point, Series, curves, forest, scatter
-from flatlora_diffusion.measure.figures import write_png
+from flatlora_diffusion.evaluate.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -70,7 +70,9 @@ def read_parts(folder: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
 
     Nothing was measured where there is no file, or where something is wrong with it.
     """
-    from flatlora_diffusion.export import WEIGHTS_NAME  # it brings libraries that must be told to be quiet
+    from flatlora_diffusion.adapter.file import (
+        WEIGHTS_NAME,  # it brings libraries that must be told to be quiet
+    )
 
     file, adapter = folder / MEASURES, folder / WEIGHTS_NAME
     if not file.is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.measure.figures import (
+from flatlora_diffusion.evaluate.figures import (
     COLOURS,
     INK,
     MUTED,

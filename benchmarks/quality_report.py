@@ -15,8 +15,8 @@ from benchmarks.matched import Match, compare_matched
 from benchmarks.paired import holm
 from benchmarks.quality_arms import Arm
 from benchmarks.quality_measures import MAIN, OTHERS, Compared, Measure, Runs, compare, read_runs, values_of
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.measure.tables import markdown_table
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.evaluate.tables import markdown_table
 
 ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 STRENGTHS = (0.1, 0.3)  # of the noise under which the rise is measured

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_arms import Arm, run_folder
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config.settings import TrainConfig
 
 RIVAL = "rival.json"
 
@@ -18,14 +18,16 @@ _MOVABLE = ("pretrained_model_name_or_path", "instance_data_dir", "class_data_di
 
 def is_finished(folder: Path) -> bool:
     """Whether a run's folder holds its adapter and all that belongs to it."""
-    from flatlora_diffusion.run import SUMMARY  # it brings libraries that must be told first to be quiet
+    from flatlora_diffusion.output.names import (
+        SUMMARY,  # it brings libraries that must be told first to be quiet
+    )
 
     return (folder / SUMMARY).is_file()
 
 
 def record_rival(arm: Arm, folder: Path) -> None:
     """Leave in a run's folder what its summary won't tell: the rival that trains it, if any, and its rho."""
-    from flatlora_diffusion.export import write_atomically
+    from flatlora_diffusion.common.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RIVAL, json.dumps(_rival(arm)).encode())
@@ -43,7 +45,7 @@ def change_since(work: Path, name: str, arm: Arm, seed: int) -> str | None:
     Returns:
         None where nothing differs, or the run isn't finished.
     """
-    from flatlora_diffusion.run import SUMMARY
+    from flatlora_diffusion.output.names import SUMMARY
 
     folder = run_folder(work, name, seed)
     if not is_finished(folder):

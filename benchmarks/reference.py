@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.common import TARGETS
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config.settings import TrainConfig
 
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

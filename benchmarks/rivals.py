@@ -18,12 +18,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.sam import ascended, base_weights, given_gradients, lora_layers
-from flatlora_diffusion import train as trainer
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.interrupt import StopRequest
-from flatlora_diffusion.noise import hash64
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.sdxl import ADAPTER
+from flatlora_diffusion.common.seeds import hash64
+from flatlora_diffusion.common.signals import StopRequest
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.sdxl.lora import ADAPTER
+from flatlora_diffusion.train import arms
+from flatlora_diffusion.train.loop import Run
 
 AUXILIARY = "auxiliary"
 
@@ -41,8 +41,8 @@ def train(config: TrainConfig, rival: str, rho: float) -> None:
         "lora-sam": partial(SamRun, rho=rho, on_merged=False),
         "bi-lora": partial(BiLoraRun, rho=rho),
     }
-    with mock.patch.object(trainer, "Run", runs[rival]):
-        trainer.train(config)
+    with mock.patch.object(arms, "Run", runs[rival]):
+        arms.train(config)
 
 
 class SamRun(Run):

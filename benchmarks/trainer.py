@@ -47,7 +47,7 @@ from benchmarks.common import (
     positive,
     write_report,
 )
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config.settings import TrainConfig
 
 # The processes of the arms import this module too: what they don't need is imported where it is used.
 
@@ -123,7 +123,7 @@ def measure(case: Case, starts: int, repeats: int, folder: Path) -> Result:
         folder: For what the arms write.
     """
     from benchmarks.bases import Sizes, step_flops
-    from flatlora_diffusion.data import find_samples
+    from flatlora_diffusion.data.images import find_samples
 
     samples = [(sample.path, sample.caption) for sample in find_samples(ICONS, PROMPT)]
     _fetch_files(case.base)
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
 def make_case(letter: str, options: argparse.Namespace, folder: Path) -> Case:
     """A case by its letter; a base with random weights is written into the folder."""
     from benchmarks.bases import MIDSIZE, SDXL, write_base
-    from flatlora_diffusion.generate import release
+    from flatlora_diffusion.common.devices import release
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if letter == "a":

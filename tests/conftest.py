@@ -40,12 +40,12 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from flatlora_diffusion import sdxl
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes
+from flatlora_diffusion.common.errors import RunInterruptedError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.sdxl import lora
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.loop import Run
 from tests.script import Launcher
 
 gc.freeze()  # every `release` collects garbage: what the libraries brought needn't be searched each time
@@ -258,7 +258,7 @@ def written_adapters(tmp_path_factory) -> dict[str, Path]:
     for index, label in enumerate(("LoRA", "Flat-LoRA")):
         unet = build_unet()
         unet.requires_grad_(False)
-        sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=index)
+        lora.add_lora({"unet": unet}, rank=4, alpha=8, seed=index)
         generator = torch.Generator().manual_seed(index)
         for parameter in unet.parameters():
             if parameter.requires_grad:

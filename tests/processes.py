@@ -15,10 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.multiprocessing import start_processes
 
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.train import train
+from flatlora_diffusion.common.errors import RunInterruptedError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.learner import Learner
 
 # Adam divides by the gradient's size, which would show rounding; with this epsilon it hardly does. The
 # gradients are clipped at every step.

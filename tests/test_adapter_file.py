@@ -12,11 +12,13 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import load_file, save, save_file
 
-from flatlora_diffusion import initial, kohya, sdxl
-from flatlora_diffusion.adapter_file import check_adapter, check_loaded
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, adapter_tensors
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.adapter.check import check_adapter, check_loaded
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes, adapter_tensors
+from flatlora_diffusion.adapter.kohya import convert
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.sdxl import lora as sdxl_lora
+from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
 from tests.conftest import (
     TEXT_TARGETS,
     UNET_TARGETS,
@@ -55,9 +57,9 @@ def models(unet=UNET_TARGETS, text=None, text_settings=None, **settings):
 def pissa():
     """What `--init_lora_weights pissa` ends in: two adapters in one of twice the rank."""
     parts = {"unet": build_unet().requires_grad_(False)}
-    sdxl.add_lora(parts, rank=4, alpha=8, seed=0)
-    initial.initialise(parts, "pissa", seed=0, batch_size=1, loss=None)
-    initial.subtract_initial_update(parts)
+    sdxl_lora.add_lora(parts, rank=4, alpha=8, seed=0)
+    initialise(parts, "pissa", seed=0, batch_size=1, loss=None)
+    subtract_initial_update(parts)
     for name, parameter in parts["unet"].named_parameters():
         if "lora_B.default" in name:
             parameter.data += 0.1
@@ -151,7 +153,7 @@ def test_what_kohya_convert_writes_passes(kind, tmp_path):
     if kind == "convolutions":  # diffusers' own names, which kohya.convert takes
         assert any("lora_A" in key for key in tensors)
     write(source, trained, {"method": "LoRA"})
-    kohya.convert(source, target, 1)
+    convert(source, target, 1)
     pipeline = build_pipeline()
     facts = load_adapter(pipeline, "mine", target)
     assert (facts.method, facts.rank, facts.parts, facts.dora) == ("LoRA", rank, parts, dora)
@@ -169,13 +171,13 @@ def test_what_diffusers_reads_otherwise_in_kohyas_format_is_refused_after_loadin
     source, target, back = (tmp_path / name for name in (WEIGHTS_NAME, "k.safetensors", "b.safetensors"))
     trained = KINDS[kind][0]() if kind == "patterns" else models(use_dora=True)
     write(source, trained)
-    kohya.convert(source, target, 1)
+    convert(source, target, 1)
     pipeline = build_pipeline()
     assert check_adapter(pipeline, target).dora == (kind == "DoRA"), "sound in itself"
     with pytest.raises(UserError, match=r"doesn't load what the file has .*kohya \S+/k\.safetensors NEW"):
         load_adapter(pipeline, "mine", target)
     assert pipeline.get_list_adapters() == {}
-    kohya.convert(target, back, 1)
+    convert(target, back, 1)
     load_adapter(pipeline, "mine", back)  # what the message says to do
     loaded, expected = updates(pipeline, "mine"), updates(trained, "default")
     assert loaded.keys() == expected.keys()

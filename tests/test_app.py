@@ -10,10 +10,11 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from flatlora_diffusion.app_flags import parse_app_arguments
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.page import serve
-from flatlora_diffusion.run_folder import find_runs
+from flatlora_diffusion.app import serve
+from flatlora_diffusion.app.flags import parse_app_arguments
+from flatlora_diffusion.app.serve import DEMO_BASE, PROJECT, _base, _runs, demo_folder
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.output.reading import find_runs
 
 pytest_plugins = ["tests.trained"]
 
@@ -105,30 +106,30 @@ def test_visitors_are_asked_for_the_password(launcher, base_path, adapters):
 
 def test_adapters_of_make_demo_come_before_those_of_the_project(tmp_path):
     with pytest.raises(UserError, match=r"no adapters in .*assets/adapters: restore that folder"):
-        serve.demo_folder(tmp_path)
+        demo_folder(tmp_path)
     for folder in ("assets/adapters", "demo-output"):
         for arm in ("lora", "flat_lora"):
             (tmp_path / folder / arm).mkdir(parents=True)
             (tmp_path / folder / arm / "pytorch_lora_weights.safetensors").touch()
-        assert serve.demo_folder(tmp_path) == tmp_path / folder
-    assert serve.demo_folder(serve.PROJECT).name in ("demo-output", "adapters")
+        assert demo_folder(tmp_path) == tmp_path / folder
+    assert demo_folder(PROJECT).name in ("demo-output", "adapters")
 
 
 def test_runs_with_the_same_labels_are_told_apart(comparison, clean_copy):
     other = clean_copy(comparison, "other")
     names = ["compared: LoRA", "compared: Flat-LoRA", "other: LoRA", "other: Flat-LoRA"]
-    assert list(serve._runs([comparison, other])) == names
+    assert list(_runs([comparison, other])) == names
     with pytest.raises(UserError, match=r"compared: another one has the same name compared: LoRA"):
-        serve._runs([comparison, comparison])
+        _runs([comparison, comparison])
 
 
 def test_the_base_is_that_of_the_runs(comparison, base_path):
-    assert serve._base(find_runs(comparison)) == str(base_path)
-    assert serve._base({}) == str(serve.DEMO_BASE)
+    assert _base(find_runs(comparison)) == str(base_path)
+    assert _base({}) == str(DEMO_BASE)
 
 
 def test_prompts_of_a_run_are_presets(comparison):
-    from flatlora_diffusion.page.presets import presets
+    from flatlora_diffusion.app.presets import presets
 
     assert presets({}, find_runs(comparison)) == {"Prompts of validation": ["a <b>icon</b> ${1+1} {{x}}"]}
 

@@ -10,11 +10,11 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from flatlora_diffusion.cli import parse_train_config
-from flatlora_diffusion.data import find_samples, open_image
-from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.measure.likeness import Likeness
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.data.images import find_samples, open_image
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.evaluate.likeness import Likeness
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ICONS = ASSETS / "icons-3d"

@@ -19,13 +19,13 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-import flatlora_diffusion.present
-import flatlora_diffusion.validate
-from flatlora_diffusion import sdxl
-from flatlora_diffusion.checkpoint import OPTIMIZER_NAME, find_checkpoint
-from flatlora_diffusion.cli import parse_train_config, run_command
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.output.checkpoint import OPTIMIZER_NAME, find_checkpoint
+from flatlora_diffusion.sdxl import loss as sdxl_loss
+from flatlora_diffusion.train import afterwards, validation
+from flatlora_diffusion.train.arms import train
 
 ROOT = Path(__file__).parents[1]
 UNET_WEIGHTS = "base/unet/diffusion_pytorch_model.safetensors"
@@ -659,9 +659,9 @@ def test_a_disk_with_no_room_for_the_adapter(world, mount):
 @pytest.mark.parametrize(
     ("module", "function", "flags"),
     [
-        (flatlora_diffusion.present, "draw_grid", ["--compare"]),
+        (afterwards, "draw_grid", ["--compare"]),
         (
-            flatlora_diffusion.validate,
+            validation,
             "report_validation",
             ["--validation_prompt", "a fox", "--max_train_steps", 2],
         ),
@@ -725,13 +725,13 @@ def test_a_base_with_a_nan_in_it(world):
 
 def diverging(monkeypatch, at_call, spoil):
     """From one call on, the loss is spoilt."""
-    calls, original = itertools.count(1), sdxl.diffusion_losses
+    calls, original = itertools.count(1), sdxl_loss.diffusion_losses
 
     def diffusion_losses(*arguments):
         loss = original(*arguments)
         return spoil(loss) if next(calls) >= at_call else loss
 
-    monkeypatch.setattr(sdxl, "diffusion_losses", diffusion_losses)
+    monkeypatch.setattr(sdxl_loss, "diffusion_losses", diffusion_losses)
 
 
 def test_a_loss_that_diverges_late_leaves_the_checkpoint(world, monkeypatch):

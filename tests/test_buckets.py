@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flatlora_diffusion import data
-from flatlora_diffusion.buckets import MAX_RATIO, BatchSequence, bucket_sizes, nearest_size
-from flatlora_diffusion.cache import LatentCache
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.sdxl import Latents
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.buckets import MAX_RATIO, BatchSequence, bucket_sizes, nearest_size
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.latents import LatentCache
+from flatlora_diffusion.sdxl.encoding import Latents
+from flatlora_diffusion.train.arms import train
 
 
 @pytest.mark.parametrize(("resolution", "grid"), [(1024, 64), (512, 32), (64, 8), (16, 8)])
@@ -115,7 +115,7 @@ def make_config(base_path, folder, output, **changes) -> TrainConfig:
 
 def test_images_keep_their_shape_and_batches_have_one_size(mixed):
     config = make_config("base", mixed, "out", center_crop=True)
-    samples = data.find_samples(mixed, "a icon")
+    samples = find_samples(mixed, "a icon")
 
     def encode(pixels):
         return Latents(pixels, torch.zeros_like(pixels))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlora_diffusion import data
-from flatlora_diffusion.captions import MOST_ORDERS, CaptionStream, tag_orders
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.captions import MOST_ORDERS, CaptionStream, tag_orders
+from flatlora_diffusion.train.learner import Learner
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
 TAGS = "a fox, red, flat, small, round, happy, winter"
@@ -148,9 +148,9 @@ def test_all_that_may_be_told_is_known_before(settings):
 @pytest.fixture
 def config(config) -> TrainConfig:
     """Every caption has tags; what the tokenizer can tell apart are letters and digits."""
-    for path in data.Path(config.instance_data_dir).glob("*.png"):
+    for path in images.Path(config.instance_data_dir).glob("*.png"):
         path.with_suffix(".txt").write_text(f"a {path.stem} icon, flat, 3d, round")
-    (data.Path(config.instance_data_dir) / "metadata.jsonl").unlink()
+    (images.Path(config.instance_data_dir) / "metadata.jsonl").unlink()
     return dataclasses.replace(
         config,
         caption_dropout_rate=0.4,
@@ -203,7 +203,7 @@ def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, batches)
     for trained in (False, True):
         output = f"{config.output_dir} {trained}"
         run(config, train_text_encoder=trained, output_dir=output, **settings)
-        losses.append(json.loads((data.Path(output) / "summary.json").read_text())["losses"])
+        losses.append(json.loads((images.Path(output) / "summary.json").read_text())["losses"])
         told.append([batch.captions for batch in batches])
         batches.clear()
     assert told[0] == told[1]

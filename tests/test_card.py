@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flatlora_diffusion import sdxl
-from flatlora_diffusion.card import CARD, Example, Exhibit, Making, is_ours, write_card
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
-from flatlora_diffusion.gallery import validation_drawing
-from flatlora_diffusion.generate import draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes
+from flatlora_diffusion.draw.pipeline import draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.output.card import CARD, Example, Exhibit, Making, is_ours, write_card
+from flatlora_diffusion.output.gallery import validation_drawing
+from flatlora_diffusion.sdxl.lora import add_lora
+from flatlora_diffusion.train.arms import train
 from tests.conftest import build_unet
 
 MAKING = Making(images=23, processes=2, precision="bf16")
@@ -118,7 +118,7 @@ def test_the_code_of_a_run_without_pictures_and_with_another_vae(short, base_pat
 def adapter() -> bytes:
     unet = build_unet()
     unet.requires_grad_(False)
-    sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
+    add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
     facts = {
         "flat_sigma": 0.25,
         "flat_schedule": "linear",

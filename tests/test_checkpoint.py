@@ -19,8 +19,20 @@ from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-from flatlora_diffusion import record, sdxl
-from flatlora_diffusion.checkpoint import (
+from flatlora_diffusion.adapter.file import (
+    FLAT_METADATA_KEY,
+    WEIGHTS_NAME,
+    adapter_bytes,
+    adapter_tensors,
+    load_adapter_tensors,
+    read_facts,
+    read_tensors,
+)
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.output import record
+from flatlora_diffusion.output.checkpoint import (
     OPTIMIZER_NAME,
     STATE_NAME,
     Checkpoint,
@@ -30,18 +42,7 @@ from flatlora_diffusion.checkpoint import (
     restore_optimizer,
     write_checkpoint,
 )
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import (
-    FLAT_METADATA_KEY,
-    WEIGHTS_NAME,
-    adapter_bytes,
-    adapter_tensors,
-    load_adapter_tensors,
-    read_facts,
-    read_tensors,
-    write_atomically,
-)
+from flatlora_diffusion.sdxl.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, add_lora
 from tests.conftest import build_pipeline, global_rng_state, unet_inputs
 
 SETTINGS = {"rank": 4, "seed": 0, "learning_rate": 1e-4, "validation_prompt": ("a", "b")}
@@ -744,7 +745,7 @@ def trained_models(seed=0, text_encoders=True, rank=RANK):
         models |= {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
     for model in models.values():
         model.requires_grad_(False)
-    sdxl.add_lora(models, rank=rank, alpha=ALPHA, seed=seed)
+    add_lora(models, rank=rank, alpha=ALPHA, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for model in models.values():
         for parameter in model.parameters():
@@ -878,9 +879,9 @@ def test_the_file_says_how_it_was_made(tmp_path):
         "seed": 3,
         "steps": 12,
         "targets": {
-            "unet": sorted(sdxl.UNET_TARGETS),
-            "text_encoder": sorted(sdxl.TEXT_ENCODER_TARGETS),
-            "text_encoder_2": sorted(sdxl.TEXT_ENCODER_TARGETS),
+            "unet": sorted(UNET_TARGETS),
+            "text_encoder": sorted(TEXT_ENCODER_TARGETS),
+            "text_encoder_2": sorted(TEXT_ENCODER_TARGETS),
         },
     }
     assert {name: facts[name] for name in expected} == expected

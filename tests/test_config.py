@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.cli import parse_train_config
-from flatlora_diffusion.config import TrainConfig, nearest
-from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.common.command import nearest
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.config.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {
@@ -515,7 +516,7 @@ HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "
 NAME_HEAVY = f"import sys; print(','.join(m for m in {HEAVY} if m in sys.modules), file=sys.stderr)"
 
 
-@pytest.mark.parametrize("module", ["flatlora_diffusion", "flatlora_diffusion.cli"])
+@pytest.mark.parametrize("module", ["flatlora_diffusion", "flatlora_diffusion.config.command_line"])
 def test_importing_needs_no_heavy_library(module):
     result = run_python("-c", f"import {module}\n{NAME_HEAVY}")
     assert (result.returncode, result.stderr.strip()) == (0, "")

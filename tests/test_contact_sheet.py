@@ -4,9 +4,8 @@ import math
 import pytest
 from PIL import Image, ImageChops
 
-from flatlora_diffusion import contact_sheet as contact_sheet_module
-from flatlora_diffusion import typeset
-from flatlora_diffusion.contact_sheet import contact_sheet, sheet_size
+from flatlora_diffusion.sheet.layout import _arranged, _Layout, contact_sheet, sheet_size
+from flatlora_diffusion.sheet.text import Text, fitted
 
 METHODS = ["base", "LoRA", "Flat-LoRA"]
 PROMPTS = [
@@ -104,7 +103,7 @@ def arranged(side, columns, rows, **settings):
     } | settings
     strip = settings.pop("strip", ())
     cells = [[(side, side)] * len(columns)] * len(rows)
-    return contact_sheet_module._arranged(cells, strip, columns, rows, **settings)
+    return _arranged(cells, strip, columns, rows, **settings)
 
 
 def text_boxes(layout):
@@ -335,32 +334,32 @@ def test_any_shape_of_grid(columns, rows):
 
 def test_lines_of_text_are_within_their_width_and_keep_all_words():
     for text in PROMPTS[:3]:
-        wrapped = typeset.Text(text, 200, 14)
+        wrapped = Text(text, 200, 14)
         assert " ".join(wrapped.lines).split() == text.split()
         assert wrapped.width <= 200
-    broken = typeset.Text(PROMPTS[3], 200, 14)
+    broken = Text(PROMPTS[3], 200, 14)
     assert "".join(broken.lines) == PROMPTS[3] and broken.width <= 200
 
 
 def test_labels_shrink_together_before_any_is_shortened():
-    fits, shrunk = (typeset.fitted(["a cat", "some words " * n], 200, 150, 16) for n in (5, 18))
+    fits, shrunk = (fitted(["a cat", "some words " * n], 200, 150, 16) for n in (5, 18))
     assert [text.font.size for text in fits] == [16, 16]
     assert shrunk[0].font.size == shrunk[1].font.size < 16
     assert shrunk[1].height <= 150 and shrunk[1].lines[-1][-1] != "…"
-    cut = typeset.fitted(["a cat", "some words " * 400], 200, 150, 16)[1]
+    cut = fitted(["a cat", "some words " * 400], 200, 150, 16)[1]
     assert cut.font.size == 12 and cut.height <= 150 and cut.width <= 200
     assert cut.lines[-1].endswith("…")
 
 
 def test_no_word_is_left_alone_on_a_line():
-    (text,) = typeset.fitted(["a thing with a number, seed 0"], 180, 100, 14)
+    (text,) = fitted(["a thing with a number, seed 0"], 180, 100, 14)
     lines = text.lines
     assert len(lines) == 2 and len(lines[1].split()) > 2
 
 
 def test_signs_that_the_font_lacks_are_spelled_out():
     text = "Café \N{EM DASH} 8\N{MULTIPLICATION SIGN}8, \N{GREEK SMALL LETTER SIGMA} \N{RIGHTWARDS ARROW} 0"
-    assert typeset.Text(text, 500, 14).lines == ["Cafe - 8x8, sigma -> 0"]
+    assert Text(text, 500, 14).lines == ["Cafe - 8x8, sigma -> 0"]
 
 
 def test_without_labels_there_is_no_label_column():
@@ -404,6 +403,6 @@ def test_bad_input_is_named(cells, settings, message):
 
 
 def test_a_sheet_of_too_many_pixels_is_refused_before_it_is_drawn(monkeypatch):
-    monkeypatch.setattr(contact_sheet_module._Layout, "draw", lambda self: pytest.fail("drawn"))
+    monkeypatch.setattr(_Layout, "draw", lambda self: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=r"\d+ x \d+ pixels, more than the limit of 64 million; use fewer"):
         contact_sheet([[picture()]], columns=["a"], rows=["b"], cell_size=9000)

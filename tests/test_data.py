@@ -12,10 +12,22 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from flatlora_diffusion import data, sdxl
-from flatlora_diffusion.cache import LatentCache, PromptCache
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.seeds import keyed_generator
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import (
+    IMAGE_SUFFIXES,
+    Sample,
+    composite,
+    find_samples,
+    open_image,
+    parse_background,
+    sample_index,
+)
+from flatlora_diffusion.data.latents import LatentCache, PromptCache
+from flatlora_diffusion.sdxl import encoding as sdxl_encoding
+from flatlora_diffusion.sdxl.encoding import Latents, encode_prompts
 from tests.conftest import build_text_encoders, build_tokenizer, global_rng_state
 
 PROMPT = "an icon"
@@ -46,7 +58,7 @@ def write_metadata(folder, *entries):
 
 
 def captions_of(folder, prompt=PROMPT):
-    return {sample.path.name: sample.caption for sample in data.find_samples(folder, prompt)}
+    return {sample.path.name: sample.caption for sample in find_samples(folder, prompt)}
 
 
 # Captions.
@@ -141,7 +153,7 @@ def test_a_bad_line_of_metadata_is_named_by_its_number(tmp_path, line, problem):
     good = '{"file_name": "a.png", "text": "a fox"}'
     (tmp_path / "metadata.jsonl").write_text(f"{good}\n\n{line}\n")
     with pytest.raises(UserError) as error:
-        data.find_samples(tmp_path, PROMPT)
+        find_samples(tmp_path, PROMPT)
     assert str(error.value).startswith(f"{tmp_path / 'metadata.jsonl'}, line 3: ")
     assert problem in str(error.value)
 
@@ -151,11 +163,11 @@ def test_captions_may_have_another_key_in_metadata(tmp_path):
         save_image(tmp_path / f"{name}.png")
     fox = {"file_name": "a.png", "words": "a fox", "text": "something else"}
     write_metadata(tmp_path, fox)
-    samples = data.find_samples(tmp_path, PROMPT, caption_key="words")
+    samples = find_samples(tmp_path, PROMPT, caption_key="words")
     assert [sample.caption for sample in samples] == ["a fox", PROMPT]
     write_metadata(tmp_path, fox, {"file_name": "b.png", "text": "a wolf"})
     with pytest.raises(UserError) as error:
-        data.find_samples(tmp_path, PROMPT, caption_key="words")
+        find_samples(tmp_path, PROMPT, caption_key="words")
     assert str(error.value) == (
         f"{tmp_path / 'metadata.jsonl'}, line 2: must be "
         '{"file_name": "...", "words": "..."} (its keys: file_name, text)'
@@ -167,7 +179,7 @@ def test_captions_that_are_no_text_are_named(tmp_path, name):
     save_image(tmp_path / "a.png")
     (tmp_path / name).write_bytes(b"\xff\xfe caption")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text") as error:
-        data.find_samples(tmp_path, PROMPT)
+        find_samples(tmp_path, PROMPT)
     assert str(tmp_path / name) in str(error.value)
 
 
@@ -186,7 +198,7 @@ def test_junk_is_passed_over(tmp_path):
     assert list(captions_of(tmp_path)) == ["B.JPEG", "a.png"]
 
 
-@pytest.mark.parametrize("suffix", sorted(data.IMAGE_SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_image_suffix_is_found(tmp_path, suffix):
     save_image(tmp_path / f"a{suffix}")
     assert list(captions_of(tmp_path)) == [f"a{suffix}"]
@@ -195,7 +207,7 @@ def test_every_image_suffix_is_found(tmp_path, suffix):
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(UserError, match="no image in it") as error:
-        data.find_samples(tmp_path, PROMPT)
+        find_samples(tmp_path, PROMPT)
     assert str(tmp_path) in str(error.value)
 
 
@@ -203,7 +215,7 @@ def test_a_folder_without_images(tmp_path):
 def test_a_folder_that_is_none(tmp_path, name, problem):
     save_image(tmp_path / "a.png")
     with pytest.raises(UserError, match=problem) as error:
-        data.find_samples(tmp_path / name, PROMPT)
+        find_samples(tmp_path / name, PROMPT)
     assert str(tmp_path / name) in str(error.value)
 
 
@@ -229,7 +241,7 @@ def test_any_damage_to_an_image_is_survived_or_named(tmp_path, monkeypatch, kind
             damaged[draw.randrange(draw.choice([60, len(whole)]))] = draw.randrange(256)
         path.write_bytes(damaged[: draw.choice([len(whole), len(whole), draw.randrange(len(whole))])])
         try:
-            data.composite(data.open_image(path), (0, 0, 0))
+            composite(open_image(path), (0, 0, 0))
         except UserError as error:
             refused += 1
             assert str(path) in str(error)
@@ -243,7 +255,7 @@ def test_a_truncated_image_is_an_error(tmp_path, kind):
     content = image_bytes(kind)
     (tmp_path / f"cut.{kind}").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(UserError, match="cannot be read as an image") as error:
-        data.find_samples(tmp_path, PROMPT)
+        find_samples(tmp_path, PROMPT)
     assert f"cut.{kind}" in str(error.value)
 
 
@@ -252,7 +264,7 @@ def test_the_digest_is_that_of_names_captions_and_contents(tmp_path):
         save_image(tmp_path / name)
 
     def digest():
-        return data.digest(data.find_samples(tmp_path, PROMPT))
+        return images.digest(find_samples(tmp_path, PROMPT))
 
     first = digest()
     (tmp_path / "notes.txt").write_text("junk")
@@ -288,7 +300,7 @@ def test_exif_rotation(tmp_path, orientation):
         7: stored.transpose(1, 0, 2)[::-1, ::-1],
         8: stored.transpose(1, 0, 2)[::-1],
     }[orientation]
-    assert np.array_equal(np.asarray(data.open_image(tmp_path / "a.png")), upright)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), upright)
 
 
 def test_original_size_is_that_of_the_upright_image(tmp_path):
@@ -314,7 +326,7 @@ def test_transparency_is_composited_over_the_background(tmp_path, mode, name, ba
     image.save(tmp_path / "a.png")
     pixels = np.asarray(image).astype(float)
     expected = over(pixels[..., :-1], pixels[..., -1:], background)
-    actual = np.asarray(data.composite(data.open_image(tmp_path / "a.png"), data.parse_background(name)))
+    actual = np.asarray(composite(open_image(tmp_path / "a.png"), parse_background(name)))
     assert actual.shape == (64, 64, 3)
     assert np.abs(actual - expected).max() <= 1, "8 bits round"
     opaque, clear = pixels[..., -1] == 255, pixels[..., -1] == 0
@@ -332,7 +344,7 @@ def test_palettes_with_one_clear_entry_and_with_an_alpha_each(tmp_path, name, ba
     image.putdata([0, 1, 2])
     for transparency, alphas in [(1, [255, 0, 255]), (bytes([0, 128, 255]), [0, 128, 255])]:
         image.save(tmp_path / "a.png", transparency=transparency)
-        actual = np.asarray(data.composite(data.open_image(tmp_path / "a.png"), background))[0]
+        actual = np.asarray(composite(open_image(tmp_path / "a.png"), background))[0]
         expected = over(np.reshape(palette, (3, 3)).astype(float), np.array(alphas)[:, None], background)
         assert np.abs(actual - expected).max() <= 1
 
@@ -342,7 +354,7 @@ def test_a_colour_that_a_png_declares_transparent(tmp_path, mode, clear):
     image = Image.new(mode, (2, 1), clear)
     image.putpixel((1, 0), 1 if mode == "1" else tuple(np.add(clear, 1)) if mode == "RGB" else 8)
     image.save(tmp_path / "a.png", transparency=clear)
-    actual = data.composite(data.open_image(tmp_path / "a.png"), (1, 2, 3))
+    actual = composite(open_image(tmp_path / "a.png"), (1, 2, 3))
     assert actual.getpixel((0, 0)) == (1, 2, 3)
     assert actual.getpixel((1, 0)) == image.convert("RGB").getpixel((1, 0))
 
@@ -351,25 +363,25 @@ def test_an_opaque_image_keeps_its_pixels(tmp_path):
     image = noise_image((9, 7))
     image.save(tmp_path / "a.png")
     for background in ((0, 0, 0), (255, 255, 255)):
-        assert data.composite(data.open_image(tmp_path / "a.png"), background).tobytes() == image.tobytes()
+        assert composite(open_image(tmp_path / "a.png"), background).tobytes() == image.tobytes()
 
 
 def test_sixteen_bits_a_pixel_keep_their_tones(tmp_path):
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0..255, each scaled to 16 bits
     Image.fromarray(values).save(tmp_path / "a.png")
-    actual = np.asarray(data.composite(data.open_image(tmp_path / "a.png"), (255, 255, 255)))
+    actual = np.asarray(composite(open_image(tmp_path / "a.png"), (255, 255, 255)))
     expected = np.repeat(values[..., None] // 257, 3, axis=2)
     assert np.abs(actual.astype(int) - expected).max() <= 1
 
 
 def test_backgrounds_by_name_and_number():
-    assert data.parse_background("rebeccapurple") == (0x66, 0x33, 0x99)
-    assert data.parse_background("#fff") == (255, 255, 255)
-    assert data.parse_background("#01020304") == (1, 2, 3)
-    assert data.parse_background("random") is None
+    assert parse_background("rebeccapurple") == (0x66, 0x33, 0x99)
+    assert parse_background("#fff") == (255, 255, 255)
+    assert parse_background("#01020304") == (1, 2, 3)
+    assert parse_background("random") is None
     for colour in ("purpleish", "#12345", "", "1,2,3"):
         with pytest.raises(UserError, match="not a colour") as error:
-            data.parse_background(colour)
+            parse_background(colour)
         assert f"--background {colour}" in str(error.value)
 
 
@@ -385,8 +397,8 @@ def show(path, resolution, **settings):
         "seed": 0,
         **settings,
     }
-    sample = data.Sample(path, PROMPT)
-    return list(data.variants(sample, sizes=[(resolution, resolution)], **settings))
+    sample = Sample(path, PROMPT)
+    return list(images.variants(sample, sizes=[(resolution, resolution)], **settings))
 
 
 def pil_pixels(image, resolution, size, top, left, resample=Image.Resampling.LANCZOS, mirror=False):
@@ -549,7 +561,7 @@ def test_random_backgrounds_are_drawn_anew_and_change_no_other_draw(icons):
 
     def encode(pixels):
         mean = fake_encode(pixels).mean
-        return sdxl.Latents(mean, torch.zeros_like(mean))
+        return Latents(mean, torch.zeros_like(mean))
 
     white = make_cache(icons, encode).batch(range(1600))
     random_ = make_cache(icons, encode, background="random").batch(range(1600))
@@ -569,13 +581,13 @@ def test_random_backgrounds_are_drawn_anew_and_change_no_other_draw(icons):
 def test_every_epoch_shows_every_sample_once(count):
     for seed in (0, 5):
         for epoch in range(5):
-            seen = [data.sample_index(seed, epoch * count + place, count) for place in range(count)]
+            seen = [sample_index(seed, epoch * count + place, count) for place in range(count)]
             assert sorted(seen) == list(range(count))
 
 
 def test_the_order_differs_between_epochs_and_seeds():
     orders = [
-        tuple(data.sample_index(seed, epoch * 24 + place, 24) for place in range(24))
+        tuple(sample_index(seed, epoch * 24 + place, 24) for place in range(24))
         for seed in range(4)
         for epoch in range(4)
     ]
@@ -584,14 +596,14 @@ def test_the_order_differs_between_epochs_and_seeds():
 
 
 def test_every_sample_comes_first_equally_often():
-    first = collections.Counter(data.sample_index(0, 4 * epoch, 4) for epoch in range(2000))
+    first = collections.Counter(sample_index(0, 4 * epoch, 4) for epoch in range(2000))
     for count in first.values():  # binomial with a standard deviation of sqrt(2000 * 1/4 * 3/4) = 19.4
         assert abs(count - 500) < 5 * 19.4
 
 
 def test_keyed_generators():
     def draw(*key):
-        return torch.rand(4, generator=data.keyed_generator(*key)).tolist()
+        return torch.rand(4, generator=keyed_generator(*key)).tolist()
 
     assert draw(0, "epoch", 1) == draw(0, "epoch", 1)
     assert len({tuple(draw(*key)) for key in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2)]}) == 4
@@ -600,11 +612,11 @@ def test_keyed_generators():
 def fake_encode(pixels):
     """A VAE that tells images apart: the mean shows which image it is, the deviation is known."""
     mean = torch.nn.functional.avg_pool2d(pixels, 8)
-    return sdxl.Latents(mean, torch.full_like(mean, 0.25))
+    return Latents(mean, torch.full_like(mean, 0.25))
 
 
 def make_cache(folder, encode=fake_encode, noise_levels=1000, **values):
-    samples = data.find_samples(folder, PROMPT)
+    samples = find_samples(folder, PROMPT)
     config = make_config(**values)
     return LatentCache(samples, encode, config, config.seed, noise_levels)
 
@@ -641,10 +653,10 @@ def test_a_sample_depends_on_its_position_alone(icons):
 def test_latents_captions_and_time_ids_are_those_of_the_sample(icons):
     noise_image((48, 16)).save(icons / "wide.png")
     cache = make_cache(icons, resolution=16, background="black")
-    samples = data.find_samples(icons, PROMPT)
+    samples = find_samples(icons, PROMPT)
     batch = cache.batch(range(10))
     for place in range(10):
-        sample = samples[data.sample_index(0, place, len(samples))]
+        sample = samples[sample_index(0, place, len(samples))]
         (shown,) = show(sample.path, 16, background=(0, 0, 0))
         assert batch.captions[place] == sample.caption
         expected = [*shown.original_size, *shown.crop_top_left, 16, 16]
@@ -656,7 +668,7 @@ def test_latents_captions_and_time_ids_are_those_of_the_sample(icons):
 
 def test_latents_are_drawn_from_the_posterior(icons):
     cache = make_cache(
-        icons, lambda pixels: sdxl.Latents(torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 0.5))
+        icons, lambda pixels: Latents(torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 0.5))
     )
     batch = cache.batch(range(200))
     unit = (batch.latents - 3) / 0.5
@@ -673,7 +685,7 @@ def test_latents_are_drawn_from_the_posterior(icons):
 def test_a_posterior_without_width_gives_its_mean(icons):
     def encode(pixels):
         mean = fake_encode(pixels).mean
-        return sdxl.Latents(mean, torch.zeros_like(mean))
+        return Latents(mean, torch.zeros_like(mean))
 
     (icons / "metadata.jsonl").unlink()
     for path in sorted(icons.iterdir())[1:]:
@@ -721,19 +733,19 @@ def test_the_global_rng_is_left_alone(icons):
     prompts = ["a", "b"]
     tokenizer = build_tokenizer()
     PromptCache((tokenizer, tokenizer), build_text_encoders(), prompts)
-    data.digest(data.find_samples(icons, PROMPT))
+    images.digest(find_samples(icons, PROMPT))
     assert global_rng_state() == before
 
 
 def test_prompts_are_encoded_once_and_stacked_in_order(monkeypatch):
     tokenizers, encoders = (build_tokenizer(),) * 2, build_text_encoders()
-    encoded, original = [], sdxl.encode_prompts
+    encoded, original = [], encode_prompts
 
     def encode(tokenizers, encoders, prompts):
         encoded.extend(prompts)
         return original(tokenizers, encoders, prompts)
 
-    monkeypatch.setattr(sdxl, "encode_prompts", encode)
+    monkeypatch.setattr(sdxl_encoding, "encode_prompts", encode)
     cache = PromptCache(tokenizers, encoders, ["an icon", "a fox", "an icon", ""])
     assert encoded == ["an icon", "a fox", ""]
     wanted = ["a fox", "", "an icon", "a fox"]
@@ -749,6 +761,6 @@ def test_prompts_are_encoded_once_and_stacked_in_order(monkeypatch):
 
 def test_the_digest_does_not_depend_on_the_folders_place(icons, clean_copy):
     copy = clean_copy(icons)
-    digests = {data.digest(data.find_samples(folder, PROMPT)) for folder in (icons, copy)}
+    digests = {images.digest(find_samples(folder, PROMPT)) for folder in (icons, copy)}
     assert len(digests) == 1
     assert len(digests.pop()) == len(hashlib.sha256().hexdigest())

@@ -5,10 +5,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from flatlora_diffusion import generate
-from flatlora_diffusion.decode import decode, why_black
-from flatlora_diffusion.generate import Drawing, draw, load_pipeline
-from flatlora_diffusion.grid import main
+from flatlora_diffusion.draw import pipeline as draw_pipeline
+from flatlora_diffusion.draw.decoding import decode, why_black
+from flatlora_diffusion.draw.pipeline import Drawing, draw, load_pipeline
+from flatlora_diffusion.grid.draw import main
 from tests.conftest import build_pipeline, run
 
 DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
@@ -76,7 +76,7 @@ def test_validation_in_bf16_decodes_in_float32(config, base_path, monkeypatch):
         seen.append((latents, torch.is_autocast_enabled("cpu"), decode(vae, latents)))
         return seen[-1][-1]
 
-    monkeypatch.setattr(generate, "decode", spy)
+    monkeypatch.setattr(draw_pipeline, "decode", spy)
     drawn = {"validation_prompt": ("a red icon",), "num_validation_images": 2}
     short = {"validation_epochs": 1, "validation_inference_steps": 1, "max_train_steps": 2}
     run(config, mixed_precision="bf16", **drawn, **short)

@@ -12,11 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import flatlora_diffusion.validate
-from flatlora_diffusion import data, kohya, prior, record, sdxl
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.run import KOHYA_NAME, SUMMARY, Run
+from flatlora_diffusion.adapter import kohya
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.output import record
+from flatlora_diffusion.output.names import KOHYA_NAME, SUMMARY
+from flatlora_diffusion.sdxl import base
+from flatlora_diffusion.sdxl import loss as sdxl_loss
+from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
+from flatlora_diffusion.train import validation
+from flatlora_diffusion.train.class_images import class_samples
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, run
 
 TABLE = {
@@ -145,7 +152,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         snr_gamma=0.5,
         flat_sigma=0.0,
     )
-    prior.class_samples(config)
+    class_samples(config)
     original, compared = Learner.loss, []
 
     def compare(self, micro_step):
@@ -153,7 +160,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         parts = []
         for latents in (self.latents, self.class_latents):
             batch = latents.batch(range(3 * micro_step, 3 * micro_step + 3))
-            weights = sdxl.min_snr_weights(self.base.noise_scheduler, batch.timesteps, 0.5)
+            weights = min_snr_weights(self.base.noise_scheduler, batch.timesteps, 0.5)
             with torch.no_grad():
                 plain = [self._losses(single(batch, index)).item() for index in range(3)]
             parts.append(sum(w * e for w, e in zip(weights.tolist(), plain, strict=True)) / 3)
@@ -166,7 +173,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         }
         return dataclasses.replace(batch, **chosen)
 
-    unweighted = sdxl.diffusion_losses
+    unweighted = diffusion_losses
     weighing = []
 
     def losses(*arguments):
@@ -174,7 +181,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         weighing.append(size)
         return unweighted(*arguments) if size > 1 else unweighted(*arguments[:-1], None)
 
-    monkeypatch.setattr(sdxl, "diffusion_losses", losses)
+    monkeypatch.setattr(sdxl_loss, "diffusion_losses", losses)
     monkeypatch.setattr(Learner, "loss", compare)
     run(config)
     assert weighing.count(6) == len(compared) == 2
@@ -196,7 +203,7 @@ def test_6_a_learning_rate_of_0_is_0(config, tmp_path):
 
 
 def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, monkeypatch):
-    original, seen = flatlora_diffusion.validate.draw, []
+    original, seen = validation.draw, []
 
     def look(pipeline, *arguments, **settings):
         def inside(module, *ignored):
@@ -208,7 +215,7 @@ def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, m
         seen.append(np.asarray(picture).std())
         return picture
 
-    monkeypatch.setattr(flatlora_diffusion.validate, "draw", look)
+    monkeypatch.setattr(validation, "draw", look)
     run(
         config,
         mixed_precision="bf16",
@@ -249,13 +256,13 @@ def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
     calls = []
 
     def count(name):
-        original = getattr(sdxl, name)
+        original = getattr(base, name)
 
         def encode(*arguments):
             calls.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(sdxl, name, encode)
+        monkeypatch.setattr(base, name, encode)
 
     original = Learner.loss
 
@@ -268,7 +275,7 @@ def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
     count("encode_prompts")
     monkeypatch.setattr(Learner, "loss", look)
     run(config, random_flip=True)
-    samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+    samples = find_samples(Path(config.instance_data_dir), config.instance_prompt)
     assert calls.count("step") == 6
     assert "step" not in calls[: calls.index("step")] and set(calls[calls.index("step") :]) == {"step"}
     assert calls.count("encode_images") == 2 * len(samples), "each as it is and mirrored"

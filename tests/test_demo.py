@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.cli import parse_train_config
-from flatlora_diffusion.data import find_samples
-from flatlora_diffusion.train import train
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.train.arms import train
 
 PROJECT = Path(__file__).parents[1]
 

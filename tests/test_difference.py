@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.difference import VISIBLE, difference
+from flatlora_diffusion.draw.difference import VISIBLE, difference
 
 
 def grey(level, size=(4, 3)):

@@ -17,16 +17,18 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flatlora_diffusion import data, launch, perturb, prior, validate
-from flatlora_diffusion import run as run_module
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError, UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.launch import make_accelerator
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.perturb import FlatLoRA
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.flat import flat_lora
+from flatlora_diffusion.flat.flat_lora import FlatLoRA
+from flatlora_diffusion.train import class_images, processes, validation
+from flatlora_diffusion.train import loop as train_loop
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.processes import join_processes, make_accelerator
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
 from tests.test_resume import command
@@ -133,7 +135,7 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
         in_processes(lambda rank: train(config))
 
     # The same gradient in one process, with each noise in turn on the real weights.
-    samples = data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+    samples = find_samples(Path(config.instance_data_dir), config.instance_prompt)
     learner = Learner(config, make_accelerator(config), samples)
     flat = FlatLoRA(learner.base.unet, sigma=0.5, total_steps=6, schedule="constant", seed=config.seed)
     parameters = {name: p for name, p in learner.base.unet.named_parameters() if p.requires_grad}
@@ -142,7 +144,7 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
         parameter.data.copy_(then[name])
     flat.global_step = step
     for rank in (0, 1):
-        monkeypatch.setattr(perturb, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(flat_lora, "_rank", lambda rank=rank: rank)
         weights = {name: layer.get_base_layer().weight for name, layer in flat.layers.items()}
         epsilons = {name: flat.epsilon(name) for name in weights}
         with flat.paused():
@@ -182,11 +184,11 @@ def test_what_one_process_does_for_all(config, tmp_path, monkeypatch):
     def work(rank):
         if rank:
             for owner, name in (
-                (prior, "_draw_missing"),
+                (class_images, "_draw_missing"),
                 (Learner, "heldout_loss"),
-                (validate, "draw_validation"),
-                (run_module, "write_checkpoint"),
-                (run_module, "write_atomically"),
+                (validation, "draw_validation"),
+                (train_loop, "write_checkpoint"),
+                (train_loop, "write_atomically"),
             ):
                 setattr(owner, name, refuse)
         train(config)
@@ -251,12 +253,12 @@ def test_an_error_of_the_main_process_is_everybodys(config):
 def test_processes_wait_long_for_each_other(config, monkeypatch):
     seen = {}
     state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
-    monkeypatch.setattr(launch, "PartialState", lambda **settings: seen.update(settings) or state)
-    launch.join_processes(config)
+    monkeypatch.setattr(processes, "PartialState", lambda **settings: seen.update(settings) or state)
+    join_processes(config)
     assert seen["timeout"] >= timedelta(hours=12)
     state.distributed_type = DistributedType.XLA
     with pytest.raises(UserError, match="TPUs"):
-        launch.join_processes(config)
+        join_processes(config)
 
 
 def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, monkeypatch):
@@ -291,9 +293,9 @@ def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, mon
 def test_what_cannot_train_is_refused(config, monkeypatch, environment, changes, told):
     if not any(name.startswith("USE_") for name in environment):
         environment = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", **environment}
-        find = launch.importlib.util.find_spec
+        find = processes.importlib.util.find_spec
         monkeypatch.setattr(
-            launch.importlib.util, "find_spec", lambda name: name == "deepspeed" or find(name)
+            processes.importlib.util, "find_spec", lambda name: name == "deepspeed" or find(name)
         )
     for name, value in environment.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
@@ -304,9 +306,9 @@ def test_what_cannot_train_is_refused(config, monkeypatch, environment, changes,
 
 def test_deepspeed_that_is_missing_is_named(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    find = launch.importlib.util.find_spec
+    find = processes.importlib.util.find_spec
     monkeypatch.setattr(
-        launch.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
+        processes.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
     )
     with pytest.raises(UserError, match=r"DeepSpeed is not installed; pip install deepspeed, or use data"):
         train(config)

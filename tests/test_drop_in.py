@@ -5,10 +5,10 @@ import shlex
 
 import pytest
 
-from flatlora_diffusion.cli import REFUSED, WITHOUT_EFFECT, parse_train_config
-from flatlora_diffusion.config import TrainConfig, field_kind
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.command_line import REFUSED, WITHOUT_EFFECT, field_kind, parse_train_config
+from flatlora_diffusion.config.settings import TrainConfig
 
 SWITCH = object()
 # Every flag of the script (huggingface/diffusers, examples/dreambooth, 2026): its type and default there.

@@ -9,17 +9,19 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from flatlora_diffusion import data, validate
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ema import AdapterAverage
-from flatlora_diffusion.export import (
+from flatlora_diffusion.adapter.file import (
     LIVE_NAME,
     WEIGHTS_NAME,
     adapter_tensors,
     load_adapter_tensors,
     read_facts,
 )
-from flatlora_diffusion.learner import Learner
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.train import validation
+from flatlora_diffusion.train.ema import AdapterAverage
+from flatlora_diffusion.train.learner import Learner
 from tests.conftest import add_lora, assert_equal, build_unet, run, stopped_after
 
 DECAY = 0.25  # reached at the third step; before it the average warms up
@@ -39,12 +41,12 @@ def config(config) -> TrainConfig:
 
 
 def live(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(data.Path(config.output_dir, LIVE_NAME))
+    return load_file(images.Path(config.output_dir, LIVE_NAME))
 
 
 def test_it_is_the_average_written_by_hand(config, tmp_path):
     final = run(config)
-    output = data.Path(config.output_dir)
+    output = images.Path(config.output_dir)
     average = None
     for step in range(1, config.max_train_steps + 1):
         parameters = load_file(output / f"checkpoint-{step}" / LIVE_NAME)
@@ -93,7 +95,7 @@ def test_pictures_and_the_heldout_loss_are_the_averages(config, tmp_path, monkey
         shown.append({name: tensor.clone() for name, tensor in adapter_tensors(learner.trained).items()})
         return [Image.new("RGB", (16, 16))]
 
-    monkeypatch.setattr(validate, "draw_validation", look)
+    monkeypatch.setattr(validation, "draw_validation", look)
     judged = dataclasses.replace(
         config,
         output_dir=str(tmp_path / "judged"),
@@ -106,12 +108,12 @@ def test_pictures_and_the_heldout_loss_are_the_averages(config, tmp_path, monkey
     )
     assert_equal(run(judged), plain)  # and looking at it has changed nothing
     assert_equal(live(judged), live(config))
-    output = data.Path(judged.output_dir)
+    output = images.Path(judged.output_dir)
     assert len(shown) == 3
     for index, tensors in enumerate(shown):
         assert_equal(tensors, load_file(output / f"checkpoint-{2 * index + 2}" / WEIGHTS_NAME))
-    samples = data.find_samples(data.Path(config.instance_data_dir), config.instance_prompt)
-    unseen = data.find_samples(heldout, config.instance_prompt)
+    samples = find_samples(images.Path(config.instance_data_dir), config.instance_prompt)
+    unseen = find_samples(heldout, config.instance_prompt)
     learner = Learner(judged, Accelerator(), samples, heldout_samples=unseen)
     load_adapter_tensors(learner.trained, plain)
     measured = json.loads((output / "summary.json").read_text())["heldout_losses"]

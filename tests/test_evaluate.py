@@ -9,13 +9,19 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from flatlora_diffusion import data, evaluate, sdxl
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes
-from flatlora_diffusion.generate import load_adapter, load_pipeline
-from flatlora_diffusion.measure import evaluation, flatness, plots
-from flatlora_diffusion.measure.denoising import DenoisingSet, embed
-from flatlora_diffusion.measure.merged import adapted_layers, merged_unet
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
+from flatlora_diffusion.evaluate import evaluation, flatness, plots
+from flatlora_diffusion.evaluate.command import TABLES, evaluation_parser, main, read_plan
+from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
+from flatlora_diffusion.evaluate.evaluation import REPORT, Evaluation
+from flatlora_diffusion.evaluate.flatness import expected_rise, landscape_plane, top_eigenvalue
+from flatlora_diffusion.evaluate.merged import adapted_layers, merged_unet
+from flatlora_diffusion.evaluate.plots import tradeoff
+from flatlora_diffusion.sdxl.lora import add_lora
 from tests.conftest import global_rng_state
 
 
@@ -32,7 +38,7 @@ def heldout(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Few points and few layers, so that a part takes a moment."""
-    monkeypatch.setattr(plots, "PLOTS", {"tradeoff.png": plots.tradeoff})
+    monkeypatch.setattr(plots, "PLOTS", {"tradeoff.png": tradeoff})
     monkeypatch.setattr(evaluation, "filters", lambda unet: ["conv_in", "conv_out"])
     for name, value in (
         ("SIGMAS", (0.1, 0.5)),
@@ -70,8 +76,8 @@ def words(command: dict[str, list[str]]) -> list[str]:
 
 
 def report_of(command) -> dict:
-    evaluate.main(words(command))
-    return json.loads((data.Path(command["--output"][0]) / evaluation.REPORT).read_text())
+    main(words(command))
+    return json.loads((images.Path(command["--output"][0]) / REPORT).read_text())
 
 
 def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons, heldout):
@@ -82,8 +88,8 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
     pipeline = load_pipeline(str(base_path))
     load_adapter(pipeline, "Flat_LoRA", adapters["Flat-LoRA"])
     unet = merged_unet(pipeline, "Flat_LoRA")
-    shown = DenoisingSet(pipeline, data.find_samples(heldout, "a icon"), 16, 8)
-    known = data.find_samples(icons, "a icon")[:1]
+    shown = DenoisingSet(pipeline, find_samples(heldout, "a icon"), 16, 8)
+    known = find_samples(icons, "a icon")[:1]
     training = DenoisingSet(pipeline, known, 16, 2)
     prompts = embed(pipeline, "Flat_LoRA", [*shown.captions, *training.captions])
     losses = shown.losses(unet, prompts)
@@ -98,11 +104,11 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
         return training.losses(unet, prompts).mean().item()
 
     layers = adapted_layers(pipeline.unet, ["Flat_LoRA"])
-    rises = flatness.expected_rise(loss, unet, layers, [0.1, 0.5], 2)
+    rises = expected_rise(loss, unet, layers, [0.1, 0.5], 2)
     assert [rise["rise"] for rise in found["flatness"]["rise"]] == pytest.approx(
         [rise.rise for rise in rises], rel=1e-4
     )
-    plane = flatness.landscape_plane(loss, unet, ["conv_in", "conv_out"], [0.0, 0.5])
+    plane = landscape_plane(loss, unet, ["conv_in", "conv_out"], [0.0, 0.5])
     assert found["flatness"]["plane"]["losses"] == [pytest.approx(row, rel=1e-5) for row in plane]
     assert found["flatness"]["plane"]["losses"][0][0] == found["flatness"]["loss"]
     assert found["flatness"]["top_eigenvalue"] is None, "one iteration can't tell it"
@@ -118,9 +124,9 @@ def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, 
     layers = adapted_layers(pipeline.unet, ["lora"])[:2]
     for label, name in (("base", None), ("LoRA", "lora")):
         unet = merged_unet(pipeline, name).float()
-        shown = DenoisingSet(pipeline, data.find_samples(icons, "a icon")[:1], 16, 2)
+        shown = DenoisingSet(pipeline, find_samples(icons, "a icon")[:1], 16, 2)
         prompts = embed(pipeline, name, shown.captions)
-        value = flatness.top_eigenvalue(partial(shown.parts_of_mean, prompts=prompts), unet, layers)
+        value = top_eigenvalue(partial(shown.parts_of_mean, prompts=prompts), unet, layers)
         assert methods[label]["flatness"] == {"top_eigenvalue": pytest.approx(value, rel=1e-3)}
     assert methods["base"]["flatness"] != methods["LoRA"]["flatness"]
 
@@ -131,10 +137,10 @@ def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_ke
 
     monkeypatch.setattr(flatness, "top_eigenvalue", too_large)
     with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts$"):
-        evaluate.main(words(command | {"--parts": ["losses", "sharpness"]}))
-    folder = data.Path(command["--output"][0])
-    assert "heldout" in json.loads((folder / evaluation.REPORT).read_text())["methods"]["LoRA"]
-    assert "- sharpness of base: the memory of cpu ran out" in (folder / evaluate.TABLES).read_text()
+        main(words(command | {"--parts": ["losses", "sharpness"]}))
+    folder = images.Path(command["--output"][0])
+    assert "heldout" in json.loads((folder / REPORT).read_text())["methods"]["LoRA"]
+    assert "- sharpness of base: the memory of cpu ran out" in (folder / TABLES).read_text()
     monkeypatch.setattr(DenoisingSet, "losses", too_large)  # so they are not measured again
     assert "heldout" in report_of(command | {"--parts": ["losses"]})["methods"]["LoRA"]
 
@@ -145,7 +151,7 @@ def test_models_that_do_not_fit_into_the_memory_are_told(command, monkeypatch):
 
     monkeypatch.setattr(evaluation, "load_pipeline", too_large)
     with pytest.raises(UserError, match=r"^--device cpu: its memory ran out while models were loaded; "):
-        evaluate.main(words(command))
+        main(words(command))
 
 
 def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
@@ -168,7 +174,7 @@ def test_what_was_measured_before_stays_in_the_report(command):
 
 def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, base_path, tmp_path):
     pipeline = load_pipeline(str(base_path))
-    sdxl.add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
+    add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
     path = tmp_path / "text-alone" / WEIGHTS_NAME
     path.parent.mkdir()
     path.write_bytes(adapter_bytes({"text_encoder": pipeline.text_encoder}, {}))
@@ -202,7 +208,7 @@ def test_other_objectives_are_refused(command, monkeypatch, scheduler, told):
 
     monkeypatch.setattr(evaluation, "load_pipeline", load)
     with pytest.raises(UserError, match=rf"^--base .*{scheduler.__name__}, and {told} training"):
-        evaluate.main(words(command))
+        main(words(command))
 
 
 def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
@@ -213,7 +219,7 @@ def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
     assert end["heldout_loss"] == pytest.approx(lora["heldout"]["loss"], rel=1e-6)
     assert end["retention_loss"] == pytest.approx(lora["retention"]["loss"], rel=1e-6)
     assert "tradeoff" not in base and "flatness" not in lora
-    folder = data.Path(command["--output"][0])
+    folder = images.Path(command["--output"][0])
     assert (folder / "tradeoff.png").is_file() and not (folder / "rise.png").exists()
     assert "| Flat-LoRA" in (folder / "evaluation.md").read_text()
 
@@ -244,7 +250,7 @@ def test_prompts_stand_in_for_pictures_of_the_base(command, clip_path):
 
 def test_drawing_the_base_s_pictures_leaves_the_adapter_its_text_encoders(command, base_path, tmp_path):
     pipeline = load_pipeline(str(base_path))
-    sdxl.add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
+    add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
     for name, parameter in pipeline.text_encoder.named_parameters():
         if "lora_B" in name:
             parameter.data += 1
@@ -253,8 +259,8 @@ def test_drawing_the_base_s_pictures_leaves_the_adapter_its_text_encoders(comman
     path.write_bytes(adapter_bytes({"text_encoder": pipeline.text_encoder}, {}))
     del command["--retention"], command["--training"]
     command |= {"--adapter": [f"text={path}"], "--prompt": ["a cat"], "--clip": ["-"], "--steps": ["1"]}
-    plan = evaluate.read_plan(vars(evaluate.evaluation_parser().parse_all(words(command))))
-    measured = evaluation.Evaluation(dataclasses.replace(plan, parts=["losses"]), tmp_path / "evaluation")
+    plan = read_plan(vars(evaluation_parser().parse_all(words(command))))
+    measured = Evaluation(dataclasses.replace(plan, parts=["losses"]), tmp_path / "evaluation")
     first, again = (measured._model("text")[1].embed(["a navy icon"]).tokens for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, measured._model("base")[1].embed(["a navy icon"]).tokens)
@@ -264,7 +270,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatc
     command |= {"--parts": ["losses", "tradeoff"]}
     whole = report_of(command)
     other = command | {"--output": [str(tmp_path / "again")]}
-    original = evaluation.Evaluation._tradeoff
+    original = Evaluation._tradeoff
     calls = []
 
     def stop(self, label):
@@ -273,12 +279,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return original(self, label)
 
-    monkeypatch.setattr(evaluation.Evaluation, "_tradeoff", stop)
+    monkeypatch.setattr(Evaluation, "_tradeoff", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(words(other))
+        main(words(other))
     assert report_of(other) == whole
     assert calls == ["LoRA", "Flat-LoRA", "Flat-LoRA"]
-    monkeypatch.setattr(evaluation.Evaluation, "_losses", None)  # nothing is measured a third time
+    monkeypatch.setattr(Evaluation, "_losses", None)  # nothing is measured a third time
     assert report_of(other) == whole
 
 
@@ -286,9 +292,9 @@ def test_another_adapter_under_a_name_is_measured_anew(command, adapters, monkey
     command |= {"--parts": ["losses"]}
     first = report_of(command)
     measured = []
-    original = evaluation.Evaluation._losses
+    original = Evaluation._losses
     monkeypatch.setattr(
-        evaluation.Evaluation, "_losses", lambda self, label: measured.append(label) or original(self, label)
+        Evaluation, "_losses", lambda self, label: measured.append(label) or original(self, label)
     )
     command["--adapter"] = [f"LoRA={adapters['Flat-LoRA']}", f"Flat-LoRA={adapters['Flat-LoRA']}"]
     second = report_of(command)
@@ -313,7 +319,7 @@ def test_another_adapter_under_a_name_is_measured_anew(command, adapters, monkey
 )
 def test_bad_input_is_one_line_before_anything_is_written(command, tmp_path, changes, said):
     with pytest.raises(UserError) as error:
-        evaluate.main(words(command | changes))
+        main(words(command | changes))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "evaluation").exists()
 
@@ -321,4 +327,4 @@ def test_bad_input_is_one_line_before_anything_is_written(command, tmp_path, cha
 def test_captions_that_are_missing_are_asked_for(command):
     del command["--instance_prompt"]
     with pytest.raises(UserError, match="has no caption; give --instance_prompt"):
-        evaluate.main(words(command))
+        main(words(command))

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import (
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import (
     Drawing,
     draw_batch,
     draw_with,

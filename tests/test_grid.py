@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flatlora_diffusion import grid, stamp
-from flatlora_diffusion.cli import run_command
-from flatlora_diffusion.contact_sheet import contact_sheet
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.grid import draw_cells, draw_grid, main
-from flatlora_diffusion.output_folder import output_lock
-from flatlora_diffusion.plan import Grid, Method
-from flatlora_diffusion.recipe import Recipe
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.lock import output_lock
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.stamp import read
+from flatlora_diffusion.grid import draw
+from flatlora_diffusion.grid.draw import draw_cells, draw_grid, main
+from flatlora_diffusion.grid.plan import Grid, Method
+from flatlora_diffusion.grid.recipe import Recipe
+from flatlora_diffusion.sheet.layout import contact_sheet
 
 METHODS = [Method("base"), Method("LoRA x 0.5", "one", 0.5), Method("LoRA x 1", "one")]
 PROMPTS = ["a red icon", "a blue icon"]
@@ -138,7 +139,7 @@ def test_every_picture_is_the_one_drawn_alone_and_says_how_it_was_drawn(recipe, 
         file = tmp_path / "out" / f"{prompt.replace(' ', '_')}-seed{seed}-{names[method.label]}.png"
         expected = draw_with(pipeline, method.adapter, prompt, seed, DRAWING, method.scale)
         assert Image.open(file).tobytes() == expected.tobytes()
-        own = stamp.read(file)
+        own = read(file)
         assert (own.prompt, own.seed, own.method, own.steps) == (prompt, seed, method.label, 2)
         scale, sha256 = (method.scale, facts.sha256) if method.adapter else (None, None)
         assert (own.scale, own.adapter_sha256, own.base, own.sampler) == (scale, sha256, "tiny-sdxl", "Euler")
@@ -230,7 +231,7 @@ def test_the_sheet_shows_and_says_what_was_drawn(words, tmp_path, capsys):
     ]
     assert manifest["footer"] == FOOTER
     sheet = Image.open(output / "sheet.png")
-    assert sheet.tobytes() == grid.draw_sheet(output).tobytes()
+    assert sheet.tobytes() == draw.draw_sheet(output).tobytes()
     said = sheet.text["parameters"].splitlines()
     assert said[:2] == PROMPTS and said[2].startswith("Steps: 2, Sampler: Euler, CFG scale: 3, Seeds: 3 4, ")
 
@@ -281,7 +282,7 @@ def test_another_layout_of_the_same_pictures_draws_none(words, tmp_path, monkeyp
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["footer"].endswith("; seed 7") and manifest["rows"][0]["label"] == PROMPTS[0]
     before = pictures(output)
-    monkeypatch.setattr(grid, "draw_batch", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(draw, "draw_batch", lambda *_, **__: pytest.fail("drawn"))
     main([*words, "--no_legend", "--columns", "seed", "method", "--title", "T", "--batch_size", "4"])
     manifest = json.loads((output / "manifest.json").read_text())
     assert "footer" not in manifest and manifest["columns"][1] == ["seed 7", "LoRA x 0.5"]
@@ -294,7 +295,7 @@ def test_another_grid_in_the_folder_is_refused_before_anything_is_loaded(
     output = tmp_path / "out"
     main([*words, "--output", str(output)])
     before = files(output)
-    monkeypatch.setattr(grid, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(draw, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     for changes, message in (
         (["--prompt", "a red icon"], "has a grid with other prompts; give another folder"),
         (["--steps", "1", "--dtype", "bf16"], "other dtype, steps;"),
@@ -359,7 +360,7 @@ def test_a_folder_that_is_written_to_is_refused(words, tmp_path):
 
 
 def recipe_of(*words):
-    return grid.read_recipe(vars(grid.grid_parser().parse_all([*words, "--base", "b"])))
+    return draw.read_recipe(vars(draw.grid_parser().parse_all([*words, "--base", "b"])))
 
 
 def test_adapters_with_scales(tmp_path, monkeypatch):
@@ -450,7 +451,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, monkeypat
     Path("binary.txt").write_bytes(b"\xff\xfe\xfd")
     Path("silent").mkdir()
     Image.new("RGB", (8, 8)).save("silent/a.png")
-    monkeypatch.setattr(grid, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(draw, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         main(["--base", "b", "--output", "out", "--device", "cpu", *words])

@@ -8,10 +8,15 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from flatlora_diffusion import data, sdxl
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.train import train
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.seeds import keyed_generator
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples, variants
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
+from flatlora_diffusion.sdxl.loss import diffusion_losses
+from flatlora_diffusion.train.arms import train
 from tests.conftest import assert_equal, run, stopped_after
 
 
@@ -35,20 +40,20 @@ def config(config, tmp_path) -> TrainConfig:
 def losses_of(config, **changes) -> dict[str, float]:
     config = dataclasses.replace(config, **changes)
     train(config)
-    return json.loads((data.Path(config.output_dir) / "summary.json").read_text())["heldout_losses"]
+    return json.loads((images.Path(config.output_dir) / "summary.json").read_text())["heldout_losses"]
 
 
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
 def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, text_encoders):
     measured = losses_of(config, train_text_encoder=text_encoders, text_encoder_lr=1e-2)
     assert list(measured) == ["2", "4", "5"]
-    base = sdxl.load_base(str(base_path))
+    base = load_base(str(base_path))
     pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
     pipeline.load_lora_weights(config.output_dir)
     total = []
-    samples = data.find_samples(data.Path(config.heldout_data_dir), "a icon")
+    samples = find_samples(images.Path(config.heldout_data_dir), "a icon")
     for index, sample in enumerate(samples):
-        (shown,) = data.variants(
+        (shown,) = variants(
             sample,
             sizes=[(16, 16)],
             center_crop=True,
@@ -57,15 +62,15 @@ def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, te
             background=(255, 255, 255),
             seed=0,
         )
-        latents = sdxl.encode_images(base.vae, shown.pixels[None]).mean
-        noise = torch.randn(8, *latents.shape[1:], generator=data.keyed_generator(0, "fixed", index))
-        embeds = sdxl.encode_prompts(
+        latents = encode_images(base.vae, shown.pixels[None]).mean
+        noise = torch.randn(8, *latents.shape[1:], generator=keyed_generator(0, "fixed", index))
+        embeds = encode_prompts(
             base.tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), [sample.caption]
         )
         time_ids = torch.tensor([*shown.original_size, *shown.crop_top_left, 16, 16])
         for k in range(8):
             with torch.no_grad():
-                loss = sdxl.diffusion_losses(
+                loss = diffusion_losses(
                     pipeline.unet.eval(),
                     base.noise_scheduler,
                     latents,
@@ -91,7 +96,7 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_p
 
 def test_held_out_images_stay_on_white_where_backgrounds_are_random(config, tmp_path):
     image = Image.linear_gradient("L").resize((20, 20))
-    Image.merge("RGBA", [image] * 4).save(data.Path(config.heldout_data_dir) / "0.png")
+    Image.merge("RGBA", [image] * 4).save(images.Path(config.heldout_data_dir) / "0.png")
     frozen = dataclasses.replace(config, learning_rate=0.0, max_train_steps=1)
     losses = {
         background: losses_of(frozen, background=background, output_dir=str(tmp_path / background))
@@ -112,4 +117,4 @@ def test_a_resumed_run_has_the_whole_history(config, tmp_path, monkeypatch):
 def test_a_missing_folder_is_named_by_its_flag(config):
     with pytest.raises(UserError, match=r"--heldout_data_dir nowhere: no such folder"):
         train(dataclasses.replace(config, heldout_data_dir="nowhere"))
-    assert not data.Path(config.output_dir).exists()
+    assert not images.Path(config.output_dir).exists()

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlora_diffusion import data
-from flatlora_diffusion.cli import run_command
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.grid_flags import grid_parser, read_recipe
-from flatlora_diffusion.hf_dataset import dataset_captions, dataset_samples
-from flatlora_diffusion.train import train
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.datasets import dataset_captions, dataset_samples
+from flatlora_diffusion.data.images import EmbeddedImage, Sample, variants
+from flatlora_diffusion.grid.flags import grid_parser, read_recipe
+from flatlora_diffusion.train.arms import train
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
 NAMES = ("blue.png", "green.png", "orange.png", "red.png")
@@ -127,7 +127,7 @@ def test_what_is_converted_goes_into_the_cache_folder(config, icons, tmp_path):
 
 def show(image, **settings):
     settings = {"sizes": [(16, 16)], "center_crop": True, "random_flip": True, "seed": 0} | settings
-    return list(data.variants(data.Sample(image, "a"), interpolation="lanczos", **settings))
+    return list(variants(Sample(image, "a"), interpolation="lanczos", **settings))
 
 
 @pytest.mark.parametrize("background", [(10, 20, 30), None])
@@ -137,7 +137,7 @@ def test_images_are_shown_as_from_files(tmp_path, background):
     exif[0x0112] = 6
     picture = Image.linear_gradient("L").resize((60, 20))
     Image.merge("RGBA", [picture, picture.rotate(180), picture, picture]).save(tmp_path / "a.png", exif=exif)
-    embedded = data.EmbeddedImage("a.png", "row 0", (tmp_path / "a.png").read_bytes)
+    embedded = EmbeddedImage("a.png", "row 0", (tmp_path / "a.png").read_bytes)
     for settings in ({}, {"center_crop": False}, {"sizes": [(16, 16), (32, 8)]}):
         shown = show(embedded, background=background, **settings)
         for one, other in zip(
@@ -217,7 +217,7 @@ def test_captions_alone_are_those_of_the_rows(config, icons, tmp_path, monkeypat
 
 
 def test_the_comparison_shows_the_first_images(config, icons, monkeypatch):
-    monkeypatch.setattr("flatlora_diffusion.present._MOST_IN_STRIP", 3)
+    monkeypatch.setattr("flatlora_diffusion.train.afterwards._MOST_IN_STRIP", 3)
     write_parquet(Path(config.dataset_name), icons=icons)
     settings = {"validation_inference_steps": 1, "num_validation_images": 1, "max_train_steps": 1}
     train(dataclasses.replace(config, compare=True, **settings))

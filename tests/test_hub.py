@@ -13,15 +13,16 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, httpx
 
-import flatlora_diffusion.present
-from flatlora_diffusion import card, hub
-from flatlora_diffusion.card import CARD, is_ours
-from flatlora_diffusion.cli import parse_train_config, run_command
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import RunInterruptedError, UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.output import hub
+from flatlora_diffusion.output.card import CARD, _sealed, is_ours
+from flatlora_diffusion.train import afterwards
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.loop import Run
 
 TOKEN = "hf_DoNotTellAnybody"
 
@@ -202,7 +203,7 @@ def test_what_fails_after_training_keeps_nothing_else_from_being_done(pushed, fa
     def fail(*arguments):
         raise failure
 
-    monkeypatch.setattr(flatlora_diffusion.present, "_draw_comparison", fail)
+    monkeypatch.setattr(afterwards, "_draw_comparison", fail)
     with pytest.raises(UserError) as error:
         train(dataclasses.replace(pushed, validation_prompt=("a icon",), validation_epochs=0))
     message = str(error.value)
@@ -216,7 +217,7 @@ def test_ctrl_c_after_training_says_where_the_adapter_is(pushed, fake, monkeypat
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flatlora_diffusion.present, "write_card", interrupt)
+    monkeypatch.setattr(afterwards, "write_card", interrupt)
     with pytest.raises(RunInterruptedError, match=r"interrupted; what was trained is in .*run; with") as stop:
         train(pushed)
     assert stop.value.exit_code == 130
@@ -228,7 +229,7 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays(pushed, fake, tmp_path, who
     output = Path(pushed.output_dir)
     output.mkdir()
     fake.readme = tmp_path / "README.md"
-    fake.readme.write_bytes(card._sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
+    fake.readme.write_bytes(_sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
     for name in (CARD, WEIGHTS_NAME, "checkpoint-2"):
         (output / name).touch()
     hub.upload(pushed, "me/run")

@@ -14,14 +14,20 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from flatlora_diffusion import data, initial, kohya, record, sdxl
-from flatlora_diffusion.checkpoint import find_checkpoint
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, adapter_tensors, load_adapter_tensors
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.perturb import FlatLoRA
-from flatlora_diffusion.sdxl import ADAPTER, FROZEN_ADAPTER
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes, adapter_tensors, load_adapter_tensors
+from flatlora_diffusion.adapter.kohya import convert
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.flat.flat_lora import FlatLoRA
+from flatlora_diffusion.output import record
+from flatlora_diffusion.output.checkpoint import find_checkpoint
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import encode_prompts
+from flatlora_diffusion.sdxl.initialise import LORA_GA_SAMPLES, check, initialise, subtract_initial_update
+from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, TEXT_ENCODERS, add_lora
+from flatlora_diffusion.train.learner import Learner
 from tests.conftest import (
     UNET_TARGETS,
     assert_equal,
@@ -39,7 +45,7 @@ RANK, ALPHA, BATCH = 4, 10.0, 2
 
 
 def build_models() -> dict[str, nn.Module]:
-    models = dict(zip(sdxl.TEXT_ENCODERS, build_text_encoders(), strict=True)) | {"unet": build_unet()}
+    models = dict(zip(TEXT_ENCODERS, build_text_encoders(), strict=True)) | {"unet": build_unet()}
     for model in models.values():
         model.requires_grad_(False).train()
     return models
@@ -49,7 +55,7 @@ def loss_of(models: dict[str, nn.Module], number: int) -> torch.Tensor:
     """A loss through all the models, of data that the number decides."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(0, 590, (BATCH, 77), generator=generator)
-    one, two = (models[part](ids, output_hidden_states=True) for part in sdxl.TEXT_ENCODERS)
+    one, two = (models[part](ids, output_hidden_states=True) for part in TEXT_ENCODERS)
     inputs = unet_inputs(seed=number, batch=BATCH)
     inputs["encoder_hidden_states"] = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
     inputs["added_cond_kwargs"]["text_embeds"] = two.text_embeds
@@ -62,11 +68,11 @@ def start(kind: str, models: dict[str, nn.Module] | None = None, *, seed: int = 
     models = models or build_models()
     drawn = "gaussian" if kind == "gaussian" else True
     settings = {"rank": RANK, "alpha": ALPHA, **settings}
-    sdxl.add_lora(models, seed=seed, init_lora_weights=drawn, **settings)
-    initial.check(models, kind, settings["rank"])
-    initial.initialise(models, kind, seed=seed, batch_size=BATCH, loss=lambda number: loss_of(models, number))
+    add_lora(models, seed=seed, init_lora_weights=drawn, **settings)
+    check(models, kind, settings["rank"])
+    initialise(models, kind, seed=seed, batch_size=BATCH, loss=lambda number: loss_of(models, number))
     if kind in SUBTRACTED:
-        initial.subtract_initial_update(models)
+        subtract_initial_update(models)
     return models
 
 
@@ -205,7 +211,7 @@ def test_lora_ga_takes_directions_of_the_gradient():
     weights = {name: twin[name.split(".")[0]].get_submodule(name.split(".", 1)[1]).weight for name in layers}
     for weight in weights.values():
         weight.requires_grad_(True)
-    batches = initial.LORA_GA_SAMPLES // BATCH
+    batches = LORA_GA_SAMPLES // BATCH
     for number in range(batches):
         loss_of(twin, number).backward()
     idle = [name for name, weight in weights.items() if weight.grad is None]
@@ -288,10 +294,10 @@ def test_a_quantised_base_is_left_as_it_is(kind, bits):
     model.set_adapter = lambda names: model.to_q.set_adapter(names)
     model.add_adapter(config, ADAPTER)
     with pytest.raises(UserError, match=r"gradients of the base, and unet\.to_q is quantised"):
-        initial.check({"unet": model}, "lora_ga", RANK)
-    initial.check({"unet": model}, kind, RANK)
-    initial.initialise({"unet": model}, kind, seed=0, batch_size=1, loss=loss_of)
-    initial.subtract_initial_update({"unet": model})
+        check({"unet": model}, "lora_ga", RANK)
+    check({"unet": model}, kind, RANK)
+    initialise({"unet": model}, kind, seed=0, batch_size=1, loss=loss_of)
+    subtract_initial_update({"unet": model})
     torch.testing.assert_close(model.to_q(x), expected, rtol=0, atol=1e-5)
     assert model.to_q.base_layer.weight is weight and torch.equal(weight.data, before)
     a, b = factors(model.to_q)
@@ -303,8 +309,8 @@ def test_a_quantised_base_is_left_as_it_is(kind, bits):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_file_is_one_lora_of_the_original_base(base_path, tmp_path, use_rslora):
-    base = sdxl.load_base(str(base_path))
-    models = {"unet": base.unet} | dict(zip(sdxl.TEXT_ENCODERS, base.text_encoders, strict=True))
+    base = load_base(str(base_path))
+    models = {"unet": base.unet} | dict(zip(TEXT_ENCODERS, base.text_encoders, strict=True))
     start("pissa", models, use_rslora=use_rslora)
     move(models)
     for model in models.values():
@@ -312,12 +318,12 @@ def test_the_file_is_one_lora_of_the_original_base(base_path, tmp_path, use_rslo
 
     def outputs(unet: nn.Module, *encoders: nn.Module) -> list[torch.Tensor]:
         with torch.no_grad():
-            prompts = sdxl.encode_prompts(base.tokenizers, encoders, ["a icon"])
+            prompts = encode_prompts(base.tokenizers, encoders, ["a icon"])
             return [unet(**unet_inputs()).sample, prompts.tokens, prompts.pooled]
 
     expected = outputs(*models.values())
     (tmp_path / WEIGHTS_NAME).write_bytes(adapter_bytes(models, {}))
-    kohya.convert(tmp_path / WEIGHTS_NAME, tmp_path / "kohya.safetensors", layers_per_block=1)
+    convert(tmp_path / WEIGHTS_NAME, tmp_path / "kohya.safetensors", layers_per_block=1)
     with safe_open(tmp_path / WEIGHTS_NAME, framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     for part in models:
@@ -355,7 +361,7 @@ def test_a_checkpoint_gives_both_adapters_back_bit_for_bit():
 
 
 def learner(config: TrainConfig, **changes) -> Learner:
-    samples = data.find_samples(data.Path(config.instance_data_dir), config.instance_prompt)
+    samples = find_samples(images.Path(config.instance_data_dir), config.instance_prompt)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     return Learner(dataclasses.replace(config, **changes), accelerator, samples)
 
@@ -363,7 +369,7 @@ def learner(config: TrainConfig, **changes) -> Learner:
 @pytest.mark.parametrize("kind", ["eva", "lora_ga"])
 def test_every_process_and_arm_starts_the_same(config, monkeypatch, kind):
     config = dataclasses.replace(config, init_lora_weights=kind, lora_layers=("to_q",))
-    monkeypatch.setattr(initial, "LORA_GA_SAMPLES", 4)
+    monkeypatch.setattr(initialise, "LORA_GA_SAMPLES", 4)
     first = adapter_tensors(learner(config).trained)
     monkeypatch.setattr(Accelerator, "process_index", property(lambda self: 1))
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
@@ -374,7 +380,7 @@ def test_every_process_and_arm_starts_the_same(config, monkeypatch, kind):
 
 def test_factors_are_exact_on_a_base_in_bf16(config, base_path):
     trained = learner(dataclasses.replace(config, mixed_precision="bf16", init_lora_weights="pissa")).trained
-    base = sdxl.load_base(str(base_path), dtype=torch.bfloat16)
+    base = load_base(str(base_path), dtype=torch.bfloat16)
     assert_equal(without_adapters(trained), without_adapters({"unet": base.unet}))
     for layer in lora_layers(trained).values():
         a, b = factors(layer)
@@ -405,7 +411,7 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, mon
     def fail(*arguments, **settings):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(initial, "initialise", fail)
+    monkeypatch.setattr(initialise, "initialise", fail)
     assert_equal(run(config, resume_from_checkpoint="latest"), undisturbed)
     settings = json.loads((tmp_path / "resumed" / "checkpoint-3" / "state.json").read_text())["settings"]
     assert settings["init_lora_weights"] == "pissa"
@@ -445,9 +451,9 @@ def test_convolutions_are_refused(kind):
 @pytest.mark.parametrize(("kind", "most"), [("pissa", 32), ("olora", 32), ("eva", 16), ("lora_ga", 16)])
 def test_a_rank_that_a_layer_has_not_is_refused(kind, most):
     models = start("gaussian", rank=most)
-    initial.check(models, kind, most)
+    check(models, kind, most)
     with pytest.raises(UserError, match=f"too small for --rank {most + 1}; give a rank of at most {most},"):
-        initial.check(models, kind, most + 1)
+        check(models, kind, most + 1)
 
 
 def test_gradients_in_fp16_are_refused():
@@ -460,7 +466,7 @@ def test_gradients_in_fp16_are_refused():
 def test_gradients_that_are_not_finite_are_refused(monkeypatch):
     models = build_models()
     models["unet"].conv_out.weight.data[0, 0, 0, 0] = float("nan")
-    monkeypatch.setattr(initial, "LORA_GA_SAMPLES", 1)
+    monkeypatch.setattr(initialise, "LORA_GA_SAMPLES", 1)
     with pytest.raises(UserError, match=r"lora_ga: the gradient of \S+_proj isn't finite"):
         start("lora_ga", models)
 
@@ -468,6 +474,6 @@ def test_gradients_that_are_not_finite_are_refused(monkeypatch):
 def test_eva_needs_inputs_enough(monkeypatch):
     with pytest.raises(UserError, match=r"time_emb_proj has 2 inputs in a batch, and --rank 4 takes 8"):
         start("eva", unet_targets=["to_q", "time_emb_proj"])
-    monkeypatch.setattr(initial, "EVA_PASSES", 2)
+    monkeypatch.setattr(initialise, "EVA_PASSES", 2)
     with pytest.raises(UserError, match="have not settled after 2 batches"):
         start("eva")

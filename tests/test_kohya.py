@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from flatlora_diffusion import kohya, kohya_names
-from flatlora_diffusion.cli import run_command
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, adapter_bytes, adapter_tensors, with_sorted_metadata
-from flatlora_diffusion.generate import load_adapter
-from flatlora_diffusion.kohya import from_kohya, to_kohya
+from flatlora_diffusion.adapter import kohya_names
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes, adapter_tensors, with_sorted_metadata
+from flatlora_diffusion.adapter.kohya import PEFT_METADATA_KEY, convert, from_kohya, main, to_kohya
+from flatlora_diffusion.adapter.kohya_names import PREFIXES, layer_names
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import load_adapter
 from tests.conftest import (
     TEXT_TARGETS,
     UNET_TARGETS,
@@ -232,11 +233,11 @@ class TestNames:
         names = kohya_names.kohya_names(layers_per_block)
         assert len(names) > 5_000
         assert len(set(names.values())) == len(names)
-        found = kohya_names.layer_names(layers_per_block)
+        found = layer_names(layers_per_block)
         for (part, path), name in names.items():
             # No spelling of one layer is a spelling of another.
             assert found[name] == (part, path)
-            assert found[f"{kohya_names.PREFIXES[part]}_{path}".replace(".", "_")] == (part, path)
+            assert found[f"{PREFIXES[part]}_{path}".replace(".", "_")] == (part, path)
 
     @pytest.mark.parametrize("layers_per_block", [1, 2])
     def test_follow_the_layers_of_a_block(self, layers_per_block):
@@ -315,9 +316,9 @@ class TestRoundTrip:
         """Keys, tensors, configurations and facts."""
         source, there, back = (tmp_path / name for name in (WEIGHTS_NAME, "k.safetensors", "b.safetensors"))
         write(source, models_with_lora(kind), {"sigma": 0.05})
-        kohya.main([str(tmp_path), str(there), "--layers_per_block", "1"])
+        main([str(tmp_path), str(there), "--layers_per_block", "1"])
         assert all(key.startswith("lora_") for key in load_file(there))
-        kohya.main([str(there), str(back), "--layers_per_block=1"])
+        main([str(there), str(back), "--layers_per_block=1"])
         assert back.read_bytes() == source.read_bytes()
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -429,7 +430,7 @@ class TestPipeline:
         models = models_with_lora(kind, UNet2DConditionModel.from_config(unet.config))
         ours, theirs = tmp_path / WEIGHTS_NAME, tmp_path / "kohya.safetensors"
         write(ours, models)
-        kohya.convert(ours, theirs, layers_per_block)
+        convert(ours, theirs, layers_per_block)
         expected = draw(pipeline, ours)
         assert not torch.allclose(expected, base, atol=1e-2)
         torch.testing.assert_close(draw(pipeline, theirs), expected)
@@ -443,9 +444,9 @@ class TestPipeline:
         models = models_with_lora(kind)
         paths = [tmp_path / f"{name}.safetensors" for name in ("ours", "kohya", "bare", "back")]
         write(paths[0], models)
-        kohya.convert(paths[0], paths[1], 1)
+        convert(paths[0], paths[1], 1)
         save_file(load_file(paths[1]), paths[2])
-        kohya.convert(paths[2], paths[3], 1)
+        convert(paths[2], paths[3], 1)
         assert (
             metadata_of(paths[3])[LORA_ADAPTER_METADATA_KEY]
             != metadata_of(paths[0])[LORA_ADAPTER_METADATA_KEY]
@@ -461,7 +462,7 @@ class TestPipeline:
         models = models_with_lora(kind)
         theirs, ours = tmp_path / "kohya.safetensors", tmp_path / WEIGHTS_NAME
         save_file(to_kohya(adapter_tensors(models), configs_of(models), 1), theirs)
-        kohya.convert(theirs, ours, 1)
+        convert(theirs, ours, 1)
         expected = draw(pipeline, theirs)
         assert not torch.allclose(expected, draw(pipeline), atol=1e-2)
         torch.testing.assert_close(draw(pipeline, ours), expected)
@@ -525,10 +526,10 @@ class TestForeignFiles:
 def test_metadata_are_those_that_readers_expect(tmp_path):
     source, target = tmp_path / WEIGHTS_NAME, tmp_path / "kohya.safetensors"
     write(source, models_with_lora("unet"), {"sigma": 0.05})
-    kohya.convert(source, target, 1)
+    convert(source, target, 1)
     metadata = metadata_of(target)
     assert metadata.pop("flat_lora") == metadata_of(source)["flat_lora"]
-    assert json.loads(metadata.pop(kohya.PEFT_METADATA_KEY))["unet.lora_alpha"] == 8
+    assert json.loads(metadata.pop(PEFT_METADATA_KEY))["unet.lora_alpha"] == 8
     assert metadata == {
         "format": "pt",
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -537,7 +538,7 @@ def test_metadata_are_those_that_readers_expect(tmp_path):
         "ss_network_module": "networks.lora",
     }
     write(source, models_with_lora("patterns"))
-    kohya.convert(source, target, 1)
+    convert(source, target, 1)
     assert metadata_of(target)["ss_network_dim"] == metadata_of(target)["ss_network_alpha"] == "Dynamic"
 
 
@@ -546,7 +547,7 @@ def test_files_are_the_same_each_time(tmp_path):
     write(source, models_with_lora("text encoders"), {"a": 1, "b": 2})
     contents = set()
     for _ in range(3):
-        kohya.convert(source, target, 1)
+        convert(source, target, 1)
         contents.add(target.read_bytes())
     assert len(contents) == 1
     content = contents.pop()
@@ -560,8 +561,8 @@ def test_dora_is_warned_of(tmp_path, caplog):
     source, target = tmp_path / WEIGHTS_NAME, tmp_path / "kohya.safetensors"
     for kind, warned in (("unet", False), ("dora", True)):
         write(source, models_with_lora(kind))
-        with caplog.at_level(logging.WARNING, logger="flatlora_diffusion.kohya"):
-            kohya.convert(source, target, 1)
+        with caplog.at_level(logging.WARNING, logger="flatlora_diffusion.adapter.kohya"):
+            convert(source, target, 1)
         assert ("DoRA" in caplog.text) == warned
 
 
@@ -627,7 +628,7 @@ class TestBadInput:
         def refused(*arguments):
             before = sorted(tmp_path.rglob("*"))
             with pytest.raises(SystemExit) as stop:
-                run_command(lambda: kohya.main([str(argument) for argument in arguments]))
+                run_command(lambda: main([str(argument) for argument in arguments]))
             lines = capfd.readouterr().err.splitlines()
             assert stop.value.code == 2
             assert len(lines) == 1, lines
@@ -658,7 +659,7 @@ class TestBadInput:
     def test_metadata_of_kohyas_files(self, tmp_path, refused):
         source = tmp_path / "source.safetensors"
         for text, message in (("{", "JSON"), (json.dumps({"unet.r": "two"}), "two")):
-            save_file(kohya_layer(Q), source, metadata={kohya.PEFT_METADATA_KEY: text})
+            save_file(kohya_layer(Q), source, metadata={PEFT_METADATA_KEY: text})
             assert message in refused(source, tmp_path / "target.safetensors")
 
     def test_paths(self, tmp_path, refused):

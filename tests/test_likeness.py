@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import CLIPModel, CLIPProcessor
 
-from flatlora_diffusion.data import Sample, composite, find_samples
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.measure import drawn as drawn_module
-from flatlora_diffusion.measure import likeness as likeness_module
-from flatlora_diffusion.measure.drawn import Drawer, Personalisation, Retention, fingerprint
-from flatlora_diffusion.measure.likeness import (
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data.images import Sample, composite, find_samples
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.evaluate import drawn
+from flatlora_diffusion.evaluate import likeness as evaluate_likeness
+from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention, fingerprint
+from flatlora_diffusion.evaluate.likeness import (
     Likeness,
     drift,
     nearest_similarity,
@@ -95,7 +95,7 @@ def test_pairs_need_as_many_of_both():
 
 
 def test_features_are_those_of_transformers_own_call(clip_path, likeness, monkeypatch):
-    monkeypatch.setattr(likeness_module, "_BATCH", 2)
+    monkeypatch.setattr(evaluate_likeness, "_BATCH", 2)
     pictures = [icon("red", "RGB"), icon("blue", "RGB", (16, 40)), icon("green", "RGB", (64, 64))]
     texts = ["a red icon", "a icon", "a blue icon, " * 9]  # the last one is too long
     model = CLIPModel.from_pretrained(clip_path, dtype=torch.float32).eval()
@@ -208,13 +208,13 @@ def pipeline(base_path):
 def drawings(monkeypatch) -> list:
     """The pictures that were denoised, batch by batch."""
     calls = []
-    original = drawn_module.draw_batch
+    original = drawn.draw_batch
 
     def counted(pipeline, adapter, pictures, drawing, **settings):
         calls.append([(prompt, seed, adapter, settings["scale"]) for prompt, seed in pictures])
         return original(pipeline, adapter, pictures, drawing, **settings)
 
-    monkeypatch.setattr(drawn_module, "draw_batch", counted)
+    monkeypatch.setattr(drawn, "draw_batch", counted)
     return calls
 
 

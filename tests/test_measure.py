@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from flatlora_diffusion import data
-from flatlora_diffusion.generate import activate, load_adapter, load_pipeline
-from flatlora_diffusion.measure.denoising import Band, DenoisingSet, embed
-from flatlora_diffusion.measure.flatness import (
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.draw.pipeline import activate, load_adapter, load_pipeline
+from flatlora_diffusion.evaluate.denoising import Band, DenoisingSet, embed
+from flatlora_diffusion.evaluate.flatness import (
     expected_rise,
     filter_normalised,
     landscape_line,
     landscape_plane,
     top_eigenvalue,
 )
-from flatlora_diffusion.measure.merged import adapted_layers, filters, merged_unet, replaced, row_norms
-from flatlora_diffusion.train import train
+from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet, replaced, row_norms
+from flatlora_diffusion.train.arms import train
 from tests.conftest import global_rng_state, unet_inputs
 
 
@@ -51,7 +51,7 @@ def test_the_loss_of_an_adapter_is_the_one_that_its_training_logged(config, pipe
     config = dataclasses.replace(config, heldout_data_dir=str(heldout), learning_rate=1e-2, **changes)
     train(config)
     logged = json.loads((tmp_path / "run" / "summary.json").read_text())["heldout_losses"]["6"]
-    shown = DenoisingSet(pipeline, data.find_samples(heldout, config.instance_prompt), 16, 8)
+    shown = DenoisingSet(pipeline, find_samples(heldout, config.instance_prompt), 16, 8)
     base = shown.losses(merged_unet(pipeline, None), embed(pipeline, None, shown.captions))
     load_adapter(pipeline, "lora", tmp_path / "run")
     unet = merged_unet(pipeline, "lora")
@@ -63,7 +63,7 @@ def test_the_loss_of_an_adapter_is_the_one_that_its_training_logged(config, pipe
 
 
 def test_bands_are_equal_parts_of_the_schedule_with_all_timesteps(pipeline, icons):
-    shown = DenoisingSet(pipeline, data.find_samples(icons, "a icon"), 16, 8)
+    shown = DenoisingSet(pipeline, find_samples(icons, "a icon"), 16, 8)
     bands = shown.bands(4)
     assert [band for band, _ in bands] == [Band(0, 250), Band(250, 500), Band(500, 750), Band(750, 1000)]
     assert [columns for _, columns in bands] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -248,7 +248,7 @@ def test_the_top_eigenvalue_of_a_network_is_that_of_its_whole_hessian():
 
 
 def test_flatness_of_a_unet_leaves_it_as_it_was(pipeline, icons):
-    shown = DenoisingSet(pipeline, data.find_samples(icons, "a icon")[:1], 16, 2)
+    shown = DenoisingSet(pipeline, find_samples(icons, "a icon")[:1], 16, 2)
     prompts = embed(pipeline, None, shown.captions)
     unet = merged_unet(pipeline, None)
     before = {name: value.clone() for name, value in unet.state_dict().items()}

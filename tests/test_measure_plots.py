@@ -13,9 +13,12 @@ from PIL import Image
 
 from benchmarks import quality_plots
 from benchmarks.quality_plots import Difference, Point, Series
-from flatlora_diffusion import export
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.measure import figures, plots, tables
+from flatlora_diffusion.adapter import file
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.evaluate import figures, plots, tables
+from flatlora_diffusion.evaluate.figures import COLOURS, MUTED, WIDTH, wrapped
+from flatlora_diffusion.evaluate.plots import PLOTS, plane, rise, tradeoff, write_plots
+from flatlora_diffusion.evaluate.tables import decimals, markdown, markdown_table, significant
 from tests.conftest import global_rng_state
 
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
@@ -91,7 +94,7 @@ def test_bands_are_changes_in_percent_of_the_bases(report):
     # 0.285 / 0.3, 0.11 / 0.1; 0.27 / 0.3, 0.09 / 0.1
     np.testing.assert_allclose([bar.get_height() for bar in one], [-5, 10])
     np.testing.assert_allclose([bar.get_height() for bar in other], [-10, -10])
-    assert [c[0] for c in map(colours, (one, other))] == [c.lower() for c in figures.COLOURS[:2]]
+    assert [c[0] for c in map(colours, (one, other))] == [c.lower() for c in COLOURS[:2]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0-500", "500-1000"]
     spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in (*one, *other))
     assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))
@@ -101,7 +104,7 @@ def test_bands_are_changes_in_percent_of_the_bases(report):
 
 
 def test_rises_have_their_standard_errors(report):
-    left, right = plots.rise(report).axes
+    left, right = rise(report).axes
     for container, by_square, curvature in zip(
         left.containers, right.containers, (0.4, 0.5, 0.25), strict=True
     ):
@@ -113,7 +116,7 @@ def test_rises_have_their_standard_errors(report):
                 np.testing.assert_allclose(segment[:, 1], [mean - error, mean + error])
     assert left.get_ylim()[0] == 0
     report["methods"]["LoRA"]["flatness"]["rise"][0]["rise"] = -0.01
-    left, _ = plots.rise(report).axes
+    left, _ = rise(report).axes
     assert left.get_ylim()[0] < -0.01
 
 
@@ -130,7 +133,7 @@ def test_lines_are_means_within_the_least_and_the_greatest(report):
 
 
 def test_planes_share_levels_and_colours(report):
-    *panels, bar = plots.plane(report).axes
+    *panels, bar = plane(report).axes
     assert [panel.get_title(loc="left").replace("\n", " ") for panel in panels] == list(report["methods"])
     surfaces = [panel.collections[0] for panel in panels]
     for surface in surfaces:
@@ -143,7 +146,7 @@ def test_planes_share_levels_and_colours(report):
 
 
 def test_the_first_direction_of_a_plane_is_to_the_right(report):
-    panel = plots.plane(report).axes[1]
+    panel = plane(report).axes[1]
     contours = panel.collections[1]
     drawn = [path.vertices for path in contours.get_paths() if len(path.vertices)]
     assert drawn
@@ -154,14 +157,14 @@ def test_the_first_direction_of_a_plane_is_to_the_right(report):
 def test_losses_that_are_no_numbers_leave_gaps(report):
     lora = report["methods"]["LoRA"]
     lora["flatness"]["plane"]["losses"][0][0] = lora["tradeoff"][1]["heldout_loss"] = float("nan")
-    *panels, _ = plots.plane(report).axes
+    *panels, _ = plane(report).axes
     assert np.isfinite(panels[0].collections[0].levels).all()
-    (axes,) = plots.tradeoff(report).axes
+    (axes,) = tradeoff(report).axes
     assert sorted(text.get_text() for text in axes.texts) == ["0.5", "1.2", "1.2"]
 
 
 def test_the_tradeoff_is_a_curve_a_method_with_scale_1_emphasised(report):
-    (axes,) = plots.tradeoff(report).axes
+    (axes,) = tradeoff(report).axes
     curves = {line.get_label(): line for line in axes.lines if line.get_linestyle() != "None"}
     assert list(curves) == ["LoRA", LONG]
     np.testing.assert_allclose(curves["LoRA"].get_data()[0], [0.2, 0.195, 0.19, 0.188])
@@ -169,14 +172,14 @@ def test_the_tradeoff_is_a_curve_a_method_with_scale_1_emphasised(report):
     emphasised = [line for line in axes.lines if line.get_markersize() == 10]
     np.testing.assert_allclose([np.ravel(p.get_data()) for p in emphasised], [[0.19, 0.102], [0.18, 0.101]])
     (start,) = (line for line in axes.lines if line.get_label() == "base")
-    assert np.ravel(start.get_data()).tolist() == [0.2, 0.1] and start.get_color() == figures.MUTED
+    assert np.ravel(start.get_data()).tolist() == [0.2, 0.1] and start.get_color() == MUTED
     assert sorted(text.get_text() for text in axes.texts) == ["0.5", "0.5", "1.2", "1.2"]
 
 
 def test_a_method_has_its_colour_whatever_others_lack(report):
     report["methods"]["LoRA"]["flatness"]["line"] = None
     (axes,) = plots.line(report).axes
-    assert [line.get_color() for line in axes.lines] == [figures.MUTED, figures.COLOURS[1]]
+    assert [line.get_color() for line in axes.lines] == [MUTED, COLOURS[1]]
     looks = [figures.look(index) for index in range(19)]
     assert len({tuple(look.items()) for look in looks}) == 19
 
@@ -197,22 +200,22 @@ def test_what_was_not_measured_is_not_drawn(report, name):
         for step in outer:
             measures = measures[step]
         measures[key] = None
-    assert plots.PLOTS[name](report) is None
+    assert PLOTS[name](report) is None
     for measures in report["methods"].values():
         measures[PARTS[name][0]] = None
-    assert plots.PLOTS[name](report) is None
+    assert PLOTS[name](report) is None
     for measures in report["methods"].values():
         measures.clear()
-    assert plots.PLOTS[name](report) is None
+    assert PLOTS[name](report) is None
 
 
 def test_what_compares_with_the_base_needs_it(report):
     report["methods"]["base"]["heldout"] = None
     assert plots.bands(report) is None
-    (axes,) = plots.tradeoff(report).axes
+    (axes,) = tradeoff(report).axes
     assert "base" not in [line.get_label() for line in axes.lines]
     alone = {"methods": {"base": made_up(0.2, 0.1, 0.4)}}
-    assert plots.bands(alone) is None and plots.tradeoff(alone) is None
+    assert plots.bands(alone) is None and tradeoff(alone) is None
 
 
 # Files.
@@ -232,14 +235,14 @@ def keep_only(report: dict, *keys: str) -> None:
 def test_files_are_written_for_what_is_there_and_always_the_same(report, tmp_path, coarse):
     keep_only(report, "rise", "line")
     unchanged = copy.deepcopy(report)
-    paths = plots.write_plots(report, tmp_path)
+    paths = write_plots(report, tmp_path)
     assert paths == [tmp_path / name for name in ("rise.png", "line.png")]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in plots.write_plots(report, tmp_path)] == first
+    assert [path.read_bytes() for path in write_plots(report, tmp_path)] == first
     assert report == unchanged
     with Image.open(paths[0]) as picture:
-        assert picture.width == 30 * figures.WIDTH
+        assert picture.width == 30 * WIDTH
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)  # in a dark README too
 
 
@@ -250,9 +253,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(report, tmp_path, coar
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.os, "fsync", full)
+    monkeypatch.setattr(file.os, "fsync", full)
     with pytest.raises(UserError, match=r"rise\.png: cannot be written \(No space left on device\)"):
-        plots.write_plots(report, tmp_path)
+        write_plots(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rise.png"]
     assert (tmp_path / "rise.png").read_bytes() == b"old"
 
@@ -262,11 +265,11 @@ def test_without_matplotlib_one_line_says_what_to_do(report, tmp_path, monkeypat
     with pytest.raises(
         UserError, match=r"^drawing plots needs the package matplotlib: pip install matplotlib$"
     ):
-        plots.write_plots(report, tmp_path)
+        write_plots(report, tmp_path)
     assert not list(tmp_path.iterdir())
     for module in (figures, plots, tables, quality_plots):  # only drawing needs it
         runpy.run_path(module.__file__)
-    assert tables.markdown(report)
+    assert markdown(report)
 
 
 def test_nothing_global_changes_and_the_users_style_does_not_matter(report, tmp_path, coarse):
@@ -276,7 +279,7 @@ def test_nothing_global_changes_and_the_users_style_does_not_matter(report, tmp_
         settings, state = dict(dict.items(matplotlib.rcParams)), global_rng_state()
         (axes,) = plots.line(report).axes
         keep_only(report, "line")
-        styled = plots.write_plots(report, tmp_path)
+        styled = write_plots(report, tmp_path)
         assert dict(dict.items(matplotlib.rcParams)) == settings and global_rng_state() == state
     assert sys.modules.get("matplotlib.pyplot") is pyplot
     assert axes.lines[0].get_linewidth() == 1.8
@@ -315,7 +318,7 @@ def test_labels_cover_neither_each_other_nor_the_frame():
     ],
 )
 def test_long_labels_are_broken(text, lines):
-    assert figures.wrapped(text, 15) == lines
+    assert wrapped(text, 15) == lines
 
 
 # The plots of the benchmark.
@@ -332,7 +335,7 @@ def test_a_forest_shows_each_interval_and_whether_it_reaches_zero():
     means = [line for line in axes.lines if len(line.get_xdata()) == 1]
     assert [list(line.get_xdata()) for line in intervals] == [[-2.5, -0.5], [-0.5, 1], [1.5, 12]]
     assert [line.get_xdata()[0] for line in means] == [-1.5, -0.25, 2]
-    expected = [quality_plots.BETTER, figures.MUTED, quality_plots.WORSE]
+    expected = [quality_plots.BETTER, MUTED, quality_plots.WORSE]
     assert [line.get_color() for line in means] == [line.get_color() for line in intervals] == expected
     heights = [line.get_ydata()[0] for line in means]
     assert list(axes.get_yticks()) == heights == sorted(heights) and axes.yaxis_inverted()  # from the top
@@ -389,7 +392,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def tables_of(report: dict) -> list[list[list[str]]]:
-    paragraphs = tables.markdown(report).split("\n\n")
+    paragraphs = markdown(report).split("\n\n")
     return [cells(text) for text in paragraphs if text.startswith("|")]
 
 
@@ -450,7 +453,7 @@ def test_only_what_was_measured_has_columns(report):
 
 
 def test_a_table_is_aligned_and_escaped():
-    assert tables.markdown_table(["name", "s"], [["a|b\nc", "1.25"], ["d", "-"]]) == (
+    assert markdown_table(["name", "s"], [["a|b\nc", "1.25"], ["d", "-"]]) == (
         "| name   |    s |\n| ------ | ---: |\n| a\\|b c | 1.25 |\n| d      |    - |"
     )
 
@@ -458,14 +461,14 @@ def test_a_table_is_aligned_and_escaped():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (tables.significant(0.12), "0.1200"),
-        (tables.significant(1234.56), "1235"),
-        (tables.significant(0.0000123456), "1.235e-05"),
-        (tables.significant(float("nan")), "nan"),
-        (tables.significant(3.14159, 3), "3.14"),
-        (tables.significant(None), "-"),
-        (tables.decimals(0.5), "0.500"),
-        (tables.decimals(None), "-"),
+        (significant(0.12), "0.1200"),
+        (significant(1234.56), "1235"),
+        (significant(0.0000123456), "1.235e-05"),
+        (significant(float("nan")), "nan"),
+        (significant(3.14159, 3), "3.14"),
+        (significant(None), "-"),
+        (decimals(0.5), "0.500"),
+        (decimals(None), "-"),
         (tables.change(0.99999, 1.0), "+0.00%"),
         (tables.change(1.1, 1.0), "+10.00%"),
         (tables.change(1.1, None), "-"),

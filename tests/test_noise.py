@@ -3,15 +3,9 @@ import math
 import pytest
 import torch
 
-from flatlora_diffusion.noise import (
-    GaussianSource,
-    TableSource,
-    hash64,
-    merged_row_norms,
-    row_norms_squared,
-    sigma_at,
-    with_noise,
-)
+from flatlora_diffusion.common.seeds import hash64
+from flatlora_diffusion.flat.noise import GaussianSource, TableSource, sigma_at, with_noise
+from flatlora_diffusion.flat.row_norms import merged_row_norms, row_norms_squared
 
 SOURCES = [GaussianSource(), TableSource(0, elements=1 << 20)]
 source_of_each_kind = pytest.mark.parametrize("source", SOURCES, ids=["gaussian", "table"])

@@ -11,11 +11,13 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from flatlora_diffusion import data, initial, sdxl
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.norms import UpdateNorms
-from flatlora_diffusion.perturb import FlatLoRA
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data import images
+from flatlora_diffusion.flat.flat_lora import FlatLoRA
+from flatlora_diffusion.sdxl import lora
+from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
+from flatlora_diffusion.train.update_norms import UpdateNorms
 from tests.conftest import (
     TEXT_TARGETS,
     add_lora,
@@ -59,9 +61,9 @@ def test_what_a_frozen_adapter_takes_away_does_not_count(kind):
     unet = build_unet()
     unet.requires_grad_(False)
     models = {"unet": unet}
-    sdxl.add_lora(models, rank=4, alpha=6, seed=0, init_lora_weights=True)
-    initial.initialise(models, kind, seed=0, batch_size=1, loss=lambda _: torch.zeros(()))
-    initial.subtract_initial_update(models)
+    lora.add_lora(models, rank=4, alpha=6, seed=0, init_lora_weights=True)
+    initialise(models, kind, seed=0, batch_size=1, loss=lambda _: torch.zeros(()))
+    subtract_initial_update(models)
     norms = UpdateNorms([unet])
     assert not norms.measure().any()
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +147,7 @@ def test_a_run_is_limited_as_in_kohyas_scripts(config, tmp_path, monkeypatch):
 
 def file_norms(config) -> torch.Tensor:
     """The updates' norms of a run's file."""
-    tensors = load_file(data.Path(config.output_dir, WEIGHTS_NAME))
+    tensors = load_file(images.Path(config.output_dir, WEIGHTS_NAME))
     names = [name.removesuffix(".down.weight") for name in tensors if name.endswith(".down.weight")]
     pairs = [(tensors[f"{name}.down.weight"], tensors[f"{name}.up.weight"]) for name in names]
     return torch.stack([(config.alpha / len(a) * b @ a).norm() for a, b in pairs])
@@ -170,7 +172,7 @@ def test_an_adapter_without_effect_is_told(config, caplog):
 
 
 def summary_norm(config) -> float:
-    return json.loads(data.Path(config.output_dir, "summary.json").read_text())["mean_update_norm"]
+    return json.loads(images.Path(config.output_dir, "summary.json").read_text())["mean_update_norm"]
 
 
 def test_a_limit_of_0_and_one_with_dora_are_refused(config):

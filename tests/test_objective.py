@@ -9,11 +9,16 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from flatlora_diffusion import data, sdxl
-from flatlora_diffusion.cache import LatentCache
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.run import KOHYA_NAME, Run
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.latents import LatentCache
+from flatlora_diffusion.output.names import KOHYA_NAME
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images
+from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
 
@@ -35,8 +40,8 @@ def test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times(kind, gamma):
     draw = torch.Generator().manual_seed(0)
     latents, noise, predicted = (torch.randn(4, 2, 4, 4, generator=draw) for _ in range(3))
     timesteps = torch.tensor([10, 200, 500, 990])
-    prompts = sdxl.PromptEmbeds(torch.zeros(4, 3, 5), torch.zeros(4, 6))
-    losses = sdxl.diffusion_losses(
+    prompts = PromptEmbeds(torch.zeros(4, 3, 5), torch.zeros(4, 6))
+    losses = diffusion_losses(
         Fixed(predicted), scheduler, latents, noise, timesteps, prompts, torch.zeros(4, 6), snr_gamma=gamma
     )
     expected = []
@@ -55,17 +60,17 @@ def test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times(kind, gamma):
 def test_min_snr_is_finite_where_the_last_timestep_has_no_signal():
     for kind in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
-        weights = sdxl.min_snr_weights(scheduler, torch.tensor([0, 999]), 5.0)
+        weights = min_snr_weights(scheduler, torch.tensor([0, 999]), 5.0)
         assert weights.isfinite().all() and weights[1] == (1 if kind == "epsilon" else 0)
 
 
 def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config, base_path):
-    vae = sdxl.load_base(str(base_path)).vae
-    samples = data.find_samples(data.Path(config.instance_data_dir), "a icon")
+    vae = load_base(str(base_path)).vae
+    samples = find_samples(images.Path(config.instance_data_dir), "a icon")
     plain, offset = (
         LatentCache(
             samples,
-            lambda pixels: sdxl.encode_images(vae, pixels),
+            lambda pixels: encode_images(vae, pixels),
             dataclasses.replace(config, noise_offset=value),
             config.seed,
             1000,

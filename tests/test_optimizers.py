@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from flatlora_diffusion.checkpoint import flatten_optimizer, optimizer_numbers, restore_optimizer
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.optimizers import make_optimizer, parameter_groups
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.output.checkpoint import flatten_optimizer, optimizer_numbers, restore_optimizer
+from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
 from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stopped_after
 
 needs_bitsandbytes = pytest.mark.skipif(

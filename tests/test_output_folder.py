@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.output_folder import LOCK_NAME, output_lock
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.lock import LOCK_NAME, output_lock
 from tests.test_resume import LATEST, UNFINISHED, digest, flags
 
 

@@ -16,16 +16,16 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
-from flatlora_diffusion import stamp
-from flatlora_diffusion import studio as studio_module
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.page import blind
-from flatlora_diffusion.page.build import build, launch_settings
-from flatlora_diffusion.page.site import Site
-from flatlora_diffusion.page.tally import chance, tally_html
-from flatlora_diffusion.studio import Studio
-from flatlora_diffusion.votes import TIE, Tally, Vote, VoteFile
+from flatlora_diffusion.app import blind_tab, engine
+from flatlora_diffusion.app.blind_tab import shuffled
+from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.page import build, launch_settings
+from flatlora_diffusion.app.site import Site
+from flatlora_diffusion.app.tally import chance, tally_html
+from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.stamp import read
 from tests.browser import served
 
 pytest_plugins = ["tests.browser"]
@@ -138,10 +138,10 @@ def says_nothing(text, studio):
 def test_what_is_sent_is_the_same_whatever_the_sides_but_for_the_pictures(
     visitor, studio, lone, votes, monkeypatch
 ):
-    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_STEPS", 0.0)  # every step is told
+    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 0.0)  # every step is told
     streams = []
     for order in (0, 1):
-        monkeypatch.setattr(blind, "secrets", fixed(5, order))
+        monkeypatch.setattr(blind_tab, "secrets", fixed(5, order))
         streams.append(visitor().draw())
     assert all(says_nothing(text, studio) for text in streams)
     files = [sent_pictures(text) for text in streams]
@@ -173,9 +173,9 @@ def steady(stream):
 def test_either_order_occurs_as_often():
     """Within six standard deviations of a fair coin: a fair one fails once in 5e8 runs."""
     count = 2000
-    kept = sum(blind.shuffled("LoRA", "Flat-LoRA") == ("LoRA", "Flat-LoRA") for _ in range(count))
+    kept = sum(shuffled("LoRA", "Flat-LoRA") == ("LoRA", "Flat-LoRA") for _ in range(count))
     assert abs(kept - count / 2) <= 6 * (count / 4) ** 0.5
-    assert set(blind.shuffled("LoRA", "Flat-LoRA")) == set(METHODS)
+    assert set(shuffled("LoRA", "Flat-LoRA")) == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_either_order_occurs_as_often():
     [("left", 1, "LoRA"), ("left", 0, "Flat-LoRA"), ("right", 1, "Flat-LoRA"), (TIE, 0, TIE)],
 )
 def test_a_vote_is_kept_as_it_was_meant(visitor, studio, votes, monkeypatch, choice, order, chosen):
-    monkeypatch.setattr(blind, "secrets", fixed(7, order))
+    monkeypatch.setattr(blind_tab, "secrets", fixed(7, order))
     visit = visitor()
     visit.draw("  a red icon ")
     told = visit.vote(choice).text
@@ -203,7 +203,7 @@ def test_a_vote_is_kept_as_it_was_meant(visitor, studio, votes, monkeypatch, cho
     }
     for url, method in zip(sent_pictures(told), sides, strict=True):
         content = httpx.get(url).content
-        assert stamp.read(content) == studio.stamp(method, "a red icon", 7, DRAWING)
+        assert read(content) == studio.stamp(method, "a red icon", 7, DRAWING)
         name = f"**{method}**{', your choice' if method == chosen else ''}"
         assert f"{name}  \\nrank 4, scale 1, hash {studio.adapters[method].sha256[:10]}" in told
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_drawn_is_refused(visitor, asked, told):
 
 
 def test_the_base_can_be_tested_too(visitor, votes, lone, monkeypatch):
-    monkeypatch.setattr(blind, "secrets", fixed(3, 1))
+    monkeypatch.setattr(blind_tab, "secrets", fixed(3, 1))
     visit = visitor()
     urls = sent_pictures(visit.draw("a icon", "base", "LoRA"))
     assert [pixels(url) for url in urls] == [lone("base", "a icon", 3), lone("LoRA", "a icon", 3)]

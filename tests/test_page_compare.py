@@ -14,11 +14,11 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from flatlora_diffusion import stamp
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.page.build import build, launch_settings
-from flatlora_diffusion.page.site import MAX_PROMPT, Site
-from flatlora_diffusion.studio import Studio
+from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.page import build, launch_settings
+from flatlora_diffusion.app.site import MAX_PROMPT, Site
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.stamp import read, sidecar
 from tests.browser import served
 
 pytest_plugins = ["tests.browser"]
@@ -99,9 +99,9 @@ def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client
     assert [Path(file).name for file in files] == ["base-seed5.png", "lora-seed5.png", "flat_lora-seed5.png"]
     for file, method in zip(files, studio.methods, strict=True):
         made = studio.stamp(method, "a icon", 5, drawing, 0.5)
-        assert stamp.read(Path(file)) == made
+        assert read(Path(file)) == made
         assert facts[method].pop("seconds") > 0
-        assert facts[method] == json.loads(stamp.sidecar(made))
+        assert facts[method] == json.loads(sidecar(made))
     assert kept(site) == before
     described = client.predict(api_name="/methods")
     assert list(described) == list(studio.methods) and described["base"] == {"name": "tiny"}
@@ -360,8 +360,8 @@ def test_the_archive_has_pictures_and_settings(open_page, address, studio):
         ]
         assert archive.namelist() == names
         made = studio.stamp("Flat-LoRA", "a red icon", 5, DRAWING)
-        assert stamp.read(archive.read("flat_lora-seed5.png")) == made
-        assert archive.read("flat_lora-seed5.json") == stamp.sidecar(made)
+        assert read(archive.read("flat_lora-seed5.png")) == made
+        assert archive.read("flat_lora-seed5.json") == sidecar(made)
     with page.expect_download() as waiting:
         page.get_by_label("Download").nth(1).click()
-    assert stamp.read(Path(waiting.value.path())) == studio.stamp("LoRA", "a red icon", 5, DRAWING)
+    assert read(Path(waiting.value.path())) == studio.stamp("LoRA", "a red icon", 5, DRAWING)

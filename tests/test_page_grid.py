@@ -10,13 +10,13 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from flatlora_diffusion import stamp
-from flatlora_diffusion.contact_sheet import contact_sheet
-from flatlora_diffusion.generate import Drawing, load_pipeline
-from flatlora_diffusion.page.build import build, launch_settings
-from flatlora_diffusion.page.grid import MAX_PICTURES
-from flatlora_diffusion.page.site import MAX_PROMPT, Site
-from flatlora_diffusion.studio import BASE, Drawn, Job, Studio
+from flatlora_diffusion.app.engine import BASE, Drawn, Job, Studio
+from flatlora_diffusion.app.grid_tab import MAX_PICTURES
+from flatlora_diffusion.app.page import build, launch_settings
+from flatlora_diffusion.app.site import MAX_PROMPT, Site
+from flatlora_diffusion.draw.pipeline import Drawing, load_pipeline
+from flatlora_diffusion.draw.stamp import read
+from flatlora_diffusion.sheet.layout import contact_sheet
 from tests.browser import served
 
 pytest_plugins = ["tests.browser"]
@@ -80,7 +80,7 @@ def test_a_program_gets_the_sheet_and_each_picture(client, studio):
         for prompt in ("a icon", "a red icon")
         for seed, _, method, scale in columns
     ]
-    assert [stamp.read(Path(file)) for file in pictures] == made
+    assert [read(Path(file)) for file in pictures] == made
     assert [(own["prompt"], own["seed"], own["method"], own["scale"]) for own in facts] == [
         (own.prompt, own.seed, own.method, own.scale) for own in made
     ]
@@ -148,7 +148,7 @@ def test_a_grid_is_drawn_and_downloaded(open_page, address, studio, tmp_path, de
     with zipfile.ZipFile(waiting.value.path()) as archive:
         names = archive.namelist()
         assert len(names) == 13 and "sheet.png" in names
-        made = stamp.read(archive.read("an_icon-seed1-flat_lora.png"))
+        made = read(archive.read("an_icon-seed1-flat_lora.png"))
         assert made == studio.stamp("Flat-LoRA", "an icon", 1, DRAWING)
         assert archive.read("sheet.png") == httpx.get(sheet.get_attribute("src")).content
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -11,8 +11,8 @@ from gradio_client import Client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flatlora_diffusion.page.build import launch_settings
-from flatlora_diffusion.page.runs import (
+from flatlora_diffusion.app.page import launch_settings
+from flatlora_diffusion.app.runs_tab import (
     METHOD_COLOURS,
     OTHER_COLOURS,
     open_sheets,
@@ -21,8 +21,8 @@ from flatlora_diffusion.page.runs import (
     runs_tab,
     validation_sheets,
 )
-from flatlora_diffusion.page.runs_table import facts_table, settings_table
-from flatlora_diffusion.run_folder import find_runs
+from flatlora_diffusion.app.runs_table import facts_table, settings_table
+from flatlora_diffusion.output.reading import find_runs
 from tests.browser import served
 from tests.trained import SIGMA, STEPS
 

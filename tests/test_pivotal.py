@@ -13,19 +13,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from flatlora_diffusion import data, record, sdxl
-from flatlora_diffusion.cache import LatentCache
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import FLAT_METADATA_KEY, WEIGHTS_NAME, adapter_bytes, read_facts
-from flatlora_diffusion.generate import Drawing, draw, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.grid import draw_grid
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.pivotal import EMBEDDINGS_NAME, FACTS_KEY, NewTokens, read_embeddings, replace_words
-from flatlora_diffusion.plan import Grid, Method
-from flatlora_diffusion.recipe import Recipe
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import FLAT_METADATA_KEY, WEIGHTS_NAME, adapter_bytes, read_facts
+from flatlora_diffusion.adapter.new_tokens import (
+    EMBEDDINGS_NAME,
+    FACTS_KEY,
+    NewTokens,
+    read_embeddings,
+    replace_words,
+)
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import Sample, find_samples
+from flatlora_diffusion.data.latents import LatentCache
+from flatlora_diffusion.draw.pipeline import Drawing, draw, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.grid.draw import draw_grid
+from flatlora_diffusion.grid.plan import Grid, Method
+from flatlora_diffusion.grid.recipe import Recipe
+from flatlora_diffusion.output.record import _digest, is_complete
+from flatlora_diffusion.sdxl import encoding
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
+from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS, add_lora, enable_gradient_checkpointing
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import (
     assert_equal,
     build_text_encoders,
@@ -52,8 +63,8 @@ def pivotal_config(config) -> TrainConfig:
     return dataclasses.replace(config, **PIVOTAL)
 
 
-def samples_of(config: TrainConfig) -> list[data.Sample]:
-    return data.find_samples(Path(config.instance_data_dir), config.instance_prompt)
+def samples_of(config: TrainConfig) -> list[Sample]:
+    return find_samples(Path(config.instance_data_dir), config.instance_prompt)
 
 
 def trained(config: TrainConfig) -> Run:
@@ -107,7 +118,7 @@ def test_outputs_and_gradients_are_those_of_a_really_extended_table(which, check
     NewTokens({"TOK": TOKENS}, tokenizers, encoders, seed=5)
     encoder = encoders[which].train()
     if checkpointing:
-        sdxl.enable_gradient_checkpointing(encoder)
+        enable_gradient_checkpointing(encoder)
     learning = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     (rows,) = learning.values()
     assert rows.shape == (2, 32)
@@ -147,7 +158,7 @@ def test_initial_rows_are_normals_of_the_table_s_spread_by_seed_encoder_and_inde
 
 def reference_training(config: TrainConfig) -> dict[str, torch.Tensor]:
     """The rows that plain code ends in: tables that are really longer, whose new part alone is updated."""
-    base = sdxl.load_base(config.pretrained_model_name_or_path)
+    base = load_base(config.pretrained_model_name_or_path)
     initial = NewTokens(
         {"TOK": TOKENS}, [build_tokenizer(), build_tokenizer()], build_text_encoders(), config.seed
     )
@@ -160,8 +171,8 @@ def reference_training(config: TrainConfig) -> dict[str, torch.Tensor]:
         dataclasses.replace(sample, caption=sample.caption.replace("TOK", "<s0><s1>"))
         for sample in samples_of(config)
     ]
-    cache = LatentCache(samples, lambda x: sdxl.encode_images(base.vae, x), config, config.seed, 1000)
-    sdxl.add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    cache = LatentCache(samples, lambda x: encode_images(base.vae, x), config, config.seed, 1000)
+    add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
     lora = [p for p in base.unet.parameters() if p.requires_grad]
     rows = [torch.nn.Parameter(own) for own in rows]
     decay = config.adam_weight_decay_text_encoder
@@ -174,7 +185,7 @@ def reference_training(config: TrainConfig) -> dict[str, torch.Tensor]:
     scheduler = DDPMScheduler.from_pretrained(config.pretrained_model_name_or_path, subfolder="scheduler")
     for step in range(config.max_train_steps):
         batch = cache.batch(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-        embeds = sdxl.encode_prompts(base.tokenizers, base.text_encoders, batch.captions)
+        embeds = encode_prompts(base.tokenizers, base.text_encoders, batch.captions)
         conditions = {"text_embeds": embeds.pooled, "time_ids": batch.time_ids}
         noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         predicted = base.unet(noisy, batch.timesteps, embeds.tokens, added_cond_kwargs=conditions).sample
@@ -202,7 +213,7 @@ def test_the_trained_rows_are_those_of_a_plain_reference_loop_and_the_base_stays
         own = rows_of(config.output_dir)[key]
         # Adam divides by the gradient's size, so rounding shows more than in a single forward pass.
         assert (own - expected).norm() / expected.norm() < 1e-4
-    for name, original in zip(sdxl.TEXT_ENCODERS, sdxl.load_base(str(base_path)).text_encoders, strict=True):
+    for name, original in zip(TEXT_ENCODERS, load_base(str(base_path)).text_encoders, strict=True):
         state = done.learner.learning[name].state_dict()
         state = {key.replace("token_embedding.table", "token_embedding"): own for key, own in state.items()}
         (new,) = [key for key in state if key.endswith("token_embedding.new.weight")]
@@ -221,7 +232,7 @@ def test_captions_of_images_get_the_tokens_and_those_of_class_images_do_not(pivo
     heldout = {c for batch in learner.heldout_latents.fixed_batches([1]) for c in batch.captions}
     assert heldout == {"a <s0><s1>"}
     learner.loss(0).backward()
-    for name in sdxl.TEXT_ENCODERS:
+    for name in TEXT_ENCODERS:
         with_gradient = [p for p in learner.learning[name].parameters() if p.grad is not None]
         assert [p.shape for p in with_gradient] == [(2, 32)]
 
@@ -232,8 +243,10 @@ def test_captions_of_images_get_the_tokens_and_those_of_class_images_do_not(pivo
 @both_ways
 def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monkeypatch, changes):
     calls = []
-    original = sdxl.encode_prompts
-    monkeypatch.setattr(sdxl, "encode_prompts", lambda *args: calls.append(len(args[2])) or original(*args))
+    original = encode_prompts
+    monkeypatch.setattr(
+        encoding, "encode_prompts", lambda *args: calls.append(len(args[2])) or original(*args)
+    )
     config = dataclasses.replace(config, flat_sigma=0.5, checkpointing_steps=1, heldout_steps=1, **changes)
     done = Run(config, samples_of(config), heldout_samples=samples_of(config))
     done.train()
@@ -241,7 +254,7 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
     # captions and the empty one) once, and never again.
     assert calls == 3 * [2, 8, 8, 8, 8] + 4 * [1]
     assert len(done.state.heldout_losses) == 6
-    assert not any(done.learner.learning[name].training for name in sdxl.TEXT_ENCODERS)
+    assert not any(done.learner.learning[name].training for name in TEXT_ENCODERS)
 
     def parts(step: int) -> tuple[bytes, bytes]:
         folder = done.output / f"checkpoint-{step}"
@@ -316,7 +329,7 @@ def by_hand(base_path, folder) -> StableDiffusionXLPipeline:
 )
 def test_diffusers_gives_prompts_the_embeddings_of_training(config, base_path, clean_copy, changes, eos):
     base = clean_copy(base_path, "base")
-    for name in sdxl.TEXT_ENCODERS:
+    for name in TEXT_ENCODERS:
         path = base / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
     done = trained(dataclasses.replace(config, pretrained_model_name_or_path=str(base), **changes))
@@ -332,7 +345,7 @@ def write_adapter(folder: Path, seed: int) -> Path:
     """An adapter with two new tokens, all of it far from zero."""
     folder.mkdir(parents=True)
     unet = build_unet().requires_grad_(False)
-    sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=seed)
+    add_lora({"unet": unet}, rank=4, alpha=8, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in unet.parameters():
         if parameter.requires_grad:
@@ -476,11 +489,11 @@ def test_damaged_facts_of_new_tokens_are_named(tmp_path, facts):
 
 def test_a_run_is_complete_only_with_its_embeddings(learned):
     folder, settings = learned["LoRA"], {"seed": 0}
-    facts = {"steps": 4, "settings_sha256": record._digest(settings)}
+    facts = {"steps": 4, "settings_sha256": _digest(settings)}
     facts |= read_facts(folder / WEIGHTS_NAME)
     unet = build_unet().requires_grad_(False)
-    sdxl.add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
+    add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
     (folder / WEIGHTS_NAME).write_bytes(adapter_bytes({"unet": unet}, facts))
-    assert record.is_complete(folder, settings, 4)
+    assert is_complete(folder, settings, 4)
     (folder / EMBEDDINGS_NAME).unlink()
-    assert not record.is_complete(folder, settings, 4)
+    assert not is_complete(folder, settings, 4)

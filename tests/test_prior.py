@@ -6,12 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlora_diffusion import data, prior, sdxl
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.sdxl.loss import diffusion_losses
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.class_images import class_samples
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.loop import Run
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def config(config, tmp_path) -> TrainConfig:
 
 @pytest.fixture
 def class_images(config):
-    folder = data.Path(config.class_data_dir)
+    folder = images.Path(config.class_data_dir)
     folder.mkdir()
     for index, size in enumerate([(16, 16), (40, 20), (24, 48)]):
         Image.new("RGB", size, (index * 80, 90, 30)).save(folder / f"{index}.png")
@@ -49,7 +52,7 @@ def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(confi
             assert not prompt & set(batch.captions)
             embeds = self.prompts.embed(batch.captions)
             with torch.no_grad():
-                losses = sdxl.diffusion_losses(
+                losses = diffusion_losses(
                     self.base.unet,
                     self.base.noise_scheduler,
                     batch.latents,
@@ -88,8 +91,8 @@ def test_class_images_keep_their_own_size_and_crop_and_have_other_noise(config, 
 
 
 def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(config):
-    folder = data.Path(config.class_data_dir)
-    samples = prior.class_samples(dataclasses.replace(config, sample_batch_size=1))
+    folder = images.Path(config.class_data_dir)
+    samples = class_samples(dataclasses.replace(config, sample_batch_size=1))
     assert [sample.path.name for sample in samples] == [f"class-{n:05d}.png" for n in range(3)]
     assert {sample.caption for sample in samples} == {"a picture"}
     pictures = [sample.path.read_bytes() for sample in samples]
@@ -97,23 +100,23 @@ def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(con
     for missing, batch_size in ((1, 1), (3, 2)):
         for sample in samples[:missing]:
             sample.path.unlink(missing_ok=True)
-        again = prior.class_samples(dataclasses.replace(config, sample_batch_size=batch_size))
+        again = class_samples(dataclasses.replace(config, sample_batch_size=batch_size))
         assert [sample.path.read_bytes() for sample in again] == pictures
     assert len(list(folder.iterdir())) == 3
 
 
 def test_given_class_images_count(config, class_images):
-    assert len(prior.class_samples(config)) == 3
-    more = prior.class_samples(dataclasses.replace(config, num_class_images=5))
+    assert len(class_samples(config)) == 3
+    more = class_samples(dataclasses.replace(config, num_class_images=5))
     assert [sample.path.name for sample in more] == [
         *("0.png", "1.png", "2.png", "class-00000.png", "class-00001.png")
     ]
-    assert len(prior.class_samples(dataclasses.replace(config, num_class_images=2))) == 2
+    assert len(class_samples(dataclasses.replace(config, num_class_images=2))) == 2
 
 
 def test_an_epoch_passes_over_the_larger_of_both_sets(config, class_images):
-    samples = data.find_samples(data.Path(config.instance_data_dir), "a icon")
-    classes = [*prior.class_samples(config)] * 10
+    samples = find_samples(images.Path(config.instance_data_dir), "a icon")
+    classes = [*class_samples(config)] * 10
     alone = Run(dataclasses.replace(config, max_train_steps=None, train_batch_size=1), samples)
     assert alone.steps_an_epoch == len(samples)
     repeated = dataclasses.replace(config, max_train_steps=None, train_batch_size=1, repeats=4)
@@ -128,7 +131,7 @@ def test_what_is_missing_is_named(config, name):
 
 
 def test_a_file_in_place_of_the_class_folder_is_refused(config):
-    data.Path(config.class_data_dir).write_text("not a folder")
+    images.Path(config.class_data_dir).write_text("not a folder")
     with pytest.raises(UserError, match=r"--class_data_dir .*class: not a folder"):
         train(config)
-    assert not data.Path(config.output_dir).exists()
+    assert not images.Path(config.output_dir).exists()

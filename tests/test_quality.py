@@ -25,12 +25,12 @@ from benchmarks.quality_arms import Arm, make_arms, run_folder
 from benchmarks.quality_measures import MEASURED_WITH, PARTS, read_parts, read_runs
 from benchmarks.quality_report import report
 from benchmarks.quality_runs import change_since
-from flatlora_diffusion import train as trainer
-from flatlora_diffusion.cli import parse_train_config
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.measure.merged import row_norms
-from flatlora_diffusion.run import SUMMARY
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.evaluate.merged import row_norms
+from flatlora_diffusion.output.names import SUMMARY
+from flatlora_diffusion.train import arms as train_arms
 
 ARMS = {
     "mild-lora": Arm("mild", "LoRA", None),
@@ -478,7 +478,7 @@ def test_ctrl_c_ends_all_runs_without_a_word_of_theirs(forked, tmp_path, monkeyp
 
 def test_each_arm_is_trained_by_its_own_method(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer, "train", lambda config: seen.append(("plain", config)))
+    monkeypatch.setattr(train_arms, "train", lambda config: seen.append(("plain", config)))
     monkeypatch.setattr(rivals, "train", lambda config, *rival: seen.append((rival, config)))
     for name in ("mild-flat-0.3", "sam-0.2", "lora-sam-0.05", "bi-lora-0.2"):
         quality.train_run(tmp_path, (name, 4))

@@ -21,12 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import LlamaForCausalLM
 
-from flatlora_diffusion import FlatLoRA, layers, sdxl
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.quantised import QuantisedWeight, quantise
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion import FlatLoRA
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.flat import layer as flat_layer
+from flatlora_diffusion.flat.quantised import QuantisedWeight
+from flatlora_diffusion.sdxl import lora
+from flatlora_diffusion.sdxl.quantise import quantise
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import (
     UNET_TARGETS,
     add_lora,
@@ -156,7 +159,7 @@ def test_adapters_start_as_those_of_the_plain_base(kind):
     models = [build_unet().requires_grad_(False) for _ in range(2)]
     quantise(models[0], kind, CPU)
     for model in models:
-        sdxl.add_lora({"unet": model}, rank=4, alpha=4, seed=1)
+        lora.add_lora({"unet": model}, rank=4, alpha=4, seed=1)
     actual, expected = (
         {name: p for name, p in model.named_parameters() if p.requires_grad} for model in models
     )
@@ -254,7 +257,7 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
         monkeypatch.setattr(owner, name, watched)
 
     watch(QuantisedWeight, "dequantised")
-    watch(layers, "with_noise")
+    watch(flat_layer, "with_noise")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = model(x)
     assert m * n not in saved and saved

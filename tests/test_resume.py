@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.output_folder import LOCK_NAME
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.lock import LOCK_NAME
 from tests.script import ROOT, SCRIPT
 
 LATEST = ("--resume_from_checkpoint", "latest")

@@ -12,8 +12,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
 from benchmarks import rivals, sam
-from flatlora_diffusion.data import find_samples
-from flatlora_diffusion.export import WEIGHTS_NAME
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.data.images import find_samples
 from tests.conftest import assert_equal, global_rng_state, run
 
 RHO = 0.3

@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.output_folder import output_lock
-from flatlora_diffusion.run_folder import exponential_mean, find_runs
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.lock import output_lock
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.output.reading import exponential_mean, find_runs
+from flatlora_diffusion.train.arms import train
 from tests.conftest import stopped_after
 from tests.trained import SIGMA, STEPS
 

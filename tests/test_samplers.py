@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from flatlora_diffusion.generate import Drawing, draw_batch, load_pipeline
-from flatlora_diffusion.samplers import DEFAULT, SAMPLERS, sampler, sampler_name, tell_predictions
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline
+from flatlora_diffusion.draw.samplers import DEFAULT, SAMPLERS, sampler, sampler_name, tell_predictions
 
 PICTURES = [("a icon", 5), ("a red icon", 6)]
 

@@ -5,9 +5,10 @@ import sys
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.cli import run_command
-from flatlora_diffusion.contact_sheet import contact_sheet
-from flatlora_diffusion.sheet import Sheet, SheetRow, main
+from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.sheet.command import main
+from flatlora_diffusion.sheet.files import Sheet, SheetRow
+from flatlora_diffusion.sheet.layout import contact_sheet
 from tests.test_contact_sheet import METHODS, box_of, picture
 
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import flatlora_diffusion
-from flatlora_diffusion import stamp as stamps
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.stamp import Stamp, base_name, parameters, png, read, sidecar, versions
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw import stamp as draw_stamp
+from flatlora_diffusion.draw.stamp import Stamp, base_name, parameters, png, read, sidecar, versions
 
 STAMP = Stamp(
     prompt="a fluent 3d icon of red apple",
@@ -206,7 +206,7 @@ def test_versions_are_those_of_the_packages():
 
 
 def saved(text=None):
-    info = stamps.PngInfo()
+    info = draw_stamp.PngInfo()
     if text is not None:
         info.add_text("flatlora", text)
     content = io.BytesIO()

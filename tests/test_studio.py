@@ -2,10 +2,10 @@ import threading
 
 import pytest
 
-from flatlora_diffusion import studio as studio_module
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.studio import BASE, Drawn, Job, Step, Studio
+from flatlora_diffusion.app import engine
+from flatlora_diffusion.app.engine import BASE, Drawn, Job, Step, Studio
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 
 DRAWING = Drawing(16, 16, 3, 3.0)
 
@@ -54,14 +54,14 @@ def test_jobs_give_the_pictures_of_lone_requests(studio, lone):
 
 
 def test_steps_tell_how_far_it_is_and_show_it(studio, monkeypatch):
-    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_STEPS", 0.0)
+    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 0.0)
     work = [Job(BASE, [("a icon", 1), ("a icon", 2)], DRAWING), Job("LoRA", [("a icon", 1)], DRAWING)]
     steps = [event for event in studio.run(work) if isinstance(event, Step)]
     assert [step.job for step in steps] == [0, 0, 0, 1, 1, 1]
     assert [step.fraction * 9 for step in steps] == pytest.approx([2, 4, 6, 7, 8, 9])
     assert [len(step.sketches) for step in steps] == [2, 2, 2, 1, 1, 1]
     assert all(step.seconds_left > 0 for step in steps[:-1]) and steps[-1].seconds_left == 0
-    monkeypatch.setattr(studio_module, "_SECONDS_BETWEEN_STEPS", 1e9)
+    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 1e9)
     assert not [event for event in studio.run(work) if isinstance(event, Step)]
 
 
@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monke
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(studio_module, "draw_batch", fail)
+        patch.setattr(engine, "draw_batch", fail)
         with pytest.raises(MemoryError, match="no room"):
             list(studio.run(jobs(studio, 1)))
     assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]

@@ -8,25 +8,27 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
-from flatlora_diffusion import data, sdxl
-from flatlora_diffusion.cache import LatentCache
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.export import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.learner import Learner
-from flatlora_diffusion.perturb import FlatLoRA
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.latents import LatentCache
+from flatlora_diffusion.flat.flat_lora import FlatLoRA
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
+from flatlora_diffusion.sdxl.lora import add_lora
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, global_rng_state, run
 
 
 def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor]:
     """The same run without accelerate, caches of prompts, or hooks: noise is added to the real weights."""
-    base = sdxl.load_base(str(base_path))
-    samples = data.find_samples(data.Path(config.instance_data_dir), config.instance_prompt)
-    cache = LatentCache(
-        samples, lambda pixels: sdxl.encode_images(base.vae, pixels), config, config.seed, 1000
-    )
-    sdxl.add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    base = load_base(str(base_path))
+    samples = find_samples(images.Path(config.instance_data_dir), config.instance_prompt)
+    cache = LatentCache(samples, lambda pixels: encode_images(base.vae, pixels), config, config.seed, 1000)
+    add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
     flat = FlatLoRA(base.unet, sigma=config.flat_sigma, total_steps=config.max_train_steps, seed=config.seed)
     base.unet.train()
     parameters = [p for p in base.unet.parameters() if p.requires_grad]
@@ -34,7 +36,7 @@ def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor
     scheduler = DDPMScheduler.from_pretrained(base_path, subfolder="scheduler")
     for step in range(config.max_train_steps):
         batch = cache.batch(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-        embeds = sdxl.encode_prompts(base.tokenizers, base.text_encoders, batch.captions)
+        embeds = encode_prompts(base.tokenizers, base.text_encoders, batch.captions)
         weights = {name: layer.get_base_layer().weight for name, layer in flat.layers.items()}
         originals = {name: weight.detach().clone() for name, weight in weights.items()}
         epsilons = {name: flat.epsilon(name) for name in weights}
@@ -127,7 +129,7 @@ def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, mon
         assert one.captions == other.captions
         for field in ("latents", "noise", "timesteps", "time_ids"):
             assert torch.equal(getattr(one, field), getattr(other, field))
-    output = data.Path(config.output_dir)
+    output = images.Path(config.output_dir)
     assert Image.open(output / "comparison.png").size > (400, 400)
     manifest = json.loads((output / "comparison" / "manifest.json").read_text())
     assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
@@ -183,12 +185,12 @@ def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
     tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-    plain = sdxl.encode_prompts(tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), ["a icon"])
+    plain = encode_prompts(tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), ["a icon"])
     pipeline.load_lora_weights(config.output_dir)
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    loaded = sdxl.encode_prompts(tokenizers, encoders, ["a icon"])
+    loaded = encode_prompts(tokenizers, encoders, ["a icon"])
     if text_encoders:
-        trained = sdxl.encode_prompts(tokenizers, kept["encoders"], ["a icon"])
+        trained = encode_prompts(tokenizers, kept["encoders"], ["a icon"])
         assert torch.equal(trained.tokens, loaded.tokens) and torch.equal(trained.pooled, loaded.pooled)
         assert not torch.equal(plain.tokens, loaded.tokens)
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([300]), loaded.tokens)
@@ -229,7 +231,7 @@ def test_a_gaussian_run_and_a_table_run_differ(config, tmp_path):
 
 def test_summary_and_facts_tell_the_run(config):
     run(config, flat_sigma=0.25, checkpointing_steps=4)
-    output = data.Path(config.output_dir)
+    output = images.Path(config.output_dir)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["steps"] == len(summary["losses"]) == 6
     assert summary["settings"]["flat_sigma"] == 0.25
@@ -254,7 +256,7 @@ def test_validation_pictures_are_drawn_without_noise_and_reported(config):
         validation_epochs=1,
         report_to="tensorboard",
     )
-    output = data.Path(config.output_dir)
+    output = images.Path(config.output_dir)
     strips = sorted(output.glob("validation/*.png"))
     assert [strip.name for strip in strips] == ["step-000002.png", "step-000004.png"]
     # With a learning rate of 0 the adapter stays what it was: only the noise could tell the steps apart.

@@ -11,11 +11,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from benchmarks import arms, bases, reference, trainer
-from flatlora_diffusion import data
-from flatlora_diffusion.cache import Batch
-from flatlora_diffusion.interrupt import StopRequest
-from flatlora_diffusion.run import SUMMARY, Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.common.signals import StopRequest
+from flatlora_diffusion.data import images
+from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.latents import Batch
+from flatlora_diffusion.output.names import SUMMARY
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.loop import Run
 
 STEPS = 3
 
@@ -41,7 +43,7 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
         max_grad_norm=0.05,
         adam_epsilon=1e-3,  # or rounding would decide the direction in which a tiny gradient moves a weight
     )
-    samples = data.find_samples(square_icons, config.instance_prompt)
+    samples = find_samples(square_icons, config.instance_prompt)
     if not captions:
         samples = [dataclasses.replace(sample, caption=config.instance_prompt) for sample in samples]
     seen, drawn, start, trained = [], [], {}, {}
@@ -121,7 +123,7 @@ def test_a_written_base_has_the_sizes_asked_for(tmp_path):
 
 def test_the_watched_trainer_is_the_trainer(config, tmp_path):
     train(config)
-    expected = json.loads((data.Path(config.output_dir) / SUMMARY).read_text())["losses"]
+    expected = json.loads((images.Path(config.output_dir) / SUMMARY).read_text())["losses"]
     losses = []
 
     class Steps:

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import flatlora_diffusion.present
-from flatlora_diffusion import contact_sheet, validate
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.gallery import Gallery, SideBySide
-from flatlora_diffusion.generate import Drawing, draw_with, load_adapter, load_pipeline
-from flatlora_diffusion.sheet import Sheet
-from flatlora_diffusion.train import _arms, _side_by_side, train
-from flatlora_diffusion.validate import Validation, report_validation
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.output.gallery import Gallery, SideBySide
+from flatlora_diffusion.sheet import layout
+from flatlora_diffusion.sheet.files import Sheet
+from flatlora_diffusion.train import afterwards
+from flatlora_diffusion.train import validation as train_validation
+from flatlora_diffusion.train.arms import _arms, _side_by_side, train
+from flatlora_diffusion.train.validation import Validation, report_validation
 from tests.conftest import assert_equal, run
 
 PROMPTS = ("a red icon", "a blue icon, far away")
@@ -50,7 +51,7 @@ def compared(validated):
 @pytest.fixture(autouse=True)
 def without_final_comparison(monkeypatch):
     """What is drawn after training is not the subject here."""
-    monkeypatch.setattr(flatlora_diffusion.present, "_draw_comparison", lambda *arguments: None)
+    monkeypatch.setattr(afterwards, "_draw_comparison", lambda *arguments: None)
 
 
 _finished: dict[bool, Path] = {}
@@ -84,13 +85,13 @@ def pictures(count: int, size: int = 16) -> list[Image.Image]:
 
 
 def test_every_validation_leaves_pictures_and_a_labelled_sheet(validated, monkeypatch):
-    written, original = [], contact_sheet.Text
+    written, original = [], layout.Text
 
     def text(words, *arguments):
         written.append(words)
         return original(words, *arguments)
 
-    monkeypatch.setattr(contact_sheet, "Text", text)
+    monkeypatch.setattr(layout, "Text", text)
     train(validated)
     folder = Path(validated.output_dir, "validation")
     names = [f"{prompt:03d}-seed{seed}.png" for prompt in (0, 1) for seed in (3, 4)]
@@ -146,7 +147,7 @@ def interrupt(*arguments):
 
 
 def test_running_out_of_memory_costs_the_pictures_alone(validated, undisturbed, monkeypatch, caplog):
-    original, calls = validate.draw, []
+    original, calls = train_validation.draw, []
 
     def draw(*arguments, **settings):
         calls.append(arguments)
@@ -154,7 +155,7 @@ def test_running_out_of_memory_costs_the_pictures_alone(validated, undisturbed, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(validate, "draw", draw)
+    monkeypatch.setattr(train_validation, "draw", draw)
     assert_equal(run(validated), load_file(undisturbed() / WEIGHTS_NAME))
     folder = Path(validated.output_dir, "validation")
     assert sorted(path.name for path in folder.glob("*.png")) == ["step-000004.png"]
@@ -170,7 +171,7 @@ def test_fewer_prompts_leave_no_picture_of_the_others(validated, tmp_path):
 
 
 def test_a_sheet_that_would_be_too_large_leaves_the_pictures(validated, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(contact_sheet, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(layout, "MAX_PIXELS", 1000)
     gallery = Gallery(tmp_path / "out", validated, "no", 4)
     gallery.write(pictures(4), "step-000002", "title")
     assert len(contents(gallery.folder)) == 5
@@ -264,7 +265,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
             for number in (0, 1)
         ]
         assert len({cell.tobytes() for cell in cells[0]}) == 3
-        expected = contact_sheet.contact_sheet(
+        expected = layout.contact_sheet(
             cells,
             columns=list(columns),
             rows=[f"{prompt}\nseed 3" for prompt in PROMPTS],
@@ -304,7 +305,7 @@ def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undistu
 def test_a_sheet_waits_for_the_last_arm(compared, monkeypatch):
     """The second arm's pictures may be those of an earlier run as long as the first one trains."""
     arms, shown = _arms(compared), []
-    monkeypatch.setattr(validate, "draw_validation", lambda *arguments: pictures(2))
+    monkeypatch.setattr(train_validation, "draw_validation", lambda *arguments: pictures(2))
     monkeypatch.setattr(SideBySide, "draw", lambda self, step: shown.append(step))
     for arm, step in zip(arms, STEPS, strict=True):
         validation = Validation(

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 
 import pytest
 
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.votes import TIE, Tally, Vote, VoteFile
+from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
+from flatlora_diffusion.common.errors import UserError
 from tests.processes import in_processes
 
 HASHES = {"LoRA": "a" * 64, "Flat-LoRA": "b" * 64}

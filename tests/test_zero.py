@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.errors import UserError
-from flatlora_diffusion.export import WEIGHTS_NAME
-from flatlora_diffusion.run import Run
-from flatlora_diffusion.train import train
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
 from tests.test_resume import command

@@ -10,8 +10,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.train import train
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.train.arms import train
 
 STEPS, SIGMA = 6, 0.3
 

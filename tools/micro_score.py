@@ -23,7 +23,7 @@ from micro_training import read_progress
 from PIL import Image
 from torch import nn
 
-from flatlora_diffusion.contact_sheet import contact_sheet
+from flatlora_diffusion.sheet.layout import contact_sheet
 
 SUBJECTS = 100
 STEPS = 30

@@ -1,0 +1,331 @@
+"""An adapter file, checked before anything of it enters a pipeline, and compared with what entered."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.tuners.lora.layer import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts, read_tensors
+from flatlora_diffusion.adapter.kohya import complete_layers, part_config, rank_and_alpha, read_configs
+from flatlora_diffusion.adapter.kohya_names import (
+    PREFIXES,
+    Layer,
+    layer_names,
+    parse_kohya_key,
+    split_diffusers_key,
+)
+from flatlora_diffusion.common.errors import UserError
+
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+# How many features of a prompt the UNet's cross-attention takes.
+_PROMPT_FEATURES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+# PEFT's starts that leave the base's weights alone; the others would subtract from them once more on loading.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# PEFT's settings by which loading would change more of a model than its LoRA layers.
+_BEYOND_LORA = ("layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter file is.
+
+    Attributes:
+        file: The file itself, also where its folder was given.
+        sha256: Of the file, in hex.
+        method: `LoRA` or `Flat-LoRA`; None for other people's files, which don't say.
+        rank: Of its layers: `4`, or from the lowest to the highest: `4-8`.
+        alpha: In the same way; None where the file states none, and the update is B @ A.
+        layers: Number of adapted layers.
+        parameters: Number of values in all.
+        parts: Those of `unet`, `text_encoder` and `text_encoder_2` that have adapted layers.
+        dora: Whether any layer has DoRA's magnitudes.
+        facts: What this project wrote into it (`export.read_facts`).
+    """
+
+    file: Path
+    sha256: str
+    method: str | None
+    rank: str
+    alpha: str | None
+    layers: int
+    parameters: int
+    parts: tuple[str, ...]
+    dora: bool
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The layers of a file: their tensors (down, up, magnitude, alpha), scale of the update, stated alpha."""
+
+    layers: dict[Layer, dict[str, Tensor]]
+    scales: dict[Layer, float]
+    alphas: dict[Layer, float]
+    in_kohya_format: bool
+
+
+def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFacts:
+    """Refuse an adapter that isn't sound or doesn't fit a base. The pipeline is left as it is.
+
+    Args:
+        pipeline: The base, with or without other adapters.
+        path: A safetensors file in the diffusers format or kohya's, or the folder of a run.
+
+    Returns:
+        What the file is.
+
+    Raises:
+        UserError: Names the file, the tensor or layer that is wrong, and what to do.
+    """
+    file = _file_of(path)
+    facts = read_facts(file)  # a missing or damaged file is named
+    if not isinstance(facts, dict):
+        raise UserError(f"{file}: its facts of the training aren't a JSON object; export it again")
+    content = _read(pipeline, file)
+    _check_fit(pipeline, file, content)
+    sizes = [tensor.numel() for own in content.layers.values() for k, tensor in own.items() if k != "alpha"]
+    method = facts.get("method")
+    return AdapterFacts(
+        file=file,
+        sha256=_sha256(file),
+        method=method if isinstance(method, str) else None,
+        rank=_range([len(weights["down"]) for weights in content.layers.values()]),
+        alpha=_range(list(content.alphas.values())) if content.alphas else None,
+        layers=len(content.layers),
+        parameters=sum(sizes),
+        parts=tuple(part for part in PREFIXES if any(part == own for own, _ in content.layers)),
+        dora=any("magnitude" in weights for weights in content.layers.values()),
+        facts=facts,
+    )
+
+
+def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: AdapterFacts) -> None:
+    """Refuse an adapter of which diffusers has loaded something else than the file says.
+
+    It is compared after loading, since no look at the file tells: diffusers passes over keys in mixed
+    spellings, PEFT over layers that its metadata don't name, and of kohya's files diffusers leaves out DoRA
+    and takes the most frequent alpha for all layers.
+
+    Args:
+        pipeline: With the adapter loaded.
+        name: Under which it is loaded.
+        adapter: From `check_adapter`.
+
+    Raises:
+        UserError: Names a layer whose tensors or scale didn't arrive, or that the file doesn't have.
+    """
+    if _sha256(adapter.file) != adapter.sha256:
+        raise UserError(f"{adapter.file}: was replaced while it was read; load it again")
+    content = _read(pipeline, adapter.file)
+    modules = _modules(pipeline)
+    loaded = {
+        layer for layer, module in modules.items() if isinstance(module, LoraLayer) and name in module.lora_A
+    }
+    for layer in sorted(loaded | content.layers.keys()):
+        weights = content.layers.get(layer, {})
+        if layer in loaded and _arrived(modules[layer], name, weights, content.scales.get(layer, math.nan)):
+            continue
+        todo = "export it again"
+        if content.in_kohya_format:
+            todo = f"convert it first: python -m flatlora_diffusion.kohya {adapter.file} NEW.safetensors"
+        raise UserError(
+            f"{adapter.file}: {'.'.join(layer)}: diffusers doesn't load what the file has for it; {todo}"
+        )
+
+
+def _file_of(path: Path) -> Path:
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if file.suffix != ".safetensors" and file.is_file():
+        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
+    if file.is_file():
+        return file
+    if not path.is_dir():
+        raise UserError(f"{file}: not a sound safetensors file (no such file)")
+    names = sorted(own.name for own in path.iterdir())
+    pickled = [name for name in names if name.endswith(_PICKLES)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{path}: has only {pickled[0]}; a pickled file could run code, save it as safetensors"
+        )
+    raise UserError(f"{path}: no {WEIGHTS_NAME} in it; give the file itself, or the folder of a run")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
+    """The layers of a file, sound in themselves.
+
+    Raises:
+        UserError: Names the file and what is wrong in it.
+    """
+    tensors = read_tensors(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    for key in sorted(tensors):
+        if not (tensors[key].is_floating_point() and tensors[key].float().isfinite().all()):
+            raise UserError(f"{file}: {key} has values that aren't finite numbers; get a sound file")
+    kohya = any(key.startswith("lora_") for key in tensors)
+    parse = split_diffusers_key
+    if kohya:
+        parse = functools.partial(parse_kohya_key, layer_names(pipeline.unet.config.layers_per_block))
+    try:
+        layers = complete_layers(tensors, parse)
+        configs = None if kohya else read_configs(metadata.get(LORA_ADAPTER_METADATA_KEY))
+        for part in PREFIXES:
+            _check_config(part, part_config(configs, part))
+        scales, alphas = {}, {}
+        for layer, weights in layers.items():
+            config = part_config(configs, layer[0])
+            scales[layer], alpha = _scale_and_alpha(layer, weights, config)
+            if alpha is not None:
+                alphas[layer] = alpha
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return _Content(layers, scales, alphas, kohya)
+
+
+def _check_config(part: str, config: dict[str, Any] | None) -> None:
+    """Refuse a configuration of PEFT with which loading would change the base."""
+    if config is None:
+        return
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        raise UserError(
+            f"{part}.init_lora_weights {start!r} in its metadata changes the base on loading; save it as an "
+            "ordinary LoRA (PEFT's path_initial_model_for_weight_conversion)"
+        )
+    for setting in _BEYOND_LORA:
+        if config.get(setting):
+            raise UserError(f"{part}.{setting} in its metadata: more than a LoRA; export the LoRA alone")
+
+
+def _scale_and_alpha(
+    layer: Layer, weights: dict[str, Tensor], config: dict[str, Any] | None
+) -> tuple[float, float | None]:
+    """The factor on B @ A, and the alpha that the file states, if it does."""
+    name, rank = ".".join(layer), len(weights["down"])
+    if not rank:
+        raise UserError(f"{name}: rank 0, so it has no weights; export it again")
+    alpha = scaled = None
+    if "alpha" in weights:
+        if weights["alpha"].numel() != 1:
+            raise UserError(f"{name}: alpha must be one number; mend the file")
+        alpha = scaled = weights["alpha"].item()
+    elif config is not None:
+        stated, scaled = rank_and_alpha(config, layer[1], rank)
+        if stated != rank:
+            raise UserError(f"{name}: rank {rank}, in the metadata {stated}; export it again")
+        alpha = scaled / math.sqrt(rank) if config.get("use_rslora") else scaled
+    if scaled is None:
+        return 1.0, None
+    # Some readers take 0 for the rank and others for 0: whoever made the file must say.
+    if not math.isfinite(scaled) or not scaled:
+        raise UserError(f"{name}: alpha {scaled:g} must be a finite number other than 0; mend the file")
+    return scaled / rank, alpha
+
+
+def _modules(pipeline: StableDiffusionXLPipeline) -> dict[Layer, nn.Module]:
+    """The layers of a pipeline that a LoRA can be on, or is on."""
+    found = {}
+    for part in PREFIXES:
+        for path, module in getattr(pipeline, part).named_modules():
+            if isinstance(module, LoraLayer):
+                kind = module.get_base_layer()
+            elif ".base_layer" in path or ".lora_" in path:
+                continue
+            else:
+                kind = module
+            if isinstance(kind, (nn.Linear, nn.Conv2d)):
+                # Newer transformers dropped this level from CLIPTextModel.
+                shortened = part != "unet" and not path.startswith("text_")
+                found[part, f"text_model.{path}" if shortened else path] = module
+    return found
+
+
+def _check_fit(pipeline: StableDiffusionXLPipeline, file: Path, content: _Content) -> None:
+    """Refuse layers that the base doesn't have, or has in another shape."""
+    modules = _modules(pipeline)
+
+    def refuse(reason: str) -> None:
+        origin = _origin(pipeline, content)
+        raise UserError(
+            f"{file}: doesn't fit this base ({reason}{origin}); give an adapter that was trained on this base"
+        )
+
+    unknown = sorted(layer for layer in content.layers if layer not in modules)
+    if unknown:
+        refuse(f"{'.'.join(unknown[0])}, 1 of {len(unknown)} such layers, isn't in it")
+    for layer, weights in sorted(content.layers.items()):
+        module = modules[layer]
+        expected = _shapes(module.get_base_layer() if isinstance(module, LoraLayer) else module, weights)
+        for kind, shape in expected.items():
+            if kind in weights and weights[kind].shape != shape:
+                met = f"{'.'.join(layer)}: its {kind} weight is {list(weights[kind].shape)}"
+                refuse(f"{met} and must be {list(shape)}")
+
+
+def _shapes(base: nn.Module, weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the weights of a layer must have."""
+    rank = len(weights["down"])
+    if isinstance(base, nn.Linear):
+        shapes = {"down": (rank, base.in_features), "up": (base.out_features, rank)}
+        magnitudes = [(base.out_features,), (base.out_features, 1)]
+    else:
+        shapes = {
+            "down": (rank, base.in_channels, *base.kernel_size),
+            "up": (base.out_channels, rank, 1, 1),
+        }
+        magnitudes = [(1, base.out_channels, 1, 1), (base.out_channels, 1, 1, 1)]
+    # PEFT's and kohya's.
+    met = tuple(weights["magnitude"].shape) if "magnitude" in weights else None
+    return shapes | {"magnitude": met if met in magnitudes else magnitudes[0]}
+
+
+def _origin(pipeline: StableDiffusionXLPipeline, content: _Content) -> str:
+    """What gives an adapter of another model away: how many features of a prompt it takes."""
+    takes = {
+        weights["down"].shape[1]
+        for (part, path), weights in content.layers.items()
+        if part == "unet" and path.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+    model = _PROMPT_FEATURES.get(min(takes, default=0))
+    if len(takes) != 1 or model is None or takes == {pipeline.unet.config.cross_attention_dim}:
+        return ""
+    return f"; by its {min(takes)} prompt features it is for {model}"
+
+
+def _arrived(module: LoraLayer, name: str, weights: dict[str, Tensor], scale: float) -> bool:
+    """Whether a layer has exactly these weights, in the precision in which it holds them, and this scale."""
+    held = {"down": module.lora_A[name].weight, "up": module.lora_B[name].weight}
+    if name in module.lora_magnitude_vector:
+        held["magnitude"] = module.lora_magnitude_vector[name].weight
+    same_scale = math.isclose(module.scaling[name], scale, rel_tol=1e-6)
+    if held.keys() != weights.keys() - {"alpha"} or not same_scale:
+        return False
+    return all(
+        own.shape == weights[kind].shape and torch.equal(own.detach(), weights[kind].to(own))
+        for kind, own in held.items()
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):g}", f"{max(values):g}"
+    return low if low == high else f"{low}-{high}"

@@ -1,0 +1,1 @@
+"""The page that compares methods in a browser: the engine that draws, one module a tab, the server."""

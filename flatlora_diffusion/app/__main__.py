@@ -1,0 +1,21 @@
+"""`flatlora-app`, `python app.py`: methods side by side in a browser."""
+
+from typing import NoReturn
+
+from flatlora_diffusion.common.command import run_command
+
+
+def run() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(_main)
+
+
+def _main() -> None:
+    # Inside: imports, which take seconds, are interrupted and report their errors as the work does.
+    from flatlora_diffusion.app.command import main
+
+    main()
+
+
+if __name__ == "__main__":
+    run()

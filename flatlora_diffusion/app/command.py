@@ -1,0 +1,23 @@
+"""The command line of the page."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+from flatlora_diffusion.app.flags import parse_app_arguments
+from flatlora_diffusion.common.extras import import_extra
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and serve the page."""
+    given = parse_app_arguments(arguments)
+    # After parsing: --help and bad flags answer at once. What is imported stays: looking for garbage in it
+    # would take a second, and time again later.
+    gc.disable()
+    import_extra("gradio", "app.py")
+    from flatlora_diffusion.app.serve import serve
+
+    gc.freeze()
+    gc.enable()
+    serve(given)

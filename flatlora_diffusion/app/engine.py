@@ -1,0 +1,220 @@
+"""The app's engine: one pipeline with its adapters, which requests use one after the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.common.devices import DTYPES
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_adapter, native_side, sketches
+from flatlora_diffusion.draw.samplers import sampler_name
+from flatlora_diffusion.draw.stamp import Stamp, versions
+
+BASE = "base"
+
+_SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to be drawn together, with one method.
+
+    Attributes:
+        method: `BASE` or the label of an adapter.
+        pictures: The prompt and the seed of each.
+        drawing: How.
+        scale: Of the adapter's update.
+    """
+
+    method: str
+    pictures: Sequence[tuple[str, int]]
+    drawing: Drawing
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step was done. Not each is told, only a few a second.
+
+    Attributes:
+        job: Index of the job that it belongs to.
+        fraction: Of all steps of all jobs that are done.
+        seconds_left: Until all jobs are done, from the steps so far.
+        sketches: Small pictures of what the job's pictures have come to.
+    """
+
+    job: int
+    fraction: float
+    seconds_left: float
+    sketches: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A job is done.
+
+    Attributes:
+        job: Its index.
+        pictures: In the order asked for.
+        seconds: That it took.
+    """
+
+    job: int
+    pictures: list[Image.Image]
+    seconds: float
+
+
+class Studio:
+    """A pipeline and its adapters, under labels that are fixed from the start.
+
+    Args:
+        pipeline: A base without adapters.
+        base: What it is called in public: no local path.
+        adapters: Label -> the adapter's file or folder.
+
+    Attributes:
+        adapters: Label -> what the adapter's file is.
+
+    Raises:
+        UserError: An adapter is missing, damaged, called like the base, or doesn't fit it.
+    """
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, base: str, adapters: Mapping[str, Path]) -> None:
+        if BASE in adapters:
+            raise UserError(f"an adapter is called {BASE}, as the base is; give it another name")
+        self.base = base
+        self.adapters: dict[str, AdapterFacts] = {
+            label: load_adapter(pipeline, _key(index), path)
+            for index, (label, path) in enumerate(adapters.items())
+        }
+        self._pipeline = pipeline
+        self._keys: dict[str, str | None] = {
+            BASE: None,
+            **{label: _key(index) for index, label in enumerate(adapters)},
+        }
+        # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
+        self._lock = threading.Lock()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The base and the adapters' labels."""
+        return tuple(self._keys)
+
+    @property
+    def native_side(self) -> int:
+        """Side in pixels of the pictures that the base was trained on."""
+        return native_side(self._pipeline)
+
+    @property
+    def dtype(self) -> str:
+        """Precision in which pictures are drawn."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype)
+
+    def sampler(self, drawing: Drawing) -> str:
+        """What the sampler of a drawing is called, also where it is the base's own."""
+        return sampler_name(drawing.sampler, self._pipeline.scheduler)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Step | Drawn]:
+        """Do jobs one after the other, without another's in between, and tell how it goes.
+
+        Closing the iterator stops the drawing at the end of the step that is being computed; the next run
+        waits for that. What goes wrong is raised here.
+        """
+        events: queue.SimpleQueue[Step | Drawn | BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                while not self._lock.acquire(timeout=0.1):
+                    if stop.is_set():
+                        return
+                try:
+                    self._do(jobs, events.put, stop)
+                finally:
+                    self._lock.release()
+                events.put(None)
+            except _StoppedError:
+                pass
+            except BaseException as error:
+                events.put(error)
+
+        worker = threading.Thread(target=work, name="drawing", daemon=True)
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            stop.set()  # without waiting: a server's event loop may be what closes this
+
+    def stamp(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float = 1.0) -> Stamp:
+        """What a picture says of its making."""
+        adapter = self.adapters.get(method)
+        return Stamp(
+            prompt=prompt,
+            negative_prompt=drawing.negative_prompt,
+            seed=seed,
+            width=drawing.width,
+            height=drawing.height,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+            sampler=self.sampler(drawing),
+            base=self.base,
+            method=method,
+            adapter_sha256=adapter.sha256 if adapter else None,
+            scale=scale if adapter else None,
+            dtype=self.dtype,
+            device=self._pipeline.device.type,
+            versions=versions(),
+        )
+
+    def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:
+        total = sum(job.drawing.steps * len(job.pictures) for job in jobs)
+        done = 0
+        began = told = time.perf_counter()
+
+        def after_step(index: int, before: int, step: int, latents: Tensor) -> None:
+            nonlocal told
+            if stop.is_set():
+                raise _StoppedError
+            now = time.perf_counter()
+            if now - told < _SECONDS_BETWEEN_STEPS:
+                return
+            fraction = (before + step * len(latents)) / total
+            left = (now - began) * (1 - fraction) / fraction
+            tell(Step(index, fraction, left, sketches(self._pipeline, latents)))
+            told = time.perf_counter()
+
+        for index, job in enumerate(jobs):
+            started = time.perf_counter()
+            pictures = draw_batch(
+                self._pipeline,
+                self._keys[job.method],
+                job.pictures,
+                job.drawing,
+                scale=job.scale,
+                on_step=partial(after_step, index, done),
+            )
+            done += job.drawing.steps * len(job.pictures)
+            tell(Drawn(index, pictures, time.perf_counter() - started))
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the pictures any longer."""
+
+
+def _key(index: int) -> str:
+    """Name of an adapter in the pipeline, whose names may not have every character that labels have."""
+    return f"adapter_{index}"

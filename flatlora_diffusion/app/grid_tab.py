@@ -1,0 +1,283 @@
+"""The tab that draws prompts x seeds x methods onto one sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.app.engine import BASE, Drawn, Job
+from flatlora_diffusion.app.files import zipped
+from flatlora_diffusion.app.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_scale, refusal
+from flatlora_diffusion.app.widgets import connect_stop, drawing_fields, progress, scrolled_to
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.stamp import Stamp, png, sidecar
+from flatlora_diffusion.grid.draw import sheet_png
+from flatlora_diffusion.grid.plan import Cell, Grid, Method
+from flatlora_diffusion.grid.recipe import Recipe
+
+MAX_PICTURES = 60
+
+_LAYOUTS = {
+    "Prompts and seeds down, methods across": (("prompt", "seed"), ("method",)),
+    "Prompts down, seeds and methods across": (("prompt",), ("seed", "method")),
+    "Seeds down, prompts and methods across": (("seed",), ("prompt", "method")),
+    "Methods down, prompts and seeds across": (("method",), ("prompt", "seed")),
+}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A grid that was asked for, checked: its recipe, and the batches and jobs that draw it."""
+
+    recipe: Recipe
+    batches: Sequence[Sequence[Cell]]
+    jobs: Sequence[Job]
+
+
+class GridTab:
+    """Builds the tab in the current context.
+
+    Args:
+        site: Draws.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                self._build_settings()
+            with gr.Column(scale=7, min_width=320, elem_id="grid-results"):
+                self._build_results()
+        self._connect()
+
+    def _build_settings(self) -> None:
+        site, methods = self._site, list(self._site.studio.methods)
+        prompts = [group[0] for group in site.presets.values() if group]
+        self.prompts = gr.Textbox(
+            "\n".join(prompts), label="Prompts, one a line", lines=4, max_lines=12, elem_id="grid-prompts"
+        )
+        with gr.Row():
+            self.draw_button = gr.Button(
+                "Draw the grid", variant="primary", elem_id="grid-draw", min_width=120
+            )
+            self.stop_button = gr.Button("Stop", variant="stop", elem_id="grid-stop", min_width=80)
+        self.seeds = gr.Textbox("0 1", label="Seeds, with spaces between", max_lines=1, elem_id="grid-seeds")
+        self.methods = gr.CheckboxGroup(methods, value=methods, label="Methods")
+        self.scales = gr.Textbox(
+            "1",
+            label="Scales of the adapters",
+            info="Several, with spaces between, give a column each.",
+            max_lines=1,
+            elem_id="grid-scales",
+        )
+        self.layout = gr.Dropdown(list(_LAYOUTS), value=next(iter(_LAYOUTS)), label="Layout")
+        with gr.Accordion("More settings", open=False):
+            self._drawing = drawing_fields(site)
+
+    def _build_results(self) -> None:
+        self.status = gr.HTML(progress("Press Draw the grid."), elem_id="grid-status")
+        self.sheet = gr.Image(
+            format="png",
+            label="Sheet",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_id="grid-sheet",
+            alt_text="The sheet: not drawn yet",
+        )
+        self.download = gr.DownloadButton(
+            "Download sheet and pictures (ZIP)", interactive=False, elem_id="grid-download"
+        )
+        self.gallery = gr.Gallery(
+            format="png",
+            label="Pictures as they are drawn",
+            columns=4,
+            object_fit="contain",
+            interactive=False,
+            elem_id="grid-pictures",
+            elem_classes=self._site.picture_class,
+        )
+
+    def _connect(self) -> None:
+        asked = [self.prompts, self.seeds, self.methods, self.scales, self.layout, *self._drawing]
+        drawing = self.draw_button.click(
+            self._draw,
+            asked,
+            [self.status, self.sheet, self.download, self.gallery],
+            show_progress="full",
+            show_progress_on=self.status,
+            js=scrolled_to("grid-results"),
+            trigger_mode="once",
+            **DRAWS,
+            **PRIVATE,
+        )
+        connect_stop(self.stop_button, self.status, [drawing])
+        files, facts = gr.Files(visible=False), gr.JSON(visible=False)
+        gr.Button(visible=False).click(
+            self._draw_for_programs,
+            asked,
+            [files, facts],
+            api_name="grid",
+            api_description="Draw prompts x seeds x methods: the sheet, then each picture, and their JSON.",
+            **DRAWS,
+        )
+
+    # Handlers.
+
+    def _planned(
+        self,
+        prompts: str,
+        seeds: str,
+        methods: Sequence[str],
+        scales: str,
+        layout: str,
+        *drawing: Any,
+    ) -> _Planned:
+        """The grid that the fields ask for; one that is too large is refused before anything is drawn."""
+        how = self._site.drawing(*drawing)
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if any(len(line) > MAX_PROMPT for line in lines):
+            raise refusal(f"A prompt must have at most {MAX_PROMPT} characters.")
+        factors = [check_scale(scale) for scale in _numbers(scales, "scale")]
+        rows, columns = _LAYOUTS[layout]
+        columns_of = {
+            method: factors if method in self._site.studio.adapters else [1.0] for method in methods
+        }
+        chosen = [
+            Method(method if len(own) == 1 else f"{method} x {scale:g}", _adapter(method), scale)
+            for method, own in columns_of.items()
+            for scale in own
+        ]
+        numbers = [_seed(number) for number in _numbers(seeds, "seed")]
+        pictures = len(lines) * len(numbers) * len(chosen)
+        if pictures > MAX_PICTURES:
+            raise refusal(
+                f"{len(lines)} prompts, {len(numbers)} seeds and {len(chosen)} methods are {pictures} "
+                f"pictures; this page draws at most {MAX_PICTURES}. For more there is the command "
+                "python -m flatlora_diffusion.grid."
+            )
+        studio = self._site.studio
+        try:
+            grid = Grid(lines, numbers, chosen, rows, columns)
+            adapters = {label: facts.file for label, facts in studio.adapters.items()}
+            recipe = Recipe(studio.base, grid, how, adapters, dtype=studio.dtype)
+            recipe.check_size()
+        except (UserError, ValueError) as error:
+            raise refusal(f"{str(error)[:1].upper()}{str(error)[1:]}.") from error
+        batches = grid.batches(self._site.batch_size)
+        jobs = [
+            Job(
+                batch[0].method.adapter or BASE,
+                [(cell.prompt, cell.seed) for cell in batch],
+                how,
+                batch[0].method.scale,
+            )
+            for batch in batches
+        ]
+        return _Planned(recipe, batches, jobs)
+
+    def _draw(self, *asked: Any) -> Iterator[dict[gr.components.Component, Any]]:
+        planned = self._planned(*asked)
+        pictures = len(planned.recipe.grid)
+        yield {
+            self.status: progress("Starting.", 0.0),
+            self.sheet: None,
+            self.gallery: None,
+            self.download: gr.DownloadButton(value=None, interactive=False),
+        }
+        with self._site.lent_folder() as folder:
+            shown: list[tuple[str, str]] = []
+            for event in self._site.studio.run(planned.jobs):
+                if isinstance(event, Drawn):
+                    shown += self._write(folder, planned, event)
+                    yield {self.gallery: shown}
+                else:
+                    left = f"{len(shown)} of {pictures} pictures: about {event.seconds_left:.0f} s left."
+                    yield {self.status: progress(left, event.fraction)}
+            sheet = self._write_sheet(folder, planned)
+            yield {
+                self.status: progress(f"{pictures} pictures are drawn.", 1.0),
+                self.sheet: gr.Image(str(sheet), alt_text=_described(planned.recipe.grid)),
+                self.download: gr.DownloadButton(value=str(zipped(folder, "grid.zip")), interactive=True),
+            }
+
+    def _draw_for_programs(
+        self,
+        prompts: str,
+        seeds: str,
+        methods: list[str],
+        scales: str,
+        layout: str,
+        negative_prompt: str,
+        steps: int,
+        guidance: float,
+        sampler: str,
+        width: int,
+        height: int,
+    ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+        planned = self._planned(
+            *(prompts, seeds, methods, scales, layout),
+            *(negative_prompt, steps, guidance, sampler, width, height),
+        )
+        cells = [cell for row in planned.recipe.grid.table() for cell in row]
+        made = [json.loads(sidecar(self._stamp(cell, planned.recipe))) for cell in cells]
+        with self._site.lent_folder() as folder:
+            for event in self._site.studio.run(planned.jobs):
+                if isinstance(event, Drawn):
+                    self._write(folder, planned, event)
+            files = [self._write_sheet(folder, planned), *(folder / cell.file for cell in cells)]
+            yield [str(file) for file in files], made
+
+    def _write(self, folder: Path, planned: _Planned, done: Drawn) -> list[tuple[str, str]]:
+        """Write the pictures of a batch; their files and captions."""
+        shown = []
+        for cell, picture in zip(planned.batches[done.job], done.pictures, strict=True):
+            file = folder / cell.file
+            file.write_bytes(png(picture, self._stamp(cell, planned.recipe)))
+            shown.append((str(file), f"{cell.method.label}, seed {cell.seed}: {cell.prompt}"))
+        return shown
+
+    def _write_sheet(self, folder: Path, planned: _Planned) -> Path:
+        studio, recipe = self._site.studio, planned.recipe
+        sampler = studio.sampler(recipe.drawing)
+        hashes = {label: facts.sha256 for label, facts in studio.adapters.items()}
+        file = folder / "sheet.png"
+        file.write_bytes(sheet_png(recipe, recipe.sheet(folder, sampler).draw(), sampler, hashes))
+        return file
+
+    def _stamp(self, cell: Cell, recipe: Recipe) -> Stamp:
+        method = cell.method
+        return self._site.studio.stamp(
+            method.adapter or BASE, cell.prompt, cell.seed, recipe.drawing, method.scale
+        )
+
+
+def _adapter(method: str) -> str | None:
+    return None if method == BASE else method
+
+
+def _numbers(text: str, name: str) -> list[float]:
+    words = text.replace(",", " ").split()
+    if not words:
+        raise refusal(f"Give at least one {name}.")
+    try:
+        return [float(word) for word in words]
+    except ValueError as error:
+        raise refusal(f"Each {name} must be a number, with spaces between them.") from error
+
+
+def _seed(number: float) -> int:
+    if not 0 <= number <= MAX_SEED or number % 1:
+        raise refusal(f"A seed must be a whole number from 0 to {MAX_SEED}.")
+    return int(number)
+
+
+def _described(grid: Grid) -> str:
+    """The sheet in words."""
+    methods = ", ".join(method.label for method in grid.methods)
+    seeds = ", ".join(map(str, grid.seeds))
+    return f"A sheet of {'; '.join(grid.prompts)}, drawn by {methods} with seeds {seeds}"

@@ -1,0 +1,234 @@
+"""The tab of training runs: curves, validation pictures, settings and facts, with the runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from PIL import Image
+
+from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data.images import open_image
+from flatlora_diffusion.output.reading import SMOOTHING, Curve, RunFolder
+
+METHOD_COLOURS = {"LoRA": "#d97706", "Flat-LoRA": "#3b82f6"}
+"""Method -> its colour in every plot: orange and blue stay apart for the colour-blind too."""
+
+OTHER_COLOURS = ("#be4bb4", "#0f9488", "#8b6f5c", "#7c7cf0")
+"""Colours of further runs, taken in turn."""
+
+_NEWEST = 2  # so many steps are shown where none are chosen
+_LARGEST_SIDE = 2048  # larger pictures are reduced for the page
+
+
+def runs_tab(runs: Mapping[str, RunFolder]) -> None:
+    """Build the content of the tab in the current `gr.Blocks`; its one public endpoint is `/training_run`.
+
+    Args:
+        runs: Label -> run, fixed for the life of the page; what they hold is read at every refresh.
+    """
+
+    def training_run(label: str) -> dict[str, Any]:
+        """Curves (pairs of step and value), settings and facts of a training run, and what is missing."""
+        if not isinstance(label, str) or label not in runs:
+            known = ", ".join(runs) or "none"
+            raise gr.Error(f"There is no such training run; there are: {known}.", print_exception=False)
+        return run_record(runs[label])
+
+    gr.api(training_run, api_name="training_run")
+    if not runs:
+        gr.Markdown("No training run was given: start the app with `--run` and the output folder of one.")
+        return
+    colours = run_colours(runs)
+    chosen = gr.CheckboxGroup(list(runs), value=list(runs), label="Training runs")
+    with gr.Row(equal_height=False):
+        smooth = gr.Checkbox(
+            True,
+            label="Smooth the training loss",
+            info=f"Exponential mean over about {round(1 / (1 - SMOOTHING))} steps.",
+            scale=3,
+            min_width=300,
+        )
+        refresh = gr.Button("Refresh", scale=1, min_width=160)
+    gaps = gr.Markdown(visible=False)
+    loss, loss_text = _plot("loss", "Training loss", colours)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            sigma, sigma_text = _plot("sigma", "Noise strength sigma", colours)
+        with gr.Column(min_width=300):
+            heldout, heldout_text = _plot("held-out loss", "Held-out loss", colours)
+    steps = gr.Dropdown(
+        [],
+        multiselect=True,
+        label="Steps of the validation pictures",
+        info=f"Without a choice the newest {_NEWEST} are shown.",
+        visible=False,
+    )
+    gallery = gr.Gallery(
+        label="Validation pictures",
+        columns=3,
+        height="max-content",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        visible=False,
+        elem_classes="runs-gallery",
+    )
+    gallery_text = gr.Markdown()
+    facts = gr.HTML(css_template=TABLE_CSS, padding=False)
+    settings = gr.HTML(css_template=TABLE_CSS, padding=False)
+
+    def show(labels: list[str], smoothed: bool, wanted: list[int]) -> list[Any]:
+        shown = {label: runs[label] for label in runs if label in labels}
+        curves = {label: run.smoothed() if smoothed else run.losses() for label, run in shown.items()}
+        sheets = validation_sheets(shown)
+        drawn = sorted({step for _, step, _ in sheets if step is not None})
+        wanted = [step for step in wanted if step in drawn]
+        pictures, unreadable = open_sheets(sheets, set(wanted or drawn[-_NEWEST:]))
+        heading = f"Training loss, {'smoothed' if smoothed else 'as it was'}"
+        sigmas = {label: run.sigmas() for label, run in shown.items()}
+        heldout_losses = {label: run.heldout() for label, run in shown.items()}
+        return [
+            _gaps_text(shown, unreadable),
+            *_curves("loss", curves, "losses", colours, label=heading),
+            *_curves("sigma", sigmas, "sigma", colours),
+            *_curves("held-out loss", heldout_losses, "held-out loss", colours),
+            gr.Dropdown(drawn, value=wanted, visible=len(drawn) > _NEWEST),
+            gr.Gallery(pictures, visible=bool(pictures)),
+            "" if pictures else "There are no validation pictures." if shown else "",
+            facts_table({label: run.facts() for label, run in shown.items()}),
+            settings_table({label: run.settings() for label, run in shown.items()}),
+        ]
+
+    outputs = [
+        *(gaps, loss, loss_text, sigma, sigma_text, heldout, heldout_text),
+        *(steps, gallery, gallery_text, facts, settings),
+    ]
+    inputs = [chosen, smooth, steps]
+    events = [chosen.input, smooth.input, steps.input, refresh.click]
+    gr.on(events, show, inputs, outputs, api_visibility="private", show_progress="minimal")
+    gr.on(None, lambda: show(list(runs), True, []), None, outputs, api_visibility="private")  # at every load
+
+
+def run_record(run: RunFolder) -> dict[str, Any]:
+    """All that is known of a run, as JSON; without paths."""
+    return {
+        "label": run.label,
+        "losses": run.losses(),
+        "smoothed_losses": run.smoothed(),
+        "sigmas": run.sigmas(),
+        "heldout_losses": run.heldout(),
+        "validation_steps": [step for step, _ in run.validation()],
+        "settings": run.settings(),
+        "facts": run.facts(),
+        "gaps": run.gaps(),
+    }
+
+
+def run_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
+    """Label -> colour: that of its method where no other run has it, else one of its own."""
+    colours = {label: METHOD_COLOURS[label] for label in runs if label in METHOD_COLOURS}
+    others = 0
+    for label, run in runs.items():
+        colour = METHOD_COLOURS.get(run.facts().get("method", ""))
+        if label not in colours and (colour is None or colour in colours.values()):
+            colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
+            others += 1
+        colours.setdefault(label, colour)
+    return colours
+
+
+def validation_sheets(runs: Mapping[str, RunFolder]) -> list[tuple[str, int | None, Path]]:
+    """Whose it is, the step and the file of every sheet, in the order of steps.
+
+    Those after training have None for a step, and come last. Sheets that runs share come once.
+    """
+    sheets: dict[Path, tuple[str, int | None]] = {}
+    for label, run in runs.items():
+        sheets |= {path: (label, step) for step, path in run.validation()}
+    comparisons = {run.comparison for run in runs.values()} - {None}
+    for run in runs.values():
+        whose = run.label
+        if run.comparison is not None:
+            which = f"{run.comparison.resolve().name}: " if len(comparisons) > 1 else ""
+            whose = f"{which}side by side"
+        sheets |= {path: (whose, step) for step, path in run.side_by_side()}
+        if picture := run.final_comparison():
+            sheets[picture] = (whose, None)
+    ordered = sorted(sheets.items(), key=lambda sheet: math.inf if sheet[1][1] is None else sheet[1][1])
+    return [(whose, step, path) for path, (whose, step) in ordered]
+
+
+def open_sheets(
+    sheets: Sequence[tuple[str, int | None, Path]], steps: set[int]
+) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+    """The pictures of these steps, and those after training, with captions; a line for each damaged one.
+
+    Only pixels leave: whatever text a file carries stays behind.
+    """
+    pictures, unreadable = [], []
+    for whose, step, path in sheets:
+        if step is not None and step not in steps:
+            continue
+        caption = f"{whose[0].upper()}{whose[1:]}, {'after training' if step is None else f'step {step}'}"
+        try:
+            picture = open_image(path).convert("RGB")
+        except UserError:
+            unreadable.append(f"{caption}: the picture cannot be read")
+            continue
+        picture.info.clear()
+        picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+        pictures.append((picture, caption))
+    return pictures, unreadable
+
+
+def _plot(value: str, title: str, colours: dict[str, str]) -> tuple[gr.LinePlot, gr.HTML]:
+    plot = gr.LinePlot(
+        x="step",
+        y=value,
+        color="run",
+        color_map=colours,
+        x_title="Optimizer step",
+        y_title=title,
+        color_title="Training run",
+        label=title,
+        visible=False,
+        buttons=["fullscreen"],
+    )
+    return plot, gr.HTML()
+
+
+def _curves(
+    value: str, curves: dict[str, Curve], what: str, colours: dict[str, str], **changes: str
+) -> list[Any]:
+    """The plot of these curves, and in words where they end and which run has none.
+
+    The words repeat the colours: on a phone the legend in the plot has no room for many runs.
+    """
+    rows = [(step, height, label) for label, curve in curves.items() for step, height in curve]
+    frame = pd.DataFrame(rows, columns=["step", value, "run"])
+    last = [
+        f'<span aria-hidden="true" style="color: {colours[label]}">\N{BLACK CIRCLE}</span> '
+        f"{escape(label)} {curve[-1][1]:.4g} at step {curve[-1][0]}"
+        for label, curve in curves.items()
+        if curve
+    ]
+    none = [escape(label) for label, curve in curves.items() if not curve]
+    sentences = [f"Last value: {'; '.join(last)}."] if last else []
+    if none:
+        sentences.append(f"No {what} of {' and '.join(none)}.")
+    return [gr.LinePlot(frame, visible=bool(rows), **changes), f"<p>{' '.join(sentences)}</p>"]
+
+
+def _gaps_text(runs: dict[str, RunFolder], unreadable: list[str]) -> Any:
+    lines = [f"{label}: {gap}" for label, run in runs.items() for gap in run.gaps()] + unreadable
+    if not runs:
+        lines = ["Choose at least one training run."]
+    return gr.Markdown("\n".join(f"- {line}" for line in lines), visible=bool(lines))

@@ -1,0 +1,130 @@
+"""From the app's flags to a page that is served."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.app.engine import BASE, Studio
+from flatlora_diffusion.app.page import build, launch_settings
+from flatlora_diffusion.app.presets import DEMO, presets
+from flatlora_diffusion.app.site import Site
+from flatlora_diffusion.app.votes import VoteFile
+from flatlora_diffusion.common.devices import DTYPES, default_device
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import load_pipeline
+from flatlora_diffusion.draw.stamp import base_name
+from flatlora_diffusion.output.reading import RunFolder, find_runs
+
+logger = logging.getLogger(__name__)
+
+PROJECT = Path(__file__).parents[2]
+DEMO_BASE = PROJECT / "assets" / "micro-sdxl"
+DEMO_GUIDANCE = 3.0
+
+
+def serve(given: argparse.Namespace) -> None:
+    """Load the base and the adapters, and serve the page until Ctrl-C.
+
+    Args:
+        given: From `app_flags.parse_app_arguments`.
+
+    Raises:
+        UserError: A flag names something that is missing, damaged, or doesn't fit the base.
+    """
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()  # they take the weights of an adapter for missing ones
+    if not given.votes.parent.is_dir():
+        raise UserError(f"--votes {given.votes}: there is no folder {given.votes.parent}; make it")
+    folders = given.run or ([] if given.adapter else [demo_folder(PROJECT)])
+    runs = _runs(folders)
+    adapters = _adapters(runs, dict(given.adapter))
+    base = given.base or _base(runs if given.run else {})
+    device = _device(given.device)
+    pipeline = load_pipeline(base, device=device, dtype=DTYPES[given.dtype])
+    studio = Studio(pipeline, base_name(base), adapters)
+    is_demo = Path(base).is_dir() and Path(base).samefile(DEMO_BASE)
+    site = Site(
+        studio,
+        presets=DEMO if is_demo else presets(studio.adapters, runs),
+        **({"guidance": DEMO_GUIDANCE} if is_demo else {}),
+        runs=runs,
+        votes=VoteFile(given.votes),
+    )
+    page = build(site)
+    try:
+        _, address, public = page.launch(
+            server_name=given.host,
+            server_port=given.port,
+            share=given.share,
+            auth=given.auth,
+            prevent_thread_lock=True,
+            quiet=True,
+            **launch_settings(),
+        )
+    except OSError as error:  # gradio's own line says which ports it has tried
+        raise UserError(f"--host {given.host} --port {given.port or 7860}: {error}") from error
+    print(f"the page is at {public or address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+def demo_folder(project: Path) -> Path:
+    """Where the adapters of `make demo` are, else those that come with the project."""
+    for folder in (project / "demo-output", project / "assets" / "adapters"):
+        if all((folder / arm / WEIGHTS_NAME).is_file() for arm in ("lora", "flat_lora")):
+            return folder
+    raise UserError(f"no adapters in {folder}: restore that folder, or give --run DIR or --adapter NAME=PATH")
+
+
+def _runs(folders: list[Path]) -> dict[str, RunFolder]:
+    """The runs of all folders; where two have the same label, each has its folder's name before it."""
+    found = [(folder, label, run) for folder in folders for label, run in find_runs(folder).items()]
+    labels = [label for _, label, _ in found]
+    runs = {}
+    for folder, label, run in found:
+        name = label if labels.count(label) == 1 else f"{folder.resolve().name}: {label}"
+        if name in runs:
+            raise UserError(f"--run {folder}: another one has the same name {name}; rename the folder")
+        runs[name] = run
+    return runs
+
+
+def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Path]) -> dict[str, Path]:
+    """All adapters by their labels, those of finished runs first."""
+    adapters = {}
+    for label, run in runs.items():
+        if run.adapter:
+            adapters[label] = run.adapter
+        else:
+            logger.warning("%s has no adapter yet: its curves are shown alone", label)
+    for label, path in given.items():
+        if label in adapters or label == BASE or not label.strip():
+            raise UserError(f"--adapter {label}=...: each needs a name of its own, and not {BASE}")
+        adapters[label] = path
+    return adapters
+
+
+def _base(runs: Mapping[str, RunFolder]) -> str:
+    """The base that the adapters of training runs were trained on, else the demo base."""
+    bases = {read_facts(run.adapter).get("base") for run in runs.values() if run.adapter} - {None}
+    if len(bases) > 1:
+        raise UserError(f"the runs have different bases ({', '.join(sorted(bases))}); show them one by one")
+    return bases.pop() if bases else str(DEMO_BASE)
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,194 @@
+"""What the tabs share: the engine, the limits of what can be asked for, and how pictures are handed out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.files import forget
+from flatlora_diffusion.app.votes import VoteFile
+from flatlora_diffusion.draw import stamp
+from flatlora_diffusion.draw.pipeline import Drawing
+from flatlora_diffusion.draw.samplers import SAMPLERS
+from flatlora_diffusion.draw.stamp import sidecar
+from flatlora_diffusion.grid.plan import unique_slugs
+from flatlora_diffusion.output.reading import RunFolder
+
+MAX_PROMPT = 1000
+MAX_SEED = 2**32 - 1
+MAX_STEPS = 100
+MAX_GUIDANCE = 20.0
+MAX_SCALE = 2.0
+
+# All that draws takes turns; who waits is told the place in the queue.
+DRAWS = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+PRIVATE = {"api_visibility": "private"}
+
+_SMALL = 256  # pictures of at most so many pixels a side are enlarged without smoothing
+
+
+@dataclass(frozen=True)
+class Site:
+    """A page's engine and first values.
+
+    Attributes:
+        studio: Draws.
+        presets: Heading -> prompts that can be chosen.
+        steps: First number of denoising steps.
+        guidance: First guidance.
+        runs: Label -> training run.
+        votes: Those of the blind test; without, the page has none.
+    """
+
+    studio: Studio
+    presets: Mapping[str, Sequence[str]]
+    steps: int = 30
+    guidance: float = 5.0
+    runs: Mapping[str, RunFolder] = field(default_factory=dict)
+    votes: VoteFile | None = None
+    _folder: tempfile.TemporaryDirectory = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
+    )
+
+    @property
+    def smallest_side(self) -> int:
+        """In pixels, as `largest_side`."""
+        return max(8, self.studio.native_side // 2 // 8 * 8)
+
+    @property
+    def largest_side(self) -> int:
+        """Half as much again as what the base was trained on."""
+        return self.studio.native_side * 3 // 2 // 8 * 8
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures that are drawn together, where there are many: small ones fit into any memory."""
+        return 8 if self.studio.native_side <= _SMALL else 1
+
+    @property
+    def picture_class(self) -> list[str]:
+        """CSS class of pictures."""
+        return ["picture", "crisp"] if self.studio.native_side <= _SMALL else ["picture"]
+
+    def drawing(
+        self, negative_prompt: str, steps: int, guidance: float, sampler: str, width: int, height: int
+    ) -> Drawing:
+        """The settings, checked.
+
+        Raises:
+            gradio.Error: One of them is out of its limits.
+        """
+        if len(negative_prompt) > MAX_PROMPT:
+            raise refusal(f"The negative prompt must have at most {MAX_PROMPT} characters.")
+        _require("Steps", steps, 1, MAX_STEPS, 1)
+        _require("Guidance", guidance, 0, MAX_GUIDANCE)
+        for name, side in (("Width", width), ("Height", height)):
+            _require(name, side, self.smallest_side, self.largest_side, 8)
+        if sampler not in SAMPLERS:
+            raise refusal(f"The sampler must be one of {', '.join(SAMPLERS)}.")
+        return Drawing(int(width), int(height), int(steps), float(guidance), negative_prompt or None, sampler)
+
+    def picture_files(
+        self,
+        folder: Path,
+        picture: Image.Image,
+        method: str,
+        prompt: str,
+        seed: int,
+        drawing: Drawing,
+        scale: float,
+    ) -> tuple[Path, Path]:
+        """Write a picture that says how it was made, and a JSON file that says the same.
+
+        Args:
+            folder: From `new_folder`.
+            picture: As drawn.
+            method: The base or an adapter's label.
+            prompt: Its prompt.
+            seed: Its seed.
+            drawing: How it was drawn.
+            scale: Of the adapter's update.
+        """
+        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+        names = dict(zip(self.studio.methods, unique_slugs(self.studio.methods), strict=True))
+        png = folder / f"{names[method]}-seed{seed}.png"
+        png.write_bytes(stamp.png(picture, made))
+        png.with_suffix(".json").write_bytes(sidecar(made))
+        return png, png.with_suffix(".json")
+
+    def caption(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float) -> str:
+        """How a picture was made, as two lines of Markdown; of the base one."""
+        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+        adapter = self.studio.adapters.get(method)
+        of_adapter = ""
+        if adapter:
+            of_adapter = f"rank {adapter.rank}, scale {scale:g}, hash {adapter.sha256[:10]}  \n"
+        return (
+            f"{of_adapter}seed {seed}, {drawing.steps} steps of {made.sampler}, "
+            f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
+        )
+
+    @contextlib.contextmanager
+    def lent_folder(self) -> Iterator[Path]:
+        """An empty folder that goes after the block: what an event yields there has been copied by then."""
+        folder = self.new_folder()
+        try:
+            yield folder
+        finally:
+            forget([folder])
+
+    def new_folder(self) -> Path:
+        """An empty folder for files that are handed out; it goes with the page."""
+        return Path(tempfile.mkdtemp(dir=self._folder.name))
+
+
+def check_prompt(prompt: str) -> str:
+    """A prompt without white space around it.
+
+    Raises:
+        gradio.Error: It is empty or too long.
+    """
+    prompt = prompt.strip()
+    if not prompt or len(prompt) > MAX_PROMPT:
+        raise refusal(f"The prompt must have 1 to {MAX_PROMPT} characters.")
+    return prompt
+
+
+def check_seed(seed: float) -> int:
+    """A seed as a whole number.
+
+    Raises:
+        gradio.Error: It is none.
+    """
+    _require("The seed", seed, 0, MAX_SEED, 1)
+    return int(seed)
+
+
+def check_scale(scale: float) -> float:
+    """The scale of an adapter's update.
+
+    Raises:
+        gradio.Error: It is out of its limits.
+    """
+    _require("The scale of the adapters", scale, 0, MAX_SCALE)
+    return float(scale)
+
+
+def _require(name: str, value: float | None, least: float, most: float, step: int | None = None) -> None:
+    number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not number or not least <= value <= most or (step and value % step):
+        kind = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
+        raise refusal(f"{name} must be {kind} from {least:g} to {most:g}.")
+
+
+def refusal(told: str) -> gr.Error:
+    """What a visitor is told who asks for too much; the server's log has no traceback of it."""
+    return gr.Error(told, print_exception=False)

@@ -1,0 +1,98 @@
+"""What every command line of the project shares: one-line errors, suggestions, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.common.signals import sigterm_interrupts
+
+# What a disk or a name may do to a run without any mistake of ours.
+_SURROUNDINGS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`s: one line, without the usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Report a bad argument."""
+        raise UserError(message.removeprefix("argument "))
+
+    def parse_all(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse; an unknown flag is named together with the nearest known one."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            raise UserError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
+        return known
+
+
+def invoked_as(script: str) -> str:
+    """What usage messages call a command: its installed name where it was started by that, else `script`."""
+    name = Path(sys.argv[0]).stem
+    return name if name.startswith("flatlora-") else script
+
+
+def parse_adapter(argument: str) -> tuple[str, Path]:
+    """NAME=PATH of a command line."""
+    name, separator, path = argument.partition("=")
+    if not separator or not name or not path:
+        raise argparse.ArgumentTypeError(f"{argument}: must be NAME=PATH")
+    return name, Path(path)
+
+
+def run_command(command: Callable[[], None]) -> NoReturn:
+    """Run a command line's work: bad input prints one line and exits with code 2.
+
+    An interruption exits with 128 plus its signal. Anything else that goes wrong is a bug of ours and
+    keeps its traceback.
+    """
+    # Of several processes one tells how it goes, and all what is wrong.
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
+    # The libraries read these when they are imported, which the command does.
+    for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(verbosity, "error")
+    for noisy in ("httpx", "httpx2", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step
+    try:
+        with sigterm_interrupts():
+            command()
+    except UserError as error:
+        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        print(f"error: {error.filename or 'writing failed'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except RunInterruptedError as stop:
+        if not rank:
+            print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt as stop:
+        print("interrupted; what was saved before is still there", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    sys.exit(0)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` where a known name is near, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -1,0 +1,23 @@
+"""Where and in which precision to compute, and giving memory back."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def release() -> None:
+    """Give freed memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def default_device() -> str:
+    """The accelerator at hand, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,28 @@
+"""Everything random is a function of named numbers: hashes and private generators."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """A private generator on the CPU whose numbers depend on the key alone."""
+    return torch.Generator().manual_seed(hash64(*key))
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, key: int) -> Iterator[None]:
+    """The global RNG of the CPU and a device, seeded with a key inside the block; afterwards as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key)
+        yield
+
+
+def hash64(*parts: object) -> int:
+    """A 64-bit key that is the same in every process and version of Python, unlike `hash`."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,0 +1,175 @@
+"""Command line and configuration file -> `TrainConfig`; errors -> one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from flatlora_diffusion.common.command import OneLineParser, invoked_as, nearest
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+# Flags of the diffusers script that mean nothing here, and why.
+WITHOUT_EFFECT = {
+    "dataloader_num_workers": "the images are encoded once before training, so no step waits for them",
+    "local_rank": "the launcher tells each process its rank",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used, which is as lean",
+}
+# Flags of the diffusers script that are refused: why, and what to do.
+REFUSED = {
+    "do_edm_style_training": "is for Playground v2.5; SDXL is trained on epsilon or velocity; leave it out",
+}
+
+
+def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration from `--config FILE.yaml` and flags; flags override the file.
+
+    Raises:
+        UserError: An unknown flag or key, a missing or ill-typed value, an unreadable file.
+    """
+    parser = OneLineParser(
+        prog=invoked_as("train_dreambooth_flat.py"),
+        description="DreamBooth LoRA training of SDXL with Flat-LoRA: noise on the merged weights makes "
+        "the adapter generalise better. Flags are those of diffusers' train_dreambooth_lora_sdxl.py.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
+    for field in dataclasses.fields(TrainConfig):
+        parser.add_argument(f"--{field.name}", **_argument(field))
+    for name in (*WITHOUT_EFFECT, *REFUSED):
+        parser.add_argument(
+            f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    given = vars(parser.parse_all(arguments))
+    for name, reason in REFUSED.items():
+        if name in given:
+            raise UserError(f"--{name}: {reason}")
+    for name, reason in WITHOUT_EFFECT.items():
+        if given.pop(name, None) is not None:
+            logger.info("--%s has no effect here: %s", name, reason)
+    config_file = given.pop("config", None)
+    values = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    missing = [f.name for f in dataclasses.fields(TrainConfig) if _is_required(f) and f.name not in values]
+    if missing:
+        raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
+    return TrainConfig(**values)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    kind, _ = field_kind(field)
+    default = "required" if _is_required(field) else f"default: {field.default}"
+    settings: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": f"{field.metadata['help']} ({default})".replace("%", "%%"),
+    }
+    if kind is bool:
+        return settings | {"action": _Switch}
+    if kind is tuple:
+        return settings | {"nargs": "+", "metavar": "TEXT"}
+    return settings | {"type": kind, "metavar": _metavar(field, kind)}
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """A flag that is switched on by itself, off with `--no-`, and either way by a word after it.
+
+    The diffusers script has switches that take a word (`--prodigy_decouple False`, which it reads as true).
+    """
+
+    WORDS: ClassVar[dict[str, bool]] = {
+        **dict.fromkeys(("true", "yes", "1", "on"), True),
+        **dict.fromkeys(("false", "no", "0", "off"), False),
+    }
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.nargs = "?"
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store true or false."""
+        word = "true" if values is None else values.lower()
+        if word not in self.WORDS or (values is not None and option_string.startswith("--no-")):
+            parser.error(f"{option_string} {values}: the word after it must be true or false")
+        setattr(namespace, self.dest, self.WORDS[word] != option_string.startswith("--no-"))
+
+
+def _metavar(field: dataclasses.Field, kind: type) -> str:
+    choices = field.metadata["choices"]
+    return "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror.lower()}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold lines of the form `name: value`")
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in content:
+        if name not in fields:
+            raise UserError(f"--config {path}: unknown setting {name}{nearest(str(name), fields)}")
+    return {name: _typed(path, fields[name], value) for name, value in content.items()}
+
+
+def _typed(path: Path, field: dataclasses.Field, value: Any) -> Any:
+    """The value of a configuration file as its field's type."""
+    kind, optional = field_kind(field)
+    if value is None and optional:
+        return None
+    if kind is tuple and isinstance(value, (str, list)):
+        return [value] if isinstance(value, str) else [str(item) for item in value]
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "text or a list",
+    }
+    raise UserError(f"--config {path}: {field.name} must be {names[kind]}, not {value!r}")
+
+
+def field_kind(field: dataclasses.Field) -> tuple[type, bool]:
+    """Type of a field without its `| None`, `tuple` for several strings, and whether None is allowed."""
+    hint = _hints()[field.name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return typing.get_origin(hint) or hint, optional
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)

@@ -1,0 +1,433 @@
+"""The settings of a training run: one validated dataclass, from which the command line is made.
+
+Names, meaning and defaults are those of the diffusers script `train_dreambooth_lora_sdxl.py`, for all that
+both have. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.options import (
+    BELOW_ONE,
+    FRACTION,
+    INITIALISATION,
+    LEARNING_RATE,
+    MULTIPLE_OF_8,
+    NOT_NEGATIVE,
+    POSITIVE,
+    REQUIRED,
+    option,
+)
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "prodigy")
+FLAT_SCHEDULES = ("cosine", "linear", "constant")
+FLAT_NOISES = ("table", "gaussian")
+QUANTISATIONS = ("4bit", "8bit")
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of DreamBooth LoRA training, or with `compare` a plain and a Flat-LoRA run.
+
+    Raises:
+        UserError: A value is out of range; the message names the flag.
+    """
+
+    # The base model.
+    pretrained_model_name_or_path: str = option(
+        REQUIRED, "Folder of an SDXL pipeline in the diffusers format, or its name on the Hugging Face Hub."
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "A better VAE (for half precision, say); without it the base's own runs in float32."
+    )
+    revision: str | None = option(None, "Revision of the base on the hub.")
+    variant: str | None = option(None, "Variant of the base's weight files, such as fp16.")
+    quantize_base: str | None = option(
+        None,
+        "Keep the UNet's linear layers in 4 bits (NF4 with double quantisation, as in QLoRA) or in 8 "
+        "(LLM.int8()); needs bitsandbytes.",
+        QUANTISATIONS,
+    )
+
+    # The data.
+    instance_data_dir: str | None = option(None, "Folder with the training images; or give dataset_name.")
+    dataset_name: str | None = option(
+        None,
+        "Dataset of the Hugging Face Hub with the training images in its train split, or a local folder that "
+        "the datasets library reads (parquet files, images with metadata.jsonl or metadata.csv, ...).",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
+    cache_dir: str | None = option(
+        None, "Folder for what the datasets library downloads and converts. Default: its own."
+    )
+    image_column: str = option("image", "Column of the dataset that holds the images.")
+    caption_column: str | None = option(
+        None,
+        "Column of the dataset that holds the captions; without it instance_prompt is the caption of all. "
+        "For a folder of images: the key of the captions in metadata.jsonl, which is text by default.",
+    )
+    instance_prompt: str = option(
+        REQUIRED,
+        "Prompt of every image that has no caption of its own. Captions of a folder come from metadata.jsonl "
+        "(file_name, text) or from .txt files beside the images. Captions may say {instance_prompt}.",
+    )
+    repeats: int = option(1, "How often an epoch passes over the training images.", rules=(POSITIVE,))
+    resolution: int = option(
+        1024,
+        "Images are resized to this many pixels on their shorter side, and cropped.",
+        rules=(POSITIVE, MULTIPLE_OF_8),
+    )
+    aspect_buckets: bool = option(
+        False, "Keep the shape of images: batches of one size each, all of about resolution x resolution."
+    )
+    center_crop: bool = option(False, "Crop in the centre, not at random.")
+    random_flip: bool = option(False, "Mirror images at random.")
+    image_interpolation_mode: str = option("lanczos", "How images are resized.", INTERPOLATIONS)
+    background: str = option(
+        "white",
+        "Colour under the transparent parts of images: a name, #rrggbb, or random (another one each time).",
+    )
+    caption_dropout_rate: float = option(
+        0.0, "Share of the samples whose caption is replaced by the empty prompt.", rules=(FRACTION,)
+    )
+    shuffle_caption: bool = option(
+        False, "Shuffle the comma-separated tags of captions; each caption has up to 8 orders."
+    )
+    keep_tokens: int = option(
+        0, "So many tags at the start of a caption keep their place.", rules=(NOT_NEGATIVE,)
+    )
+
+    # Prior preservation.
+    with_prior_preservation: bool = option(
+        False, "Add the loss of class images, so that the class stays what it was."
+    )
+    class_data_dir: str | None = option(
+        None, "Folder of class images; the base draws those that are missing."
+    )
+    class_prompt: str | None = option(None, "Prompt of the class images.")
+    prior_loss_weight: float = option(1.0, "Weight of the class images' loss.", rules=(NOT_NEGATIVE,))
+    num_class_images: int = option(100, "How many class images there should be.", rules=(POSITIVE,))
+    sample_batch_size: int = option(4, "Class images drawn at once.", rules=(POSITIVE,))
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which class images are drawn. Default: fp16 on a GPU, else fp32.",
+        ("no", "fp32", "fp16", "bf16"),
+    )
+
+    # Held-out images.
+    heldout_data_dir: str | None = option(
+        None, "Folder of images that are not trained; their loss is logged at fixed timesteps and noise."
+    )
+    heldout_split: str | None = option(
+        None, "Split of the dataset, such as validation, to be held out in place of a folder."
+    )
+    heldout_steps: int = option(
+        50, "Measure the held-out loss every so many steps, and at the end.", rules=(POSITIVE,)
+    )
+
+    # The adapter.
+    rank: int = option(4, "Rank of the LoRA.", rules=(POSITIVE,))
+    lora_alpha: float | None = option(
+        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank.", rules=(POSITIVE,)
+    )
+    lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.", rules=(BELOW_ONE,))
+    use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
+    use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
+    init_lora_weights: str = option(
+        "gaussian",
+        "How the LoRA starts, as PEFT does it: gaussian (a normal A, as in the diffusers script), default "
+        "(a uniform A), pissa or pissa_niter_N (principal components of the base's weights, by an exact SVD "
+        "or by one of N iterations), olora (their QR decomposition), eva (principal components of what the "
+        "layers are shown) or lora_ga (those of the base's gradients).",
+        rules=(INITIALISATION,),
+    )
+    scale_weight_norms: float | None = option(
+        None,
+        "Max-norm regularisation as in kohya's scripts: after each step, layers whose update s*B@A has a "
+        "greater Frobenius norm than this are scaled down to it (1 is a good start).",
+        rules=(POSITIVE,),
+    )
+    use_ema: bool = option(
+        False,
+        "Average the adapter over the steps (EMA): the saved adapter, validation pictures and held-out loss "
+        "are the average's. pytorch_lora_weights_live.safetensors, beside the saved one, is not averaged.",
+    )
+    ema_decay: float = option(
+        0.999,
+        "Decay of the average at most; after t steps it is t / (t + 9) where that is less.",
+        rules=(BELOW_ONE,),
+    )
+    lora_layers: tuple[str, ...] | None = option(
+        None,
+        "Ends of the names of the UNet's layers that get a LoRA, such as to_k to_q to_v to_out.0 (these are "
+        "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2.",
+    )
+    train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
+    train_text_encoder_frac: float = option(
+        1.0,
+        "After this fraction of the steps the text encoders' LoRA is trained no further.",
+        rules=(FRACTION,),
+    )
+
+    # Pivotal tuning.
+    train_text_encoder_ti: bool = option(
+        False, "Train the embeddings of new tokens in both text encoders (textual inversion) with the LoRA."
+    )
+    train_text_encoder_ti_frac: float = option(
+        0.5, "After this fraction of the steps the new tokens are trained no further.", rules=(FRACTION,)
+    )
+    token_abstraction: str = option(
+        "TOK",
+        "The word of prompts and captions that new tokens replace; several with commas between them.",
+    )
+    num_new_tokens_per_abstraction: int = option(
+        2, "How many new tokens replace such a word.", rules=(POSITIVE,)
+    )
+
+    # Flat-LoRA.
+    flat_sigma: float = option(
+        0.1,
+        "Strength of Flat-LoRA's noise on the merged weights, relative to each filter; 0 is plain LoRA.",
+        rules=(NOT_NEGATIVE,),
+    )
+    flat_schedule: str = option("cosine", "How the noise grows over the run.", FLAT_SCHEDULES)
+    flat_noise: str = option("table", "Source of the noise: a table of normals, or fresh ones.", FLAT_NOISES)
+    compare: bool = option(
+        False,
+        "Train plain LoRA and then Flat-LoRA from the same initial adapter, data order, timesteps and noise, "
+        "into lora/ and flat_lora/ under the output folder, and draw both beside the base.",
+    )
+
+    # The objective.
+    snr_gamma: float | None = option(
+        None,
+        "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it.",
+        rules=(POSITIVE,),
+    )
+    noise_offset: float = option(
+        0.0,
+        "Adds this times one normal a channel to the noise, so that whole images can be dark or bright.",
+        rules=(NOT_NEGATIVE,),
+    )
+
+    # The optimisation.
+    train_batch_size: int = option(4, "Images a step, on each device.", rules=(POSITIVE,))
+    gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.", rules=(POSITIVE,))
+    num_train_epochs: int = option(
+        1, "Passes over the images; max_train_steps overrides it.", rules=(POSITIVE,)
+    )
+    max_train_steps: int | None = option(None, "Optimizer steps in all.", rules=(POSITIVE,))
+    learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.", rules=LEARNING_RATE)
+    text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.", rules=LEARNING_RATE)
+    scale_lr: bool = option(
+        False,
+        "Multiply the learning rate (not that of the text encoders) by devices, accumulation steps and "
+        "batch size.",
+    )
+    lr_scheduler: str = option("constant", "Schedule of the learning rate.", LR_SCHEDULERS)
+    lr_warmup_steps: int = option(
+        500, "Warm-up steps, for the schedules that have a warm-up.", rules=(NOT_NEGATIVE,)
+    )
+    lr_num_cycles: int = option(1, "Hard resets of cosine_with_restarts.", rules=(POSITIVE,))
+    lr_power: float = option(1.0, "Power of the polynomial schedule.")
+    text_encoder_2_lr: float | None = option(
+        None,
+        "Learning rate of the second text encoder. Default: that of --text_encoder_lr.",
+        rules=LEARNING_RATE,
+    )
+    loraplus_lr_ratio: float | None = option(
+        None,
+        "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio.",
+        rules=(POSITIVE,),
+    )
+    optimizer: str = option("adamw", "The optimizer.", OPTIMIZERS)
+    use_8bit_adam: bool = option(False, "Keep AdamW's moments in 8 bits (needs bitsandbytes).")
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
+    prodigy_beta3: float | None = option(
+        None, "Third beta of Prodigy. Default: the root of the second.", rules=(BELOW_ONE,)
+    )
+    prodigy_decouple: bool = option(True, "Prodigy with AdamW's kind of weight decay.")
+    prodigy_use_bias_correction: bool = option(True, "Prodigy with Adam's bias correction.")
+    prodigy_safeguard_warmup: bool = option(True, "Prodigy that does not take warm-up for progress.")
+    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's LoRA.", rules=(NOT_NEGATIVE,))
+    adam_weight_decay_text_encoder: float = option(
+        1e-3, "Weight decay of the text encoders' LoRA.", rules=(NOT_NEGATIVE,)
+    )
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", rules=(NOT_NEGATIVE,))
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", rules=(POSITIVE,))
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass to save memory."
+    )
+    mixed_precision: str | None = option(
+        None, "Precision of the frozen base; LoRA parameters are always float32.", ("no", "fp16", "bf16")
+    )
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs.")
+    seed: int = option(0, "Decides everything random: runs can always be repeated.", rules=(NOT_NEGATIVE,))
+
+    # Output, checkpoints, tracking.
+    output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
+    output_kohya_format: bool = option(False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.")
+    checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.", rules=(POSITIVE,))
+    checkpoints_total_limit: int | None = option(
+        None, "Keep only so many checkpoints, the newest.", rules=(POSITIVE,)
+    )
+    resume_from_checkpoint: str | None = option(
+        None, '"latest", the name of a checkpoint in the output folder (checkpoint-500), or the path of one.'
+    )
+    logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
+    report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
+
+    # The hub.
+    push_to_hub: bool = option(
+        False, "Upload the output folder, but for checkpoints and logs, to the Hugging Face Hub at the end."
+    )
+    hub_token: str | None = option(
+        None, "Token for the upload; it is written nowhere. Default: that of `hf auth login`.", secret=True
+    )
+    hub_model_id: str | None = option(
+        None, "Repository on the hub, NAME or OWNER/NAME. Default: the name of the output folder."
+    )
+
+    # Validation.
+    validation_prompt: tuple[str, ...] | None = option(
+        None, "One or more prompts to draw during and after training."
+    )
+    num_validation_images: int = option(
+        4, "Pictures of each validation prompt, with seeds counted from --seed.", rules=(POSITIVE,)
+    )
+    validation_epochs: int = option(
+        50, "Draw the validation prompts every so many epochs; 0: only after training.", rules=(NOT_NEGATIVE,)
+    )
+    validation_inference_steps: int = option(
+        50, "Denoising steps of a validation picture.", rules=(POSITIVE,)
+    )
+    validation_guidance_scale: float = option(
+        5.0, "Classifier-free guidance of a validation picture.", rules=(NOT_NEGATIVE,)
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value by itself, and those that depend on each other."""
+        # The diffusers script takes them in any case, and has AdamW for its default.
+        object.__setattr__(self, "optimizer", self.optimizer.lower())
+        if self.image_interpolation_mode == "nearest_exact":  # as torchvision does with Pillow's images
+            object.__setattr__(self, "image_interpolation_mode", "nearest")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise UserError(f"--{field.name} {value}: not one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{field.name} {value}: must be a finite number")
+            for rule in field.metadata["rules"]:
+                if value is not None and not rule.holds(value):
+                    raise UserError(f"--{field.name} {value}: {rule.text}")
+        last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
+        if self.seed > last:
+            raise UserError(f"--seed {self.seed}: must be at most {last}")
+        reject_contradictions(self)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
+        secrets = {field.name for field in dataclasses.fields(self) if field.metadata["secret"]}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
+
+    @property
+    def second_text_encoder_lr(self) -> float:
+        """Learning rate of the second text encoder: that of the first where none is given."""
+        return self.text_encoder_lr if self.text_encoder_2_lr is None else self.text_encoder_2_lr
+
+    @property
+    def starts_with_update(self) -> bool:
+        """Whether B @ A isn't zero at the start, so that a frozen adapter takes it away again."""
+        return self.init_lora_weights not in ("gaussian", "default", "eva")
+
+    @property
+    def abstractions(self) -> list[str]:
+        """The words that new tokens replace."""
+        return [word.strip() for word in self.token_abstraction.split(",")]
+
+    def text_encoder_steps(self, total_steps: int) -> int:
+        """How many of the steps train the text encoders, their LoRA or their new tokens."""
+        if not (self.train_text_encoder or self.train_text_encoder_ti):
+            return 0
+        ti = self.train_text_encoder_ti
+        fraction = self.train_text_encoder_ti_frac if ti else self.train_text_encoder_frac
+        return math.floor(round(fraction * total_steps, 6))  # 0.29 of 100 are 29, whatever floats say
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha: the rank where none is given."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+def reject_contradictions(config: TrainConfig) -> None:
+    """Refuse settings that don't go together.
+
+    Raises:
+        UserError: Names the flags, and what to do.
+    """
+    start = f"--init_lora_weights {config.init_lora_weights}"
+    if config.use_dora and config.starts_with_update:
+        raise UserError(
+            f"--use_dora with {start}: DoRA and the frozen adapter that this adds have no single merged "
+            "weight; leave out one of the two"
+        )
+    if config.scale_weight_norms and (config.use_dora or config.starts_with_update):
+        other = "--use_dora" if config.use_dora else start
+        raise UserError(
+            f"--scale_weight_norms with {other}: its update isn't s*B@A, so scaling A and B doesn't "
+            "scale it; leave out one of the two"
+        )
+    if config.use_8bit_adam and config.optimizer != "adamw":
+        raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {config.optimizer}; leave it out")
+    if config.optimizer == "prodigy" and config.loraplus_lr_ratio:
+        raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
+    if not config.instance_data_dir and not config.dataset_name:
+        raise UserError("give --instance_data_dir or --dataset_name: one of them says where the images are")
+    if config.instance_data_dir and config.dataset_name:
+        raise UserError("--instance_data_dir and --dataset_name: give only one of them")
+    if config.heldout_split and config.heldout_data_dir:
+        raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
+    if config.heldout_split and not config.dataset_name:
+        raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
+    if config.heldout_split == "train":
+        raise UserError("--heldout_split train: that split is trained; give another one")
+    if config.keep_tokens and not config.shuffle_caption:
+        raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
+    if config.quantize_base == "8bit" and config.use_dora:
+        raise UserError("--use_dora: PEFT has no DoRA on 8 bits that works on every device; use 4bit")
+    for name in ("class_data_dir", "class_prompt"):
+        if config.with_prior_preservation and getattr(config, name) is None:
+            raise UserError(f"--with_prior_preservation needs --{name}")
+    if config.train_text_encoder and config.train_text_encoder_ti:
+        raise UserError(
+            "--train_text_encoder and --train_text_encoder_ti: give one of them; the first trains LoRA "
+            "layers in the text encoders, the second new tokens"
+        )
+    if config.use_ema and config.train_text_encoder and config.train_text_encoder_frac < 1:
+        raise UserError(
+            "--use_ema with --train_text_encoder_frac below 1: the average of the text encoders would go "
+            "on changing; leave one of them out"
+        )
+    words = config.abstractions
+    if not all(words) or len(set(words)) != len(words):
+        raise UserError(
+            f"--token_abstraction {config.token_abstraction}: must be one word, or different ones with "
+            "commas between them"
+        )
+    if config.hub_token is not None and config.report_to in ("wandb", "all"):
+        raise UserError(
+            f"--hub_token with --report_to {config.report_to}: wandb records the command line and would "
+            "expose the token; log in with `hf auth login` and leave --hub_token out"
+        )
+    if config.compare and config.flat_sigma == 0:
+        raise UserError(
+            "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
+        )

@@ -1,0 +1,139 @@
+"""Images and captions of a Hugging Face dataset: of the hub, or a local folder that `datasets` reads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.extras import import_extra
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import EmbeddedImage, Sample, complete_caption, open_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WITHOUT_SCRIPTS = 4  # older versions can run Python code that a dataset brings along
+
+
+def dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
+    """The images of a split of `dataset_name` with their captions, by row.
+
+    As in the diffusers script, captions come from `caption_column`, and without it they are all the instance
+    prompt, which also stands in where a caption is empty.
+
+    Args:
+        config: Dataset, its configuration, cache folder, columns, and the instance prompt.
+        split: Name of the split.
+
+    Raises:
+        UserError: The package is missing or old; there is no such dataset, split or column; a column holds
+            something else; an image is missing or damaged.
+    """
+    library = import_extra("datasets", "--dataset_name")
+    flag = f"--dataset_name {config.dataset_name}"
+    rows = _load(library, config.dataset_name, split, config.dataset_config_name, config.cache_dir)
+    _check_columns(library, config, rows)
+    if not len(rows):  # some versions of the library refuse it themselves
+        raise UserError(f"{flag}: no image in its split {split}")
+    if config.caption_column is None:
+        logger.info("%s: no --caption_column, so the instance prompt is every caption", flag)
+        captions = [None] * len(rows)
+    else:
+        captions = rows[config.caption_column]
+    images = rows.select_columns([config.image_column])
+    images = images.cast_column(config.image_column, library.Image(decode=False))
+    samples = []
+    for number, caption in enumerate(captions):
+        where = f"{flag}: row {number} of {split}, counted from 0"
+        read = functools.partial(_image_bytes, images, number, config.image_column, where)
+        image = EmbeddedImage(f"row-{number:05d}", where, read)
+        open_image(image)  # a damaged one is reported before anything is loaded or written
+        if not isinstance(caption, (str, type(None))):
+            kind = type(caption).__name__
+            raise UserError(f"{where}: --caption_column {config.caption_column} holds a {kind}, not text")
+        samples.append(Sample(image, complete_caption((caption or "").strip(), config.instance_prompt)))
+    return samples
+
+
+def dataset_captions(name: str, column: str, split: str = "train") -> list[str]:
+    """The captions of a dataset as they are, by row; its images aren't looked at.
+
+    Args:
+        name: Of the hub, or a local folder that `datasets` reads.
+        column: Which of its columns holds them.
+        split: Name of the split.
+
+    Raises:
+        UserError: The package is missing or old; there is no such dataset, split or column; the column holds
+            something else than text.
+    """
+    rows = _load(import_extra("datasets", "--dataset_name"), name, split)
+    _check_column("caption_column", column, name, rows)
+    captions = rows[column]
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, (str, type(None))):
+            where = f"--dataset_name {name}: row {number} of {split}, counted from 0"
+            raise UserError(f"{where}: --caption_column {column} holds a {type(caption).__name__}, not text")
+    return [(caption or "").strip() for caption in captions]
+
+
+def _load(
+    library: ModuleType, name: str, split: str, config_name: str | None = None, cache: str | None = None
+) -> Dataset:
+    flag = f"--dataset_name {name}"
+    if int(library.__version__.split(".")[0]) < _FIRST_WITHOUT_SCRIPTS:
+        raise UserError(
+            f"--dataset_name: the package datasets {library.__version__} can run code of a dataset; "
+            f"{_FIRST_WITHOUT_SCRIPTS}.0 or newer is needed: pip install --upgrade datasets"
+        )
+    try:
+        if Path(name).is_dir():
+            library.disable_progress_bars()  # there is nothing to wait for
+        splits = library.load_dataset(name, config_name, cache_dir=cache)
+    except (
+        Exception
+    ) as error:  # of files, the network, YAML, Arrow, ...: all say what is wrong with the input
+        unspecific = type(error) is library.exceptions.DatasetGenerationError
+        reason = " ".join(str((unspecific and error.__cause__) or error).split())
+        raise UserError(
+            f"{flag}: cannot be loaded ({reason[:300]}); give a dataset of the hub, or a local folder"
+        ) from error
+    if split not in splits:
+        raise UserError(f"{flag}: no split {split} in it (there: {', '.join(splits)})")
+    return splits[split]
+
+
+def _check_columns(library: ModuleType, config: TrainConfig, rows: Dataset) -> None:
+    for name in ("image_column", "caption_column"):
+        column = getattr(config, name)
+        if column is not None:
+            _check_column(name, column, config.dataset_name, rows)
+    kind = rows.features[config.image_column]
+    if not isinstance(kind, library.Image):
+        images = [name for name, other in rows.features.items() if isinstance(other, library.Image)]
+        raise UserError(
+            f"--image_column {config.image_column}: holds {kind}, not images "
+            f"(columns of images: {', '.join(images) or 'none'})"
+        )
+
+
+def _check_column(flag: str, column: str, dataset: str, rows: Dataset) -> None:
+    if column not in rows.column_names:
+        raise UserError(
+            f"--{flag} {column}: no such column in {dataset} (there: {', '.join(rows.column_names)})"
+        )
+
+
+def _image_bytes(images: Dataset, number: int, column: str, where: str) -> bytes:
+    """The content of the image's file, which is in the row or named by it."""
+    cell = images[number][column]
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise UserError(f"{where}: there is no image")
+    return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]

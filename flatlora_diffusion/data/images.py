@@ -1,0 +1,258 @@
+"""Training images: folders, captions, transparency, crops and flips; and which sample comes at which step."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.seeds import keyed_generator
+from flatlora_diffusion.data.buckets import nearest_size
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+METADATA = "metadata.jsonl"
+CAPTION_KEY = "text"
+PROMPT_PLACEHOLDER = "{instance_prompt}"
+
+# Images that don't fit are cached with this many crops when crops are random.
+_RANDOM_CROPS = 4
+# Transparent images are cached on this many colours when backgrounds are random.
+_RANDOM_BACKGROUNDS = 4
+
+RANDOM_BACKGROUND = "random"
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image that is no file by itself, such as one in a row of a dataset. It stands where a path does.
+
+    Attributes:
+        name: Tells it from the other images, as a file's name does.
+        where: Where it is, for errors.
+        read_bytes: Gives the content of the image's file.
+    """
+
+    name: str
+    where: str
+    read_bytes: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.where
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image and its caption."""
+
+    path: Path | EmbeddedImage
+    caption: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way a training image is shown: a crop, mirrored or not, on some background.
+
+    Attributes:
+        pixels: (3, height, width), float32 in [-1, 1].
+        original_size: (height, width) of the file's image.
+        crop_top_left: (top, left) of the crop in the resized image.
+    """
+
+    pixels: Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+def image_files(folder: Path) -> set[Path]:
+    """The files of a folder that are images by their names."""
+    return {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
+
+
+def find_samples(
+    folder: Path, instance_prompt: str, flag: str | None = None, caption_key: str = CAPTION_KEY
+) -> list[Sample]:
+    """The images of a folder with their captions, by name.
+
+    Captions come from `metadata.jsonl` (lines with file_name and text), else from a `.txt` file beside the
+    image, else the instance prompt stands in. Files that aren't images are passed over.
+
+    Args:
+        folder: Where the images are.
+        instance_prompt: The caption of images without one.
+        flag: How the user named the folder, for errors; --instance_data_dir by default.
+        caption_key: What the captions are called in `metadata.jsonl`.
+
+    Raises:
+        UserError: A missing folder, no image, a damaged image or metadata file, a caption without its image.
+    """
+    flag = flag or f"--instance_data_dir {folder}"
+    if not folder.is_dir():
+        raise UserError(f"{flag}: {'not a folder' if folder.exists() else 'no such folder'}")
+    captions = _read_metadata(folder / METADATA, caption_key)
+    paths = sorted(image_files(folder) | captions.keys())
+    if not paths:
+        raise UserError(f"{flag}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    samples = []
+    for path in paths:
+        open_image(path)  # a damaged file is reported before anything is loaded or written
+        caption = captions.get(path) or _read_sidecar(path.with_suffix(".txt"))
+        samples.append(Sample(path, complete_caption(caption, instance_prompt)))
+    return samples
+
+
+def complete_caption(caption: str | None, instance_prompt: str) -> str:
+    """The caption with the instance prompt in its place: where it is named, or alone where there is none."""
+    return (caption or instance_prompt).replace(PROMPT_PLACEHOLDER, instance_prompt)
+
+
+def digest(samples: list[Sample]) -> str:
+    """A hash of the images and captions: a resumed run must see the same data."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(json.dumps([sample.path.name, sample.caption]).encode())
+        sha.update(hashlib.sha256(sample.path.read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def open_image(path: Path | EmbeddedImage) -> Image.Image:
+    """An image, decoded in full and turned as its EXIF data says.
+
+    Raises:
+        UserError: The file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow names the address of bytes of which it doesn't know the format.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from error
+
+
+def parse_background(colour: str) -> tuple[int, int, int] | None:
+    """An RGB colour from its name or #rrggbb; None for random colours.
+
+    Raises:
+        UserError: No such colour.
+    """
+    if colour == RANDOM_BACKGROUND:
+        return None
+    try:
+        return ImageColor.getrgb(colour)[:3]
+    except ValueError as error:
+        raise UserError(
+            f"--background {colour}: not a colour; give a name such as white, #rrggbb, or {RANDOM_BACKGROUND}"
+        ) from error
+
+
+def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image in RGB, its transparent parts over the background."""
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = image.point(lambda value: value / 256, "L")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, (*background, 255))
+    return Image.alpha_composite(canvas, rgba).convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel lets a background through."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def variants(
+    sample: Sample,
+    *,
+    sizes: Sequence[tuple[int, int]],
+    center_crop: bool,
+    random_flip: bool,
+    interpolation: str,
+    background: tuple[int, int, int] | None,
+    seed: int,
+) -> Iterator[Variant]:
+    """All the ways in which a training image is shown; which of them a step sees is drawn anew each time.
+
+    Of the sizes (height, width) the one is taken whose aspect ratio is nearest. The image is resized until it
+    covers it, and what sticks out is cropped: around the centre, or at a few places that (seed, file name)
+    decides. Without a background a transparent image comes on a few colours, which (seed, file name) decides
+    too. Flips double the variants.
+    """
+    image = open_image(sample.path)
+    original_size = (image.height, image.width)
+    shown = nearest_size(original_size, sizes)
+    scale = max(to / side for to, side in zip(shown, original_size, strict=True))
+    height, width = (max(to, round(side * scale)) for to, side in zip(shown, original_size, strict=True))
+    spare_height, spare_width = height - shown[0], width - shown[1]
+    if center_crop or (spare_height == 0 and spare_width == 0):
+        corners = [(round(spare_height / 2), round(spare_width / 2))]
+    else:
+        draw = keyed_generator(seed, "crop", sample.path.name)
+        corners = [
+            tuple(int(torch.randint(spare + 1, (), generator=draw)) for spare in (spare_height, spare_width))
+            for _ in range(_RANDOM_CROPS)
+        ]
+    colours = [background or (255, 255, 255)]
+    if background is None and _is_transparent(image):
+        draw = keyed_generator(seed, "background", sample.path.name)
+        colours = [tuple(c) for c in torch.randint(256, (_RANDOM_BACKGROUNDS, 3), generator=draw).tolist()]
+    for colour in colours:
+        resized = composite(image, colour).resize((width, height), Image.Resampling[interpolation.upper()])
+        for top, left in corners:
+            crop = resized.crop((left, top, left + shown[1], top + shown[0]))
+            pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
+            yield Variant(pixels, original_size, (top, left))
+            if random_flip:
+                yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
+
+
+def sample_index(seed: int, position: int, count: int) -> int:
+    """Which of `count` samples comes at a position of the endless stream: shuffled anew every epoch."""
+    epoch, place = divmod(position, count)
+    order = torch.randperm(count, generator=keyed_generator(seed, "epoch", epoch))
+    return int(order[place])
+
+
+def _read_metadata(path: Path, caption_key: str) -> dict[Path, str]:
+    if not path.exists():
+        return {}
+    captions = {}
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry[caption_key]
+        except (ValueError, KeyError, TypeError) as error:
+            met = f" (its keys: {', '.join(entry)})" if isinstance(error, KeyError) else ""
+            raise UserError(
+                f'{path}, line {number}: must be {{"file_name": "...", "{caption_key}": "..."}}{met}'
+            ) from error
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: file_name and {caption_key} must both be strings")
+        image = path.parent / name
+        if not image.is_file():
+            raise UserError(f"{path}, line {number}: there is no image {name} beside it")
+        captions[image] = text.strip()
+    return captions
+
+
+def _read_sidecar(path: Path) -> str | None:
+    return _read_text(path).strip() if path.is_file() else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error

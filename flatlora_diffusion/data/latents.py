@@ -1,0 +1,191 @@
+"""What the UNet is shown of the training images and captions, computed once before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from flatlora_diffusion.common.seeds import hash64, keyed_generator
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.buckets import BatchSequence, bucket_sizes
+from flatlora_diffusion.data.captions import CaptionStream
+from flatlora_diffusion.data.images import Sample, parse_background, sample_index, variants
+from flatlora_diffusion.sdxl.encoding import Latents, PromptEmbeds, encode_prompts
+
+
+def fixed_timesteps(noise_levels: int, count: int) -> list[int]:
+    """The middles of `count` equal parts of the noise schedule: where losses are compared."""
+    return [round((k + 0.5) * noise_levels / count) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples at some positions of the training stream, all of it a function of (seed, position).
+
+    Attributes:
+        captions: One for each sample, as the model is told it.
+        latents: (N, channels, height, width), drawn from the VAE's posterior.
+        noise: The same shape, unit normals; with a noise offset plus one normal a channel.
+        timesteps: (N,), uniform over the noise levels.
+        time_ids: (N, 6), see `sdxl.diffusion_losses`.
+    """
+
+    captions: list[str]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    time_ids: Tensor
+
+    def joined(self, other: Batch) -> Batch:
+        """These samples, then the other ones."""
+        return Batch(
+            self.captions + other.captions,
+            torch.cat([self.latents, other.latents]),
+            torch.cat([self.noise, other.noise]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.time_ids, other.time_ids]),
+        )
+
+    def singles(self) -> Iterator[Batch]:
+        """Each sample as a batch of its own."""
+        for place, caption in enumerate(self.captions):
+            tensors = (self.latents, self.noise, self.timesteps, self.time_ids)
+            yield Batch([caption], *(tensor[place : place + 1] for tensor in tensors))
+
+
+class LatentCache:
+    """The latents of every variant of every image, and the endless stream of samples made of them.
+
+    Args:
+        samples: The training images.
+        encode: Images (1, 3, height, width) -> their latents.
+        config: Resolution, buckets, crops, flips, background, batch size, noise offset, and whether captions
+            are dropped or shuffled.
+        seed: Decides crops, order and draws.
+        noise_levels: Timesteps of the noise schedule.
+        progress: Wraps the samples while they are encoded.
+
+    Attributes:
+        captions: What the model is told at each position.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        encode: Callable[[Tensor], Latents],
+        config: TrainConfig,
+        seed: int,
+        noise_levels: int,
+        progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
+    ) -> None:
+        self._whole_captions = [sample.caption for sample in samples]
+        self.captions = CaptionStream(self._whole_captions, config, seed)
+        self._seed = seed
+        self._noise_levels = noise_levels
+        self._noise_offset = config.noise_offset
+        self._variants: list[list[tuple[Latents, Tensor]]] = []
+        square = (config.resolution, config.resolution)
+        sizes = bucket_sizes(config.resolution) if config.aspect_buckets else [square]
+        for sample in progress(samples):
+            shown = variants(
+                sample,
+                sizes=sizes,
+                center_crop=config.center_crop,
+                random_flip=config.random_flip,
+                interpolation=config.image_interpolation_mode,
+                background=parse_background(config.background),
+                seed=seed,
+            )
+            encoded = []
+            for variant in shown:
+                latents = encode(variant.pixels[None])
+                size = tuple(variant.pixels.shape[-2:])
+                time_ids = torch.tensor(variant.original_size + variant.crop_top_left + size)
+                encoded.append((Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
+            self._variants.append(encoded)
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, encoded in enumerate(self._variants):
+            members.setdefault(encoded[0][0].mean.shape, []).append(index)
+        self._buckets = [members[shape] for shape in sorted(members)]
+        self._batch_size = config.train_batch_size
+        self._sequence = BatchSequence([len(b) for b in self._buckets], config.train_batch_size, seed)
+
+    def _index(self, position: int) -> int:
+        """Which image is at a position of the stream."""
+        number, place = divmod(position, self._batch_size)
+        bucket, first = self._sequence.locate(number)
+        # A bucket's order is its own; that of the only bucket is the seed's.
+        seed = self._seed if len(self._buckets) == 1 else hash64(self._seed, "bucket", bucket)
+        members = self._buckets[bucket]
+        return members[sample_index(seed, first + place, len(members))]
+
+    def batch(self, positions: Iterable[int]) -> Batch:
+        """The samples at these positions of the stream.
+
+        With aspect buckets, positions `n * batch_size` to `(n + 1) * batch_size - 1` have images of one size.
+        """
+        captions, latents, noise, timesteps, time_ids = [], [], [], [], []
+        for position in positions:
+            index = self._index(position)
+            draws = keyed_generator(self._seed, "draws", position)
+            variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
+            posterior, ids = self._variants[index][variant]
+            shape = posterior.mean.shape
+            captions.append(self.captions.at(position, index))
+            latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
+            noise.append(torch.randn(shape, generator=draws))
+            timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
+            if self._noise_offset:
+                noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
+            time_ids.append(ids)
+        return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
+
+    def fixed_batches(self, timesteps: Sequence[int]) -> Iterator[Batch]:
+        """Every image once at each of these timesteps, one batch an image, always with the same noise."""
+        for index, encoded in enumerate(self._variants):
+            posterior, ids = encoded[0]
+            draws = keyed_generator(self._seed, "fixed", index)
+            shape = (len(timesteps), *posterior.mean.shape)
+            yield Batch(
+                [self._whole_captions[index]] * len(timesteps),
+                posterior.mean.expand(shape),
+                torch.randn(shape, generator=draws),
+                torch.tensor(timesteps),
+                ids.expand(len(timesteps), -1),
+            )
+
+
+class PromptCache:
+    """Embeddings of prompts, computed once and kept on the CPU.
+
+    Args:
+        tokenizers: Of both text encoders.
+        text_encoders: On the device and in the precision in which they run.
+        prompts: All prompts that will be asked for.
+        spell: What the text encoders are told in the place of a prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Sequence[CLIPTokenizer],
+        text_encoders: Sequence[nn.Module],
+        prompts: Iterable[str],
+        spell: Callable[[str], str] = str,
+    ) -> None:
+        self._embeds = {}
+        with torch.no_grad():
+            for prompt in dict.fromkeys(prompts):
+                embeds = encode_prompts(tokenizers, text_encoders, [spell(prompt)])
+                self._embeds[prompt] = PromptEmbeds(embeds.tokens.cpu(), embeds.pooled.cpu())
+
+    def embed(self, prompts: Iterable[str]) -> PromptEmbeds:
+        """The embeddings of some of the prompts, stacked."""
+        known = [self._embeds[prompt] for prompt in prompts]
+        return PromptEmbeds(torch.cat([k.tokens for k in known]), torch.cat([k.pooled for k in known]))
+
+
+HELDOUT_TIMESTEPS = 8

@@ -1,0 +1,317 @@
+"""Pictures of a base and its adapters for the same prompts, seeds and initial noise."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from flatlora_diffusion.adapter.check import AdapterFacts, check_adapter, check_loaded
+from flatlora_diffusion.adapter.new_tokens import (
+    load_embeddings,
+    loaded_words,
+    read_embeddings,
+    replace_words,
+)
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
+from flatlora_diffusion.draw.rows import RowsAsAlone
+from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
+from flatlora_diffusion.sdxl.base import check_base, load_vae
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn.
+
+    Attributes:
+        width: In pixels, a multiple of 8.
+        height: The same.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        negative_prompt: What guidance steers away from.
+        sampler: One of `samplers.SAMPLERS`.
+    """
+
+    width: int
+    height: int
+    steps: int = 50
+    guidance: float = 5.0
+    negative_prompt: str | None = None
+    sampler: str = DEFAULT
+
+
+OnStep = Callable[[int, Tensor], None]
+"""Called after each denoising step: its number from 1, and the latents of the pictures that are expected."""
+
+
+def load_pipeline(
+    base: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> StableDiffusionXLPipeline:
+    """An SDXL pipeline from a folder or the hub, safetensors only, without progress bars.
+
+    Raises:
+        UserError: It is missing, damaged or not SDXL.
+    """
+    check_base(base)
+    parts = {} if vae is None else {"vae": load_vae(vae).to(dtype)}
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            base,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+            add_watermarker=False,
+            **parts,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{base}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def native_side(pipeline: StableDiffusionXLPipeline) -> int:
+    """Side in pixels of the pictures that a base was trained on.
+
+    Raises:
+        UserError: It doesn't say.
+    """
+    size = pipeline.unet.config.sample_size
+    if not isinstance(size, int):
+        raise UserError(f"the base's unet/config.json: sample_size is {size}; set the latents' side, as 128")
+    return size * pipeline.vae_scale_factor
+
+
+def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
+    """Load an adapter under a name, from its file or the folder that holds it, with its new tokens.
+
+    An adapter that cannot be loaded leaves the pipeline without one of that name.
+
+    Returns:
+        What the file says of itself.
+
+    Raises:
+        UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base.
+        ValueError: The pipeline has an adapter of that name.
+    """
+    if any(name in names for names in pipeline.get_list_adapters().values()):
+        raise ValueError(f"the pipeline has an adapter called {name!r}; unload it first")
+    adapter = check_adapter(pipeline, path)
+    file = adapter.file
+    embeddings = read_embeddings(file, adapter.facts)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+            pipeline.load_lora_weights(
+                str(file.parent),
+                weight_name=file.name,
+                adapter_name=name,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        check_loaded(pipeline, name, adapter)
+        load_embeddings(pipeline, name, adapter.facts, embeddings)
+        # Layers that diffusers adds are in train(): those of other people's files may have dropout.
+        for model in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+            model.eval()
+    except (ValueError, KeyError, RuntimeError, UserError) as error:
+        pipeline.delete_adapters(name)
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
+    return adapter
+
+
+def activate(pipeline: StableDiffusionXLPipeline, adapter: str | None, scale: float = 1.0) -> None:
+    """Make one of the loaded adapters the active one, at a scale, or none."""
+    if adapter is not None:
+        pipeline.enable_lora()
+        pipeline.set_adapters(adapter, scale)
+    elif pipeline.get_list_adapters():
+        pipeline.disable_lora()
+
+
+def draw(
+    pipeline: StableDiffusionXLPipeline, seed: int, drawing: Drawing, name: str | None = None, **prompt: Any
+) -> Image.Image:
+    """One picture. Its initial noise depends on the seed and the size alone, on every device and method.
+
+    The VAE decodes in a precision that it stands, also under autocast. Where numbers overflow even so, one
+    line in the log names the picture and says what to do.
+
+    Args:
+        pipeline: With the wanted adapter active.
+        seed: Of the private generator of the initial noise.
+        drawing: How; what it says of a negative prompt counts in `draw_batch` only.
+        name: The prompt in words, for that line, where embeddings stand in for it.
+        prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
+    """
+    latents = _denoise(pipeline, [seed], drawing, None, **prompt)
+    return _decoded(pipeline, latents, name or prompt["prompt"], seed)
+
+
+def draw_with(
+    pipeline: StableDiffusionXLPipeline,
+    adapter: str | None,
+    prompt: str,
+    seed: int,
+    drawing: Drawing,
+    scale: float = 1.0,
+) -> Image.Image:
+    """One picture with one of the loaded adapters, or with the base alone; see `draw_batch`."""
+    return draw_batch(pipeline, adapter, [(prompt, seed)], drawing, scale=scale)[0]
+
+
+def draw_batch(
+    pipeline: StableDiffusionXLPipeline,
+    adapter: str | None,
+    pictures: Sequence[tuple[str, int]],
+    drawing: Drawing,
+    *,
+    scale: float = 1.0,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """Pictures with one of the loaded adapters, or with the base alone, denoised together.
+
+    On the CPU each has the very bits that it has alone. GPUs choose their kernels by size: there it has the
+    same initial noise, and differs in the last bits.
+
+    Args:
+        pipeline: Its adapters are switched; callers that share it take turns.
+        adapter: Name under which the adapter was loaded, or None.
+        pictures: The prompt and the seed of each. Words for which the adapter has new tokens are replaced by
+            them. The seed decides the initial noise.
+        drawing: How.
+        scale: Of the adapter's update.
+        on_step: Told of every step. What it raises ends the drawing; the pipeline stays sound.
+    """
+    activate(pipeline, adapter, scale)
+    words = loaded_words(pipeline, adapter)
+    negative = drawing.negative_prompt and replace_words(drawing.negative_prompt, words)
+    known = {
+        prompt: _encode(pipeline, replace_words(prompt, words), negative, drawing.guidance)
+        for prompt in dict.fromkeys(prompt for prompt, _ in pictures)
+    }
+    conditions = {
+        name: torch.cat([known[prompt][name] for prompt, _ in pictures]) for name in known[pictures[0][0]]
+    }
+    latents = _denoise(pipeline, [seed for _, seed in pictures], drawing, on_step, **conditions)
+    return [
+        _decoded(pipeline, own[None], prompt, seed)
+        for own, (prompt, seed) in zip(latents, pictures, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _encode(
+    pipeline: StableDiffusionXLPipeline, prompt: str, negative: str | None, guidance: float
+) -> dict[str, Tensor]:
+    """One prompt's conditions as the pipeline's arguments. Alone: its bits depend on no other's length."""
+    guided = guidance > 1  # the pipeline's own rule
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    tensors = pipeline.encode_prompt(prompt, negative_prompt=negative, do_classifier_free_guidance=guided)
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+
+
+def _denoise(
+    pipeline: StableDiffusionXLPipeline,
+    seeds: Sequence[int],
+    drawing: Drawing,
+    on_step: OnStep | None,
+    **conditions: Any,
+) -> Tensor:
+    """The pipeline's own denoising: latents (N, channels, height / 8, width / 8)."""
+    settings: dict[str, Any] = {}
+    own = pipeline.scheduler
+    scheduler = sampler(drawing.sampler, own)
+    if on_step is not None:
+        predictions: deque[Tensor] = deque(maxlen=1)
+        tell_predictions(scheduler, predictions.append)
+
+        def told(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            on_step(step + 1, predictions[-1])
+            return tensors
+
+        settings["callback_on_step_end"] = told
+    try:
+        pipeline.scheduler = scheduler
+        with RowsAsAlone(len(seeds)):
+            return pipeline(
+                height=drawing.height,
+                width=drawing.width,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                **settings,
+                **conditions,
+            ).images
+    finally:
+        pipeline.scheduler = own
+
+
+def _decoded(pipeline: StableDiffusionXLPipeline, latents: Tensor, prompt: str, seed: int) -> Image.Image:
+    """The picture of latents (1, channels, height, width)."""
+    pixels = decode(pipeline.vae, latents)
+    problem = why_black(latents, pixels, pipeline.unet.dtype, decoding_dtype(pipeline.vae))
+    if problem:
+        logger.warning('the picture of "%s" with seed %d is black or damaged: %s', prompt, seed, problem)
+    return _to_pictures(pipeline, pixels)[0]
+
+
+def sketches(pipeline: StableDiffusionXLPipeline, latents: Tensor, longest: int = 32) -> list[Image.Image]:
+    """Small pictures of latents, cheap whatever their size: what denoising has come to.
+
+    Args:
+        pipeline: Its VAE decodes.
+        latents: (N, channels, height, width).
+        longest: Latents with a longer side are averaged down to it first; a picture is 8 times as large.
+    """
+    factor = min(1.0, longest / max(latents.shape[-2:]))
+    size = [max(1, round(side * factor)) for side in latents.shape[-2:]]
+    small = F.adaptive_avg_pool2d(latents.float(), size).to(latents.dtype)
+    return _to_pictures(pipeline, decode(pipeline.vae, small))
+
+
+def _to_pictures(pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> list[Image.Image]:
+    """Pixels (N, 3, height, width) in [-1, 1] as pictures; what isn't a number is black."""
+    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomically(path, content.getvalue())

@@ -1,0 +1,1 @@
+"""What an adapter changes, in figures: personalisation, retention, flatness, sharpness, trade-off."""

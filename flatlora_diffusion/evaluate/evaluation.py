@@ -1,0 +1,406 @@
+"""An evaluation: the base and its adapters, measured part by part, each part once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.common.devices import DTYPES, release
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
+from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
+from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline, native_side
+from flatlora_diffusion.draw.stamp import versions
+from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
+from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention, fingerprint
+from flatlora_diffusion.evaluate.flatness import (
+    expected_rise,
+    landscape_line,
+    landscape_plane,
+    top_eigenvalue,
+)
+from flatlora_diffusion.evaluate.likeness import Likeness
+from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet
+from flatlora_diffusion.grid.plan import unique_slugs
+from flatlora_diffusion.sdxl.base import check_scheduler
+
+REPORT = "evaluation.json"
+PICTURES = "pictures"
+MEASURED = "measured"
+BASE = "base"
+PARTS = ("losses", "drawn", "flatness", "tradeoff", "sharpness")
+
+BANDS = 4
+TIMESTEPS = 4  # of each picture where many losses are taken
+FLATNESS_PICTURES = 16
+CURVED_PICTURES = 8  # in the Hessian
+ITERATIONS = 60
+SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5)
+DRAWS = 4
+LINE = tuple(round(-0.5 + 0.1 * k, 1) for k in range(11))
+DIRECTIONS = 3
+PLANE = tuple(round(-0.5 + 0.125 * k, 3) for k in range(9))
+SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, and how.
+
+    Attributes:
+        base: Folder or hub name of the base.
+        adapters: Label -> file, or folder of a run.
+        heldout: Pictures of the taught style whose subjects were never trained, with their captions.
+        training: Those that were; empty where they aren't at hand.
+        retention: Pictures of the base's own styles, with their captions; or empty.
+        prompts: In their place: what the base draws for these prompts stands for its own styles.
+        clip: Folder or hub name of a CLIP, or None: no picture is drawn for CLIP-I, CLIP-T and drift.
+        resolution: Of pictures and losses; None is the base's own.
+        steps: Denoising steps of drawn pictures.
+        guidance: Of drawn pictures.
+        parts: Those of `PARTS` that are measured.
+        device: Where.
+        dtype: Name of the precision.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    heldout: Sequence[Sample]
+    training: Sequence[Sample] = ()
+    retention: Sequence[Sample] = ()
+    prompts: Sequence[str] = ()
+    clip: str | None = None
+    resolution: int | None = None
+    steps: int = 30
+    guidance: float = 5.0
+    parts: Sequence[str] = PARTS
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+
+class Evaluation:
+    """Measures a plan into a folder, which keeps every part of every method as soon as it is measured.
+
+    Args:
+        plan: What.
+        folder: Where the report, the parts and the drawn pictures go.
+
+    Attributes:
+        report: `base`, `settings`, `methods`: label -> what was measured, the base first, and `left_out`: a
+            line for each part that needs more memory than the device has.
+
+    Raises:
+        UserError: A model or an adapter is missing, damaged, or doesn't fit.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self.likeness = Likeness(plan.clip, plan.device) if plan.clip and "drawn" in plan.parts else None
+        self.pipeline = load_pipeline(plan.base, device=plan.device, dtype=DTYPES[plan.dtype])
+        check_scheduler(f"--base {plan.base}", type(self.pipeline.scheduler).__name__)
+        self.names: dict[str, str | None] = {BASE: None}
+        self.facts: dict[str, AdapterFacts] = {}
+        slugs = unique_slugs(label.replace(".", "-") for label in plan.adapters)  # PEFT takes no dots
+        for slug, (label, path) in zip(slugs, plan.adapters.items(), strict=True):
+            self.names[label] = name = f"adapter_{slug}"  # some words are names of a module's own
+            self.facts[name] = load_adapter(self.pipeline, name, path)
+        self.resolution = plan.resolution or native_side(self.pipeline)
+        self.report: dict[str, Any] = {
+            "base": plan.base,
+            "settings": self._settings(),
+            "methods": {label: {} for label in self.names},
+            "left_out": [],
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Measure what isn't measured yet; the report, which is in the folder too.
+
+        It also has the parts that weren't asked for, where they were measured before in the same way.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        parts = {
+            "losses": self._losses,
+            "drawn": self._drawn,
+            "flatness": self._flatness,
+            "tradeoff": self._tradeoff,
+            "sharpness": self._sharpness,
+        }
+        todo = [(label, part) for part in parts for label in self.names if self._is_possible(part, label)]
+        too_large = set()
+        with tqdm(todo, unit="part") as bar:
+            for label, part in bar:
+                bar.set_description(f"{part} of {label}")
+                key, file = self._key(part, label), self._file(part, label)
+                result = self._stored(file, key)
+                if result is None:
+                    if part not in self.plan.parts or part in too_large:
+                        continue
+                    try:
+                        result = parts[part](label)
+                    except torch.OutOfMemoryError:
+                        too_large.add(part)
+                        self.report["left_out"].append(
+                            f"{part} of {label}: the memory of {self.plan.device} ran out; set --dtype bf16 "
+                            "or a smaller --resolution, or leave this part out with --parts"
+                        )
+                        continue
+                    finally:
+                        release()
+                    _write(file, {"key": key, "result": result})
+                _merge(self.report["methods"][label], result)
+        _write(self.folder / REPORT, _finite(self.report))
+        return self.report
+
+    # The parts: each gives what it adds to a method's entry.
+
+    def _losses(self, label: str) -> dict[str, Any]:
+        unet, prompts = self._model(label)
+        shown = self._heldout
+        losses = shown.losses(unet, prompts)
+        bands = [
+            {"from": band.first, "to": band.end, "loss": losses[:, columns].mean().item()}
+            for band, columns in shown.bands(BANDS)
+        ]
+        result: dict[str, Any] = {"heldout": {"loss": losses.mean().item(), "bands": bands}}
+        if self._training:
+            result["train_loss"] = self._training.mean_loss(unet, prompts)
+        if self._retained:
+            result["retention"] = {"loss": self._retained.mean_loss(unet, prompts)}
+        return result
+
+    def _drawn(self, label: str) -> dict[str, Any]:
+        name = self.names[label]
+        result = self._personalisation.measure(name)
+        if self._trigger_free:
+            result["retention"] = self._kept_drawings.measure(name)
+        return result
+
+    def _flatness(self, label: str) -> dict[str, Any]:
+        unet, prompts = self._model(label)
+        shown, layers, everything = self._flat_set, self._layers, filters(unet)
+
+        def loss(unet: nn.Module) -> float:
+            return shown.mean_loss(unet, prompts)
+
+        rises = expected_rise(loss, unet, layers, SIGMAS, DRAWS) if layers else None
+        return {
+            "flatness": {
+                "loss": loss(unet),
+                "rise": rises and [asdict(rise) for rise in rises],
+                "line": {
+                    "alphas": list(LINE),
+                    "losses": landscape_line(loss, unet, everything, LINE, DIRECTIONS),
+                },
+                "plane": {
+                    "alphas": list(PLANE),
+                    "losses": landscape_plane(loss, unet, everything, PLANE),
+                },
+            }
+        }
+
+    def _sharpness(self, label: str) -> dict[str, Any]:
+        unet, prompts = self._model(label)
+        shown = self._curved_set
+
+        def parts(unet: nn.Module) -> Iterator[Tensor]:
+            return shown.parts_of_mean(unet, prompts)
+
+        # Second derivatives overflow in half precision.
+        value = top_eigenvalue(parts, unet.float(), self._layers, iterations=ITERATIONS)
+        return {"flatness": {"top_eigenvalue": value}}
+
+    def _tradeoff(self, label: str) -> dict[str, Any]:
+        return {"tradeoff": [self._at_scale(label, scale) for scale in SCALES]}
+
+    def _at_scale(self, label: str, scale: float) -> dict[str, float]:
+        unet, prompts = self._model(label, scale)  # gone with this call: two would be too many for a GPU
+        point = {"scale": scale, "heldout_loss": self._heldout.mean_loss(unet, prompts)}
+        if self._retained:
+            point["retention_loss"] = self._retained.mean_loss(unet, prompts)
+        return point
+
+    # What the parts need, made when it is first needed.
+
+    def _model(self, label: str, scale: float = 1.0) -> tuple[nn.Module, Any]:
+        """The merged UNet of a method, and the embeddings of all captions by its text encoders."""
+        name = self.names[label]
+        # Before the adapter is made the active one: this may draw with the base.
+        samples = [*self.plan.heldout, *self.plan.training, *self._retention_samples]
+        unet = merged_unet(self.pipeline, name, scale)
+        return unet, embed(self.pipeline, name, [sample.caption for sample in samples])
+
+    def _set(self, samples: Sequence[Sample], count: int) -> DenoisingSet | None:
+        return DenoisingSet(self.pipeline, samples, self.resolution, count) if samples else None
+
+    @cached_property
+    def _heldout(self) -> DenoisingSet:
+        return self._set(self.plan.heldout, HELDOUT_TIMESTEPS)
+
+    @cached_property
+    def _training(self) -> DenoisingSet | None:
+        return self._set(self.plan.training, HELDOUT_TIMESTEPS)
+
+    @cached_property
+    def _retained(self) -> DenoisingSet | None:
+        return self._set(self._retention_samples, HELDOUT_TIMESTEPS)
+
+    @property
+    def _shown(self) -> Sequence[Sample]:
+        return self.plan.training or self.plan.heldout
+
+    @cached_property
+    def _flat_set(self) -> DenoisingSet:
+        """What the loss surface is of: training pictures, or held-out ones where those aren't given."""
+        return self._set(self._shown[:FLATNESS_PICTURES], TIMESTEPS)
+
+    @cached_property
+    def _curved_set(self) -> DenoisingSet:
+        """What the Hessian is of: some of the same, since it takes long."""
+        return self._set(self._shown[:CURVED_PICTURES], TIMESTEPS)
+
+    @cached_property
+    def _layers(self) -> list[str]:
+        """The layers that any of the adapters changes: the same ones are perturbed in all."""
+        return adapted_layers(self.pipeline.unet, self.facts)
+
+    @cached_property
+    def _drawer(self) -> Drawer:
+        drawing = Drawing(self.resolution, self.resolution, self.plan.steps, self.plan.guidance)
+        return Drawer(self.pipeline, self.plan.base, self.facts, drawing, self.folder / PICTURES)
+
+    @cached_property
+    def _personalisation(self) -> Personalisation:
+        return Personalisation(self._drawer, self.likeness, self.plan.heldout, self.plan.training)
+
+    @cached_property
+    def _kept_drawings(self) -> Retention:
+        return Retention(self._drawer, self.likeness, self._trigger_free)
+
+    @cached_property
+    def _trigger_free(self) -> list[str]:
+        return list(self.plan.prompts) or [sample.caption for sample in self.plan.retention]
+
+    @cached_property
+    def _retention_samples(self) -> list[Sample]:
+        """Pictures of the base's own styles: those given, or what it draws for the prompts."""
+        if self.plan.retention or not self.plan.prompts:
+            return list(self.plan.retention)
+        pictures = self._drawer.draw([(prompt, seed) for seed, prompt in enumerate(self.plan.prompts)])
+        samples = []
+        for prompt, picture in zip(self.plan.prompts, pictures, strict=True):
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            image = EmbeddedImage(prompt, f"the base's picture of {prompt!r}", content.getvalue)
+            samples.append(Sample(image, prompt))
+        return samples
+
+    # What decides whether a part has to be measured.
+
+    def _is_possible(self, part: str, label: str) -> bool:
+        if part == "drawn":
+            return self.plan.clip is not None
+        if part == "sharpness":
+            return bool(self._layers)
+        return part != "tradeoff" or label != BASE
+
+    def _file(self, part: str, label: str) -> Path:
+        place = list(self.names).index(label)
+        return self.folder / MEASURED / f"{unique_slugs(self.names)[place]}-{part}.json"
+
+    def _settings(self) -> dict[str, Any]:
+        plan = self.plan
+        samples = {
+            name: {"pictures": len(found), "sha256": digest(list(found))} if found else None
+            for name, found in (
+                ("heldout", plan.heldout),
+                ("training", plan.training),
+                ("retention", plan.retention),
+            )
+        }
+        return {
+            "base_fingerprint": fingerprint(self.pipeline),
+            "adapters": {
+                label: self.facts[name].sha256 for label, name in self.names.items() if name is not None
+            },
+            **samples,
+            "prompts": list(plan.prompts),
+            "resolution": self.resolution,
+            "dtype": plan.dtype,
+            "device": self.pipeline.device.type,
+            "versions": versions(),
+            "drawn": {"clip": plan.clip, "steps": plan.steps, "guidance": plan.guidance},
+            "flatness": {
+                "layers": len(self._layers),
+                "of": "training" if plan.training else "heldout",
+                "pictures": FLATNESS_PICTURES,
+                "timesteps": TIMESTEPS,
+                "draws": DRAWS,
+            },
+            "sharpness": {
+                "pictures": CURVED_PICTURES,
+                "timesteps": TIMESTEPS,
+                "iterations": ITERATIONS,
+            },
+        }
+
+    def _key(self, part: str, label: str) -> str:
+        """A hash of all that decides what a part measures of a method."""
+        settings = self.report["settings"]
+        own = {name: value for name, value in settings.items() if name not in ("adapters", *PARTS)}
+        if part == "drawn" or self.plan.prompts:
+            own["drawing"] = settings["drawn"]
+        if part == "flatness":
+            own["flatness"] = [settings["flatness"], SIGMAS, LINE, DIRECTIONS, PLANE, self._layers]
+        if part == "sharpness":
+            own["sharpness"] = [settings["sharpness"], self._layers]
+        content = [own, part, settings["adapters"].get(label), SCALES, BANDS, HELDOUT_TIMESTEPS]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _stored(self, file: Path, key: str) -> dict[str, Any] | None:
+        """What an earlier evaluation measured in the same way."""
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return stored["result"] if stored["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was damaged
+            return None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be made ({error.strerror})") from error
+    write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _finite(content: Any) -> Any:
+    """The same with None, which JSON has, for numbers that it hasn't."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _merge(target: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Put values into a nested dictionary, beside those that are there."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(target.get(name), dict):
+            _merge(target[name], value)
+        else:
+            target[name] = value

@@ -1,0 +1,149 @@
+"""The noise of Flat-LoRA as plain functions of tensors: schedules, row norms, sources of unit normals.
+
+Equation numbers are those of Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape"
+(ICML 2025, arXiv 2409.14396). Nothing here knows of modules, and nothing touches the global RNG.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.common.seeds import hash64
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
+    "constant": lambda progress: 1.0,
+}
+"""Name of each schedule -> the share of sigma in force after a share `progress` in [0, 1] of the steps."""
+
+
+def sigma_at(sigma: float, step: int, total_steps: int, schedule: str) -> float:
+    """Strength of the noise at one optimizer step.
+
+    `cosine` is the paper's `sigma_t = sigma * (1 - cos(pi * t / T)) / 2`: the noise grows with the adapter.
+    Past the last step the value stays at `sigma`.
+    """
+    return sigma * SCHEDULES[schedule](min(step / total_steps, 1.0))
+
+
+class Draw(Protocol):
+    """One draw of noise for one weight: what is kept for the backward pass in place of the noise itself."""
+
+    def epsilon(self) -> Tensor:
+        """The noise `eps[i, j] = row_std[i] * z[i, j]` (equation 7): a new tensor (m, n), always the same."""
+        ...
+
+
+class NoiseSource(Protocol):
+    """Noise as a pure function of a key."""
+
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> Draw:
+        """Noise for a weight with rows of standard deviations `row_std` (m,) and `inputs` columns.
+
+        The noise has the dtype and device of `row_std`.
+        """
+        ...
+
+
+def with_noise(weight: Tensor, draw: Draw) -> Tensor:
+    """A new tensor `W + eps`; all dimensions of the weight but the first count as inputs.
+
+    The noise is rounded before the sum (no fused multiply-add), so that a weight to which `epsilon` has been
+    added has the same bits.
+    """
+    noisy = draw.epsilon().view_as(weight)
+    noisy += weight
+    return noisy
+
+
+@dataclass(frozen=True)
+class GaussianDraw:
+    """Normals that a private generator makes anew each time they are asked for."""
+
+    key: int
+    row_std: Tensor
+    inputs: int
+
+    def epsilon(self) -> Tensor:
+        """See `Draw.epsilon`."""
+        std = self.row_std
+        generator = torch.Generator(device=std.device).manual_seed(self.key)
+        shape = (len(std), self.inputs)
+        return torch.randn(shape, generator=generator, dtype=std.dtype, device=std.device).mul_(std[:, None])
+
+
+class GaussianSource:
+    """Fresh normals for every key."""
+
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> GaussianDraw:
+        """See `NoiseSource.draw`."""
+        return GaussianDraw(key, row_std, inputs)
+
+
+@dataclass(frozen=True)
+class TableDraw:
+    """Windows of the table, a few rows each, with the signed standard deviations of their rows (rows, 1)."""
+
+    windows: Sequence[tuple[Tensor, Tensor]]
+
+    def epsilon(self) -> Tensor:
+        """See `Draw.epsilon`."""
+        blocks = [normals * signed_std for normals, signed_std in self.windows]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+_SMALLEST_TABLE, _LARGEST_TABLE = 1 << 20, 1 << 24
+
+
+class TableSource:
+    """Windows into one fixed table of unit normals, each at a hashed offset with a hashed sign per row.
+
+    A draw needs no random numbers: a window is a view, and the signs go into the row scales. Two draws share
+    values only where their windows overlap, at other positions and with other signs, so they are
+    uncorrelated. Weights larger than `size / 4` elements take several windows, so that even the largest
+    have many offsets to choose from.
+
+    Args:
+        seed: Decides the table's content.
+        elements: Number of weights that are perturbed in a step. The table has as many normals, rounded up
+            to a power of two, but at least 2^20 (so that windows have many offsets) and at most 2^24 (32 MiB
+            in half precision).
+    """
+
+    def __init__(self, seed: int, elements: int = _LARGEST_TABLE) -> None:
+        self._seed = seed
+        self._size = min(max(1 << (elements - 1).bit_length(), _SMALLEST_TABLE), _LARGEST_TABLE)
+        self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        table = self._tables.get((dtype, device))
+        if table is None:
+            # Drawn on the CPU in float32 whatever the model, so that a seed means the same noise everywhere.
+            generator = torch.Generator().manual_seed(hash64(self._seed, "table"))
+            table = torch.randn(self._size, generator=generator).to(device=device, dtype=dtype)
+            self._tables[dtype, device] = table
+        return table
+
+    def draw(self, key: int, row_std: Tensor, inputs: int) -> TableDraw:
+        """See `NoiseSource.draw`."""
+        table = self._table(row_std.dtype, row_std.device)
+        m = len(row_std)
+        rows_at_once = min(m, max(1, self._size // 4 // inputs))
+        windows = []
+        for start in range(0, m, rows_at_once):
+            std = row_std[start : start + rows_at_once]
+            count = len(std) * inputs
+            window_hash, sign_hash = divmod(hash64(key, start), 1 << 32)
+            offset = window_hash % (self._size - count + 1)
+            sign_offset = sign_hash % (self._size - len(std) + 1)
+            signs = table[sign_offset : sign_offset + len(std)]
+            window = table[offset : offset + count].view(len(std), inputs)
+            windows.append((window, torch.copysign(std, signs)[:, None]))
+        return TableDraw(windows)

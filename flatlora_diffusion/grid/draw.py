@@ -1,0 +1,254 @@
+"""Grids of pictures: prompts x seeds x methods, drawn into a folder with their sheet and their manifest."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from flatlora_diffusion.common.devices import DTYPES, default_device
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.draw import stamp
+from flatlora_diffusion.draw.pipeline import Drawing, OnStep, draw_batch, load_adapter, load_pipeline
+from flatlora_diffusion.draw.samplers import sampler_name
+from flatlora_diffusion.draw.stamp import A1111_CHUNK, Stamp, base_name, png, read
+from flatlora_diffusion.grid.plan import Cell, Grid
+from flatlora_diffusion.grid.recipe import Recipe, differences
+from flatlora_diffusion.sheet.files import MANIFEST, Sheet, draw_sheet, read_manifest
+
+SHEET = "sheet.png"
+
+OnPicture = Callable[[int, int, Cell, Image.Image], None]
+"""Called with each picture: how many there are with it, how many there will be, what it is, and itself."""
+
+
+def draw_cells(
+    pipeline: StableDiffusionXLPipeline,
+    grid: Grid,
+    drawing: Drawing,
+    *,
+    batch_size: int = 1,
+    done: Collection[Cell] = (),
+    on_step: OnStep | None = None,
+) -> Iterator[tuple[Cell, Image.Image]]:
+    """The pictures of a grid, one after the other.
+
+    Which pictures are denoised together depends on the grid and `batch_size` alone, not on those that are
+    there: what an interruption has left out comes out the same, also on GPUs.
+
+    Args:
+        pipeline: With the grid's adapters loaded.
+        grid: What to draw.
+        drawing: How.
+        batch_size: Pictures denoised together. On the CPU it doesn't change a bit of them.
+        done: Those that needn't be drawn.
+        on_step: Told of every step of every batch (`draw_batch`).
+    """
+    for batch in grid.batches(batch_size):
+        if all(cell in done for cell in batch):
+            continue
+        method = batch[0].method
+        wanted = [(cell.prompt, cell.seed) for cell in batch]
+        pictures = draw_batch(pipeline, method.adapter, wanted, drawing, scale=method.scale, on_step=on_step)
+        for cell, picture in zip(batch, pictures, strict=True):
+            if cell not in done:
+                yield cell, picture
+
+
+def draw_grid(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    sheet: Path | None = None,
+    overwrite: bool = False,
+    on_picture: OnPicture | None = None,
+    flag: str = "--output",
+) -> Image.Image:
+    """Draw a grid into a folder: its manifest first, then each picture, the sheet at last.
+
+    Pictures of the same grid that are in the folder already are kept, so that after an interruption the same
+    call does what is left.
+
+    Args:
+        recipe: What to draw.
+        folder: Made where it doesn't exist.
+        device: Such as cuda or cpu; by default the accelerator at hand.
+        sheet: File for the sheet; `sheet.png` in the folder by default.
+        overwrite: Replace another grid that is in the folder, instead of refusing it.
+        on_picture: Told of every new picture. What it raises ends the drawing.
+        flag: How the user named the folder, for errors.
+
+    Returns:
+        The sheet.
+
+    Raises:
+        UserError: The sheet would be too large, the folder has another grid or is written to by another run,
+            the base or an adapter cannot be loaded, an adapter isn't the one that the recipe asks for, or the
+            disk is full.
+    """
+    drawing = recipe.drawing
+    device = torch.device(device or default_device())
+    versions = stamp.versions()
+    recipe.check_size()
+    check_writable(flag, folder)
+    if not overwrite:  # the adapters' hashes come later
+        _check_folder(
+            flag, folder, recipe, recipe.manifest(folder, drawing.sampler, device.type, {}, versions)
+        )
+    with output_lock(folder, flag):
+        pipeline = load_pipeline(
+            recipe.base,
+            device=device,
+            dtype=DTYPES[recipe.dtype],
+            vae=recipe.vae,
+            revision=recipe.revision,
+            variant=recipe.variant,
+        )
+        hashes = {}
+        for name, path in recipe.adapters.items():
+            facts = load_adapter(pipeline, name, path)
+            hashes[name] = facts.sha256
+            if recipe.sha256.get(name, facts.sha256) != facts.sha256:
+                raise UserError(
+                    f"{facts.file}: isn't the file that the manifest's pictures were drawn with (SHA-256 "
+                    f"{facts.sha256[:12]}..., then {recipe.sha256[name][:12]}...); restore it"
+                )
+        sampler = sampler_name(drawing.sampler, pipeline.scheduler)
+        manifest = recipe.manifest(folder, sampler, device.type, hashes, versions)
+        if overwrite:
+            _make_room(folder, manifest)
+        else:
+            _check_folder(flag, folder, recipe, manifest)
+        write_atomically(folder / MANIFEST, _json(manifest))
+        stamps = {
+            cell: _stamp(recipe, cell, sampler, device.type, hashes, versions)
+            for batch in recipe.grid.batches(1)
+            for cell in batch
+        }
+        done = {cell for cell, own in stamps.items() if _has(folder / cell.file, own)}
+        cells = draw_cells(pipeline, recipe.grid, drawing, batch_size=recipe.batch_size, done=done)
+        with tqdm(total=len(stamps), initial=len(done), desc="drawing", unit="picture") as progress:
+            for number, (cell, picture) in enumerate(cells, start=len(done) + 1):
+                write_atomically(folder / cell.file, png(picture, stamps[cell]))
+                progress.update()
+                if on_picture is not None:
+                    on_picture(number, len(stamps), cell, picture)
+        picture = draw_sheet(folder)
+        write_atomically(sheet or folder / SHEET, sheet_png(recipe, picture, sampler, hashes))
+    return picture
+
+
+def _stamp(
+    recipe: Recipe,
+    cell: Cell,
+    sampler: str,
+    device: str,
+    hashes: Mapping[str, str],
+    versions: dict[str, str],
+) -> Stamp:
+    drawing, method = recipe.drawing, cell.method
+    return Stamp(
+        prompt=cell.prompt,
+        negative_prompt=drawing.negative_prompt,
+        seed=cell.seed,
+        width=drawing.width,
+        height=drawing.height,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        sampler=sampler,
+        base=base_name(recipe.base),
+        method=method.label,
+        adapter_sha256=method.adapter and hashes[method.adapter],
+        scale=None if method.adapter is None else method.scale,
+        dtype=recipe.dtype,
+        device=device,
+        versions=versions,
+    )
+
+
+def _has(file: Path, expected: Stamp) -> bool:
+    """Whether a picture is there, whole, and was drawn like this."""
+    try:
+        return file.is_file() and read(file) == expected
+    except UserError:
+        return False
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folder(flag: str, folder: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder whose files aren't those of this grid.
+
+    Raises:
+        UserError: Names the folder and what is in it.
+    """
+    path = folder / MANIFEST
+    if path.exists():
+        try:
+            found = differences(read_manifest(path), json.loads(_json(manifest)))
+        except ValueError as error:
+            raise UserError(f"{flag} {folder}: {error}; give another folder") from error
+        if found:
+            raise UserError(f"{flag} {folder}: has a grid with other {', '.join(found)}; give another folder")
+        return
+    for name in (SHEET, *(cell.file for batch in recipe.grid.batches(1) for cell in batch)):
+        if (folder / name).exists():
+            raise UserError(f"{flag} {folder}: has a {name} of something else; give another folder")
+
+
+def _make_room(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove what an earlier grid has drawn into the folder, unless it is the same one."""
+    try:
+        old = read_manifest(folder / MANIFEST)
+        if not differences(old, json.loads(_json(manifest))):
+            return
+        files = [file for row in Sheet.load(folder).rows for file in row.images]
+    except ValueError:  # there is none that can be read
+        return
+    (folder / MANIFEST).unlink()
+    for file in files:
+        if file.parent == folder:
+            file.unlink(missing_ok=True)
+
+
+def sheet_png(recipe: Recipe, sheet: Image.Image, sampler: str, hashes: Mapping[str, str]) -> bytes:
+    """A sheet as a PNG that says how its pictures were drawn, in A1111's form: prompts, then settings.
+
+    Args:
+        recipe: Of the grid.
+        sheet: Its sheet.
+        sampler: Name of the sampler.
+        hashes: Name of an adapter -> SHA-256 of its file.
+    """
+    drawing = recipe.drawing
+    methods = []
+    for method in recipe.grid.methods:
+        own = f"{hashes[method.adapter][:12]} x {method.scale:g}" if method.adapter else "no adapter"
+        methods.append(f"{method.label} ({own})")
+    lines = list(recipe.grid.prompts)
+    if drawing.negative_prompt:
+        lines.append(f"Negative prompt: {drawing.negative_prompt}")
+    quoted = json.dumps(", ".join(methods), ensure_ascii=False)
+    lines.append(
+        f"Steps: {drawing.steps}, Sampler: {sampler}, CFG scale: {drawing.guidance:g}, "
+        f"Seeds: {' '.join(map(str, recipe.grid.seeds))}, Size: {drawing.width}x{drawing.height}, "
+        f"Model: {base_name(recipe.base)}, Methods: {quoted}"
+    )
+    info = PngInfo()
+    info.add_text(A1111_CHUNK, "\n".join(lines))
+    content = io.BytesIO()
+    sheet.save(content, "PNG", pnginfo=info)
+    return content.getvalue()

@@ -1,0 +1,228 @@
+"""The flags of `python -m flatlora_diffusion.grid` -> a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.common.command import OneLineParser, invoked_as, parse_adapter
+from flatlora_diffusion.common.devices import DTYPES
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.data.datasets import dataset_captions
+from flatlora_diffusion.data.images import CAPTION_KEY, PROMPT_PLACEHOLDER, complete_caption, find_samples
+from flatlora_diffusion.draw.pipeline import Drawing
+from flatlora_diffusion.draw.samplers import SAMPLERS
+from flatlora_diffusion.grid.plan import AXES, Grid, Method
+from flatlora_diffusion.grid.recipe import Recipe
+from flatlora_diffusion.sheet.command import add_measures, expanded
+
+_PROMPT_SOURCES = ("prompt", "prompts_file", "captions", "dataset_name")
+_WITH_A_MANIFEST = {"manifest", "output", "device", "batch_size"}
+
+
+def grid_parser() -> OneLineParser:
+    """The parser; flags that aren't given leave nothing behind."""
+    parser = OneLineParser(
+        prog=invoked_as("python -m flatlora_diffusion.grid"),
+        usage="%(prog)s --base BASE --prompt TEXT [TEXT ...] --output FOLDER [options]\n"
+        "       %(prog)s --manifest FOLDER/manifest.json --output FOLDER\n"
+        "       %(prog)s FOLDER --output FILE.png",
+        description="Draw prompts x seeds x methods from the same initial noise: an SDXL base and its "
+        "adapters. The folder gets each picture, sheet.png and manifest.json. The same command goes on after "
+        "an interruption; the manifest draws the grid again; a folder alone is laid out again (flags: "
+        "python -m flatlora_diffusion.sheet --help).",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--base", help="Folder or hub name of the SDXL pipeline.")
+    add(
+        "--adapter",
+        type=parse_scaled_adapter,
+        action="append",
+        metavar="NAME=PATH[@SCALE]",
+        help="An adapter to compare, a file or the folder of a run; may be given several times, also one "
+        "adapter with several scales.",
+    )
+    add("--no_base", action="store_true", help="Leave out the base without adapters.")
+    add("--prompt", nargs="+", metavar="TEXT", help="One or more prompts.")
+    add(
+        "--prompts_file", type=Path, metavar="FILE", help="Prompts, one a line; lines with # are passed over."
+    )
+    add(
+        "--captions", type=Path, metavar="DIR", help="The captions of a folder of training images as prompts."
+    )
+    add("--dataset_name", metavar="NAME", help="The same of a Hugging Face dataset, of its split train.")
+    add("--caption_column", metavar="KEY", help="Where the captions are: a column, a key of metadata.jsonl.")
+    add("--instance_prompt", metavar="TEXT", help="In place of missing captions, as in training.")
+    add("--limit", type=int, metavar="N", help="Take the first N prompts.")
+    add("--seed", nargs="+", type=int, metavar="N", help="One or more seeds for each prompt (default: 0).")
+    add("--rows", nargs="+", choices=AXES, help="What goes downwards, slowest first (default: prompt seed).")
+    add(
+        "--columns", nargs="+", choices=AXES, help="What goes to the right (default: all that --rows leaves)."
+    )
+    add("--negative_prompt", metavar="TEXT", help="What guidance steers away from.")
+    add("--resolution", type=int, metavar="PIXELS", help="Width and height (default: 1024).")
+    add("--width", type=int, metavar="PIXELS", help="In place of --resolution.")
+    add("--height", type=int, metavar="PIXELS", help="The same.")
+    add("--steps", type=int, metavar="N", help="Denoising steps (default: 50).")
+    add("--guidance", type=float, metavar="X", help="Classifier-free guidance (default: 5).")
+    add("--sampler", choices=SAMPLERS, help="Default: the base's own.")
+    add(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="Pictures denoised together (default: 1). On the CPU it doesn't change a bit of them; on GPUs "
+        "their last bits differ.",
+    )
+    add("--title", metavar="TEXT", help="Heading of the sheet.")
+    add("--no_legend", action="store_true", help="Leave out the small print that tells what all share.")
+    add("--strip", nargs="+", type=Path, metavar="PATH", help="Training images (files, folders) for the top.")
+    add_measures(parser)
+    add(
+        "--pretrained_vae_model_name_or_path",
+        metavar="VAE",
+        help="Folder or hub name of a VAE to use in place of the base's, as in training.",
+    )
+    add("--device", help="Such as cuda or cpu (default: the accelerator at hand).")
+    add("--dtype", choices=DTYPES, help="Precision (default: fp32).")
+    add("--manifest", type=Path, metavar="FILE", help="Draw the grid of a manifest again.")
+    add("--output", type=Path, metavar="FOLDER", help="Where the pictures go.")
+    return parser
+
+
+def read_recipe(given: dict[str, Any]) -> Recipe:
+    """The grid that the flags ask for.
+
+    Args:
+        given: Flag without its dashes -> value, for each that was given.
+
+    Raises:
+        UserError: Names what is missing, wrong or too much.
+    """
+    if "manifest" in given:
+        return _again(given)
+    if "base" not in given:
+        raise UserError("--base is missing; name the SDXL pipeline, or give the --manifest of a grid")
+    adapters, methods = _methods(given.get("adapter", []), given.get("no_base", False))
+    axes = {name: given[name] for name in ("rows", "columns") if name in given}
+    if len(axes) == 1:
+        (named,) = axes.values()
+        rest = [axis for axis in AXES if axis not in named]
+        axes = {"rows": rest, "columns": rest} | axes
+    resolution = given.get("resolution", 1024)
+    drawing = {
+        name: given[name] for name in ("steps", "guidance", "negative_prompt", "sampler") if name in given
+    }
+    try:
+        strip = expanded(given.get("strip", []))
+    except ValueError as error:
+        raise UserError(f"--strip: {error}") from error
+    return Recipe(
+        base=given["base"],
+        grid=Grid(_prompts(given), given.get("seed", [0]), methods, **axes),
+        drawing=Drawing(given.get("width", resolution), given.get("height", resolution), **drawing),
+        adapters=adapters,
+        vae=given.get("pretrained_vae_model_name_or_path"),
+        footer="" if given.get("no_legend") else None,
+        strip=strip,
+        **{
+            name: given[name]
+            for name in ("dtype", "batch_size", "title", "cell_size", "margin")
+            if name in given
+        },
+    )
+
+
+def _again(given: dict[str, Any]) -> Recipe:
+    for name in sorted(given.keys() - _WITH_A_MANIFEST):
+        raise UserError(f"--{name}: is in the manifest; leave it out, or leave --manifest out")
+    recipe = Recipe.load(given["manifest"])
+    return replace(recipe, batch_size=given.get("batch_size", recipe.batch_size))
+
+
+def _methods(given: Sequence[tuple[str, Path, float]], no_base: bool) -> tuple[dict[str, Path], list[Method]]:
+    """The adapters by the names that they are loaded under, and the methods: the base first."""
+    paths: dict[str, Path] = {}
+    for label, path, _ in given:
+        if paths.setdefault(label, path) != path:
+            raise UserError(
+                f"--adapter {label}={path}: {label} is {paths[label]} already; give it another name"
+            )
+    # PEFT takes no dots in its names.
+    names = {label: f"adapter_{number}" for number, label in enumerate(paths, start=1)}
+    labels = [label for label, _, _ in given]
+    methods = [] if no_base else [Method("base")]
+    for label, _, scale in given:
+        shown = label if scale == 1 and labels.count(label) == 1 else f"{label} x {scale:g}"
+        methods.append(Method(shown, names[label], scale))
+    return {names[label]: path for label, path in paths.items()}, methods
+
+
+def _prompts(given: dict[str, Any]) -> list[str]:
+    sources = [name for name in _PROMPT_SOURCES if name in given]
+    if len(sources) != 1:
+        flags = ", ".join(f"--{name}" for name in _PROMPT_SOURCES)
+        raise UserError(f"prompts come from one of {flags}; {len(sources) or 'none'} of them is given")
+    source = sources[0]
+    if source == "prompt":
+        prompts = given["prompt"]
+    else:
+        found = _read_prompts(given["prompts_file"]) if source == "prompts_file" else _captions(given)
+        prompts = list(dict.fromkeys(prompt for prompt in found if prompt.strip()))
+    if not prompts:
+        raise UserError(f"--{source} {given[source]}: no prompt in it")
+    limit = given.get("limit", len(prompts))
+    if limit < 1:
+        raise UserError(f"--limit {limit}: must be greater than 0")
+    return prompts[:limit]
+
+
+def _captions(given: dict[str, Any]) -> list[str]:
+    """The captions of a folder or dataset as training has them, but for those that say nothing."""
+    instance_prompt = given.get("instance_prompt", PROMPT_PLACEHOLDER)
+    if "captions" in given:
+        flag, key = f"--captions {given['captions']}", given.get("caption_column", CAPTION_KEY)
+        captions = [sample.caption for sample in find_samples(given["captions"], instance_prompt, flag, key)]
+    elif "caption_column" in given:
+        flag = f"--dataset_name {given['dataset_name']}"
+        own = dataset_captions(given["dataset_name"], given["caption_column"])
+        captions = [complete_caption(caption, instance_prompt) for caption in own]
+    else:
+        raise UserError("--caption_column is missing; name the column of --dataset_name with the captions")
+    captions = [caption for caption in captions if caption != PROMPT_PLACEHOLDER]
+    if any(PROMPT_PLACEHOLDER in caption for caption in captions):
+        raise UserError(
+            f"{flag}: a caption has {PROMPT_PLACEHOLDER}; say with --instance_prompt what it means"
+        )
+    return captions
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"--prompts_file {path}: {error.strerror.lower()}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts_file {path}: not text in UTF-8 ({error.reason})") from error
+    return [line for line in lines if not line.startswith("#")]
+
+
+def parse_scaled_adapter(argument: str) -> tuple[str, Path, float]:
+    """NAME=PATH or NAME=PATH@SCALE of a command line."""
+    name, path = parse_adapter(argument)
+    start, separator, scale = str(path).rpartition("@")
+    if not separator or path.exists():
+        return name, path, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not start or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(
+            f"{argument}: must be NAME=PATH or NAME=PATH@SCALE ({path} doesn't exist, {scale!r} is no number)"
+        )
+    return name, Path(start), number

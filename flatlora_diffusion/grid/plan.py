@@ -1,0 +1,188 @@
+"""Grids as plans: which pictures there are, where each stands, and what it is called."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.sheet.layout import Label
+
+AXES = ("prompt", "seed", "method")
+MAX_CELLS = 4096
+
+_LONGEST_SLUG = 40  # characters of a prompt or label in a file's name
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw a prompt: the base alone, or with an adapter.
+
+    Attributes:
+        label: What the sheet calls it.
+        adapter: Name under which the adapter is loaded, or None for the base alone.
+        scale: Of the adapter's update.
+    """
+
+    label: str
+    adapter: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a grid.
+
+    Attributes:
+        prompt: What is drawn.
+        seed: Of the initial noise.
+        method: How.
+        file: Name of its file, which no other cell of the grid has and which doesn't depend on the layout.
+    """
+
+    prompt: str
+    seed: int
+    method: Method
+    file: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every prompt with every seed and every method.
+
+    Attributes:
+        prompts: All different.
+        seeds: All different; 64 bits at most.
+        methods: With different labels.
+        rows: The axes (`prompt`, `seed`, `method`) that go downwards, the slowest first.
+        columns: Those that go to the right; each axis is in one of the two.
+
+    Raises:
+        UserError: One of these doesn't hold, or the grid has more than `MAX_CELLS` pictures.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    methods: Sequence[Method]
+    rows: Sequence[str] = ("prompt", "seed")
+    columns: Sequence[str] = ("method",)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "methods", "rows", "columns"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if sorted(self.rows + self.columns) != sorted(AXES):
+            given = f"rows {' '.join(self.rows)}, columns {' '.join(self.columns)}"
+            raise UserError(f"{given}: each of {', '.join(AXES)} must be in one of them, once")
+        for axis, values in zip(AXES, (self.prompts, self.seeds, self.methods), strict=True):
+            if not values:
+                raise UserError(f"there is no {axis}; give at least one")
+        if len(self) > MAX_CELLS:
+            raise UserError(
+                f"{len(self.prompts)} prompts, {len(self.seeds)} seeds and {len(self.methods)} methods are "
+                f"{len(self)} pictures, more than the limit of {MAX_CELLS}; use fewer"
+            )
+        for seed in self.seeds:
+            if not 0 <= seed < 2**64:
+                raise UserError(f"seed {seed}: must be 0 or more and have 64 bits at most")
+        for method in self.methods:
+            if not method.label.strip():
+                raise UserError("a method has no name; give each one of its own")
+            if not math.isfinite(method.scale):
+                raise UserError(f"{method.label}: its scale {method.scale} must be a finite number")
+        labels = [method.label for method in self.methods]
+        for axis, values in (("prompt", self.prompts), ("seed", self.seeds), ("method", labels)):
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    raise UserError(f"{axis} {value}: is there twice; each needs to be different")
+
+    def __len__(self) -> int:
+        return len(self.prompts) * len(self.seeds) * len(self.methods)
+
+    def batches(self, size: int) -> list[list[Cell]]:
+        """The pictures in the order of drawing: method by method, at most `size` together."""
+        files = self._files()
+        batches = []
+        for method in self.methods:
+            cells = [
+                Cell(prompt, seed, method, files[prompt, seed, method])
+                for prompt in self.prompts
+                for seed in self.seeds
+            ]
+            batches += [cells[start : start + size] for start in range(0, len(cells), size)]
+        return batches
+
+    def table(self) -> list[list[Cell]]:
+        """The pictures as they stand: rows of cells."""
+        files = self._files()
+        rows = []
+        for row in self._places(self.rows):
+            cells = []
+            for column in self._places(self.columns):
+                place = row | column
+                key = (place["prompt"], place["seed"], place["method"])
+                cells.append(Cell(*key, files[key]))
+            rows.append(cells)
+        return rows
+
+    def labels(self, axes: Sequence[str], *, shared: bool = True) -> list[Label]:
+        """What is written at each row (`axes` is `grid.rows`) or column (`grid.columns`).
+
+        Args:
+            axes: Those of the rows or of the columns.
+            shared: Whether to write also what `shared` leaves to the small print.
+        """
+        shown = [axis for axis in axes if shared or axis not in self.shared()]
+        labels = [tuple(self._text(axis, place[axis]) for axis in shown) for place in self._places(axes)]
+        return [label if len(label) > 1 else "".join(label) for label in labels]
+
+    def shared(self) -> list[str]:
+        """The axes that needn't be written at rows and columns, since all pictures have the same there.
+
+        At the rows, and at the columns, one axis is always written.
+        """
+        same = [[axis for axis in axes if len(self._values(axis)) == 1] for axes in (self.rows, self.columns)]
+        for axes, own in zip((self.rows, self.columns), same, strict=True):
+            if own and own == list(axes):
+                own.pop(0)
+        return [axis for own in same for axis in own]
+
+    def _values(self, axis: str) -> Sequence[str | int | Method]:
+        return {"prompt": self.prompts, "seed": self.seeds, "method": self.methods}[axis]
+
+    def _places(self, axes: Sequence[str]) -> list[dict[str, str | int | Method]]:
+        combinations = itertools.product(*(self._values(axis) for axis in axes))
+        return [dict(zip(axes, values, strict=True)) for values in combinations]
+
+    @staticmethod
+    def _text(axis: str, value: str | int | Method) -> str:
+        if isinstance(value, Method):
+            return value.label
+        if axis == "seed":
+            return f"seed {value}"
+        return str(value) if str(value).strip() else "(no prompt)"
+
+    def _files(self) -> dict[tuple[str, int, Method], str]:
+        prompts = unique_slugs(self.prompts)
+        methods = unique_slugs(method.label for method in self.methods)
+        return {
+            (prompt, seed, method): f"{prompts[index]}-seed{seed}-{methods[place]}.png"
+            for index, prompt in enumerate(self.prompts)
+            for seed in self.seeds
+            for place, method in enumerate(self.methods)
+        }
+
+
+def unique_slugs(texts: Iterable[str]) -> list[str]:
+    """The texts in a-z and 0-9, short; where nothing is left, or another has the same, with their place."""
+    slugs: list[str] = []
+    for number, text in enumerate(texts):
+        slug = re.sub(r"[^a-z0-9.]+", "_", text.lower())[:_LONGEST_SLUG].strip("_.")
+        if not slug or slug in slugs:
+            slug = f"{slug}_{number:03d}".strip("_")
+        while slug in slugs:  # another is called just this
+            slug += "_"
+        slugs.append(slug)
+    return slugs

@@ -1,0 +1,281 @@
+"""All that decides a grid, and its form as JSON: the manifest from which it is drawn again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.common.devices import DTYPES
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import Drawing
+from flatlora_diffusion.draw.samplers import DEFAULT, SAMPLERS
+from flatlora_diffusion.draw.stamp import base_name
+from flatlora_diffusion.grid.plan import Grid, Method
+from flatlora_diffusion.sheet.files import MANIFEST, STRIP_LABEL, Sheet, SheetRow, read_manifest
+
+_KEY = "grid"  # of the manifest: what its sheet doesn't need
+# What may change while the pictures stay the same (but for the last bits, where GPUs draw in other batches).
+_WITHOUT_EFFECT = ("batch_size", "rows", "columns", "footer")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A grid: what is drawn, from which files, and how the sheet looks.
+
+    Attributes:
+        base: Folder or hub name of the SDXL pipeline.
+        grid: Its methods name adapters out of `adapters`.
+        drawing: How each picture is drawn.
+        adapters: Name -> file, or the folder that holds it.
+        dtype: Precision: `fp32`, `fp16` or `bf16`.
+        revision: Of the base on the hub.
+        variant: Of the base's files, such as `fp16`.
+        vae: Folder or hub name of a VAE in place of the base's.
+        batch_size: Pictures denoised together.
+        title: Heading of the sheet.
+        footer: Small print in place of the legend, which says what all pictures share.
+        strip: Files of the training pictures.
+        cell_size: As for `contact_sheet`.
+        margin: The same.
+        sha256: Name of an adapter -> what its file must have, where that is known.
+
+    Raises:
+        UserError: A setting with which nothing can be drawn.
+    """
+
+    base: str
+    grid: Grid
+    drawing: Drawing
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    dtype: str = "fp32"
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    batch_size: int = 1
+    title: str | None = None
+    footer: str | None = None
+    strip: Sequence[Path] = ()
+    cell_size: int | None = None
+    margin: int | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_drawing(self.drawing)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size {self.batch_size}: must be greater than 0")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        for method in self.grid.methods:
+            if method.adapter is not None and method.adapter not in self.adapters:
+                raise UserError(f"{method.label}: there is no adapter {method.adapter}")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a manifest, given its file or the folder that holds it.
+
+        Raises:
+            UserError: It is missing, damaged, or not of a grid.
+        """
+        path = path / MANIFEST if path.is_dir() else path
+        try:
+            sheet, content = Sheet.load(path), read_manifest(path).get(_KEY)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if content is None:
+            raise UserError(f"{path}: tells of a sheet, but not how its pictures were drawn")
+        folder = path.parent.resolve()
+        try:
+            axes = {name: content[name] for name in ("prompts", "seeds", "rows", "columns")}
+            return cls(
+                base=_read_path(content["base"], folder),
+                grid=Grid(methods=[Method(**method) for method in content["methods"]], **axes),
+                drawing=Drawing(**content["drawing"]),
+                adapters={
+                    name: Path(_read_path(own["file"], folder)) for name, own in content["adapters"].items()
+                },
+                sha256={name: own["sha256"] for name, own in content["adapters"].items()},
+                vae=content["vae"] and _read_path(content["vae"], folder),
+                **{name: content[name] for name in ("dtype", "revision", "variant", "batch_size", "footer")},
+                **{name: getattr(sheet, name) for name in ("title", "strip", "cell_size", "margin")},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged, or of another version of this project ({error})") from error
+
+    def sheet(self, folder: Path, sampler: str) -> Sheet:
+        """The sheet, with its pictures in a folder.
+
+        Args:
+            folder: Where the pictures are, or will be.
+            sampler: What the small print calls the sampler.
+        """
+        grid, shared = self.grid, self.footer is not None
+        labels = grid.labels(grid.rows, shared=shared)
+        return Sheet(
+            columns=grid.labels(grid.columns, shared=shared),
+            rows=[
+                SheetRow(label, [folder / cell.file for cell in cells])
+                for label, cells in zip(labels, grid.table(), strict=True)
+            ],
+            title=self.title,
+            footer=self._legend(sampler) if self.footer is None else self.footer,
+            strip=self.strip,
+            strip_label=STRIP_LABEL if self.strip else None,
+            cell_size=self.cell_size,
+            margin=self.margin,
+        )
+
+    def check_size(self) -> None:
+        """Refuse a sheet that couldn't be made, before its pictures are drawn.
+
+        Raises:
+            UserError: It would be too large, or a file of the strip cannot be read.
+        """
+        try:
+            self.sheet(Path(), self.drawing.sampler).size((self.drawing.width, self.drawing.height))
+        except ValueError as error:
+            raise UserError(f"nothing was drawn: {error}") from error
+
+    def manifest(
+        self, folder: Path, sampler: str, device: str, hashes: Mapping[str, str], versions: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """The recipe as JSON.
+
+        Args:
+            folder: That of the manifest: files are named relative to it.
+            sampler: Name of the sampler.
+            device: Kind of the device that draws.
+            hashes: Name of an adapter -> SHA-256 of its file.
+            versions: Package -> version.
+        """
+        sheet, folder = self.sheet(folder, sampler), folder.resolve()
+        rows = []
+        for row, cells in zip(sheet.rows, self.grid.table(), strict=True):
+            place = {axis: getattr(cells[0], axis) for axis in self.grid.rows if axis != "method"}
+            rows.append({"label": row.label, "images": [cell.file for cell in cells], **place})
+        measures = {"cell_size": self.cell_size, "margin": self.margin}
+        texts = {
+            "title": self.title,
+            "footer": sheet.footer,
+            "strip": [_relative(path, folder) for path in self.strip],
+            "strip_label": sheet.strip_label,
+        }
+        return {
+            "columns": sheet.columns,
+            "rows": rows,
+            **{name: value for name, value in texts.items() if value},
+            **{name: value for name, value in measures.items() if value is not None},
+            _KEY: {
+                "base": _written_path(self.base, folder),
+                "revision": self.revision,
+                "variant": self.variant,
+                "vae": self.vae and _written_path(self.vae, folder),
+                "dtype": self.dtype,
+                "device": device,
+                "versions": dict(versions),
+                "drawing": dataclasses.asdict(self.drawing),
+                "prompts": self.grid.prompts,
+                "seeds": self.grid.seeds,
+                "methods": [dataclasses.asdict(method) for method in self.grid.methods],
+                "adapters": {
+                    name: {"file": _relative(path, folder), "sha256": hashes.get(name)}
+                    for name, path in self.adapters.items()
+                },
+                "batch_size": self.batch_size,
+                "rows": self.grid.rows,
+                "columns": self.grid.columns,
+                "footer": self.footer,
+            },
+        }
+
+    def _legend(self, sampler: str) -> str:
+        """What all pictures share."""
+        grid, drawing = self.grid, self.drawing
+        parts = [
+            *(base_name(self.base), f"{drawing.steps} steps", f"guidance {drawing.guidance:g}"),
+            "the base's own sampler" if sampler == DEFAULT else sampler,
+            *(f"{drawing.width} x {drawing.height} px", self.dtype),
+        ]
+        silent = [m for m in grid.methods if m.adapter and not m.label.endswith(f" x {m.scale:g}")]
+        if len({method.scale for method in silent}) == 1:
+            parts.append(f"adapter scale {silent[0].scale:g}")
+        else:
+            parts += [f"{method.label} at scale {method.scale:g}" for method in silent]
+        shared = grid.shared()
+        noise = f"seed {grid.seeds[0]}" if "seed" in shared else "the same initial noise for each seed"
+        lines = [f"{', '.join(parts)}; {noise}"]
+        if "method" in shared:
+            lines[0] += f"; {grid.methods[0].label}"
+        if "prompt" in shared:
+            lines.append(f"prompt: {grid.prompts[0]}")
+        if drawing.negative_prompt:
+            lines.append(f"negative prompt: {drawing.negative_prompt}")
+        return "\n".join(lines)
+
+
+def check_drawing(drawing: Drawing) -> None:
+    """Refuse settings with which nothing can be drawn.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    for name in ("width", "height"):
+        value = getattr(drawing, name)
+        if value < 8 or value % 8:
+            raise UserError(f"{name} {value}: must be a multiple of 8 greater than 0")
+    if drawing.steps < 1:
+        raise UserError(f"steps {drawing.steps}: must be greater than 0")
+    if not 0 <= drawing.guidance < math.inf:
+        raise UserError(f"guidance {drawing.guidance}: must be a finite number that is 0 or more")
+    if drawing.sampler not in SAMPLERS:
+        raise UserError(f"sampler {drawing.sampler}: must be one of {', '.join(SAMPLERS)}")
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What of two manifests gives different pictures. A hash that isn't known is that of any file.
+
+    Args:
+        one: As read from JSON.
+        other: The same.
+
+    Returns:
+        Names of settings; all pictures are the same where there are none.
+    """
+    try:
+        (ours, our_hashes), (theirs, their_hashes) = _deciding(one[_KEY]), _deciding(other[_KEY])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ["settings"]
+    found = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    known = [name for name, sha256 in our_hashes.items() if sha256 and their_hashes.get(name)]
+    if any(our_hashes[name] != their_hashes[name] for name in known):
+        found.append("adapter files")
+    return found
+
+
+def _deciding(grid: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """What of a manifest decides its pictures: settings, and the hashes of the adapters."""
+    settings = {name: value for name, value in grid.items() if name not in _WITHOUT_EFFECT}
+    hashes = {name: file["sha256"] for name, file in settings.pop("adapters").items()}
+    return settings | dict(settings.pop("drawing")), hashes
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path from a resolved folder; links are followed, so that `..` leads back."""
+    return os.path.relpath(path.resolve(), folder)
+
+
+def _written_path(name: str, folder: Path) -> str:
+    """A local folder relative to another one, beginning with a dot; the name of one on the hub as it is."""
+    if not Path(name).exists():
+        return name
+    relative = _relative(Path(name), folder)
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _read_path(written: str, folder: Path) -> str:
+    """The inverse: a relative path of the manifest in a folder, from here."""
+    return os.path.normpath(folder / written) if written.startswith(".") else written

@@ -1,1 +1,0 @@
-"""What an adapter changes, in figures: personalisation, retention, flatness."""

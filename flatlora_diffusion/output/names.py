@@ -1,0 +1,30 @@
+"""The names of what a run leaves in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = "validation"
+
+
+def step_name(step: int) -> str:
+    """Folder of the pictures after a step."""
+    return f"step-{step:06d}"
+
+
+def numbered_steps(files: Iterable[Path]) -> list[int]:
+    """The steps in the names of files or folders `step-NNNNNN*`, in order."""
+    numbers = [path.stem.removeprefix("step-") for path in files]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+COMPARISON = "comparison.png"
+
+
+SUMMARY = "summary.json"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
+
+
+ARMS = {"LoRA": "lora", "Flat-LoRA": "flat_lora"}
+"""Label of each arm of a comparison -> its folder, as `train` names it."""

@@ -1,0 +1,156 @@
+"""What a run says of itself: the settings that decide its result, facts in the adapter's file, a summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.adapter.new_tokens import read_embeddings
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.sdxl.lora import ADAPTER
+
+# Settings that change neither the adapter nor the way to it, only where and what is reported. The data counts
+# by its content, the steps where a schedule stretches over them.
+_WITHOUT_EFFECT = {
+    *("instance_data_dir", "compare", "gradient_checkpointing", "max_train_steps", "num_train_epochs"),
+    *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+    *("logging_dir", "report_to", "validation_prompt", "num_validation_images", "validation_epochs"),
+    *("validation_inference_steps", "validation_guidance_scale", "repeats"),
+    *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
+    *("heldout_data_dir", "heldout_split", "heldout_steps", "output_kohya_format"),
+    *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
+    *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
+    *("push_to_hub", "hub_token", "hub_model_id"),
+}
+
+
+def method(config: TrainConfig) -> str:
+    """`Flat-LoRA` or `LoRA`."""
+    return "Flat-LoRA" if config.flat_sigma else "LoRA"
+
+
+def deciding_settings(
+    config: TrainConfig, total_steps: int, data_digest: str, accelerator: Accelerator
+) -> dict[str, Any]:
+    """All that decides the adapter, by name: two runs that agree in it end in the same adapter."""
+    settings = {k: v for k, v in config.settings().items() if k not in _WITHOUT_EFFECT}
+    settings |= {
+        "lora_alpha": config.alpha,
+        "mixed_precision": accelerator.mixed_precision,
+        "images and captions": data_digest,
+        "processes": accelerator.num_processes,
+    }
+    noise_stretches = config.flat_sigma > 0 and config.flat_schedule != "constant"
+    if noise_stretches or config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        settings["max_train_steps"] = total_steps  # else a longer run may continue a shorter one
+    text_encoder_steps = config.text_encoder_steps(total_steps)
+    if text_encoder_steps < total_steps:
+        settings["steps of the text encoders"] = text_encoder_steps
+    return settings
+
+
+def facts(
+    config: TrainConfig,
+    settings: dict[str, Any],
+    trained: dict[str, nn.Module],
+    step: int,
+    averaged: bool = False,
+) -> dict[str, Any]:
+    """What the adapter's file says of its making: the same for every run that ends in the same adapter."""
+    targets = {name: sorted(model.peft_config[ADAPTER].target_modules) for name, model in trained.items()}
+    return {
+        "method": method(config),
+        "base": config.pretrained_model_name_or_path,
+        "instance_prompt": config.instance_prompt,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": targets,
+        "init_lora_weights": config.init_lora_weights,
+        "flat_sigma": config.flat_sigma,
+        "flat_schedule": config.flat_schedule,
+        "flat_noise": config.flat_noise,
+        "ema_decay": config.ema_decay if averaged else None,
+        "seed": config.seed,
+        "steps": step,
+        "settings_sha256": _digest(settings),
+        "versions": versions(config),
+        **({"quantize_base": config.quantize_base} if config.quantize_base else {}),
+    }
+
+
+def is_complete(output: Path, settings: dict[str, Any], total_steps: int) -> bool:
+    """Whether the folder holds the adapter that a run with these settings ends in."""
+    weights = output / WEIGHTS_NAME
+    if not weights.is_file():
+        return False
+    try:
+        known = read_facts(weights)
+        read_embeddings(weights, known)
+    except UserError:  # damaged: it will be written again
+        return False
+    return known.get("steps") == total_steps and known.get("settings_sha256") == _digest(settings)
+
+
+def summary(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    images: int,
+    losses: Sequence[float],
+    seconds: Sequence[float],
+    heldout: dict[int, float],
+    update_norms: Sequence[float],
+) -> dict[str, Any]:
+    """Settings, losses, time and memory of a finished run.
+
+    Args:
+        config: Its settings.
+        accelerator: Tells the device and the number of processes.
+        images: Number of training images.
+        losses: Of every step since the first, also those before a resume.
+        seconds: Of every step since the last resume.
+        heldout: Step -> loss of the held-out images.
+        update_norms: Frobenius norm of the saved adapter's update of each layer.
+    """
+    last_tenth = losses[-max(1, len(losses) // 10) :]
+    on_gpu = accelerator.device.type == "cuda"
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "method": method(config),
+        "settings": config.settings(),
+        "images": images,
+        "steps": len(losses),
+        "mean_loss_of_last_tenth": sum(last_tenth) / len(last_tenth),
+        "mean_update_norm": sum(update_norms) / len(update_norms),
+        "median_seconds_a_step": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else process_peak,
+        "peak_memory_of": "GPU" if on_gpu else "process",
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "versions": versions(config),
+        "losses": list(losses),
+        "heldout_losses": heldout,
+    }
+
+
+def versions(config: TrainConfig) -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    names = ["diffusers", "transformers", "peft", "accelerate"]
+    if config.quantize_base or config.use_8bit_adam:
+        names.append("bitsandbytes")
+    return {"torch": torch.__version__} | {name: version(name) for name in names}
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,0 @@
-"""The app's page: a gradio interface to the engine in `studio`."""

@@ -1,0 +1,192 @@
+"""Everything about Stable Diffusion XL: loading and checking a base, latents, prompts, LoRA, the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
+
+
+@dataclass
+class Base:
+    """The parts of an SDXL pipeline that training needs, all frozen.
+
+    Attributes:
+        tokenizers: Of both text encoders.
+        text_encoders: Both; empty once they have left memory.
+        vae: Images to latents and back; None once it has left memory.
+        unet: Predicts the noise.
+        noise_scheduler: Noise levels of training.
+        sampler: The pipeline's own scheduler, for pictures.
+        zeros_for_empty_prompt: Whether the pipeline replaces the embeddings of an empty prompt by zeros.
+    """
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    text_encoders: tuple[nn.Module, ...]
+    vae: AutoencoderKL | None
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    sampler: SchedulerMixin
+    zeros_for_empty_prompt: bool
+
+
+def check_base(name: str) -> None:
+    """Refuse what isn't an SDXL pipeline in the diffusers format with safetensors, before anything is loaded.
+
+    A name that is no local path is taken for a repository of the hub and checked when it is loaded.
+
+    Raises:
+        UserError: Says what was met and what to give instead.
+    """
+    flag = f"--pretrained_model_name_or_path {name}"
+    path = Path(name)
+    if path.is_file():
+        raise UserError(
+            f"{flag}: a single file; give a folder in the diffusers format "
+            "(StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one)"
+        )
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise UserError(f"{flag}: no such folder")
+        return
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{flag}: no model_index.json in it; give an SDXL pipeline in the diffusers format")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{index}: cannot be read ({error})") from error
+    _check_kind(flag, kind)
+    for part in ("unet", "vae", *TEXT_ENCODERS):
+        folder = path / part
+        if not any(folder.glob("*.safetensors")):
+            met = (
+                "only pickled weights (.bin), which can run code"
+                if any(folder.glob("*.bin"))
+                else "no weights"
+            )
+            raise UserError(f"{flag}: {met} in {part}/; give a base saved as safetensors")
+
+
+def _check_kind(flag: str, kind: str) -> None:
+    if not str(kind).startswith("StableDiffusionXL"):
+        raise UserError(f"{flag}: a {kind}, not an SDXL pipeline; give an SDXL base (not SD 1.5 or 2)")
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Base:
+    """Load an SDXL base from a folder or the hub, safetensors only.
+
+    Args:
+        name: Folder or hub name of the pipeline.
+        dtype: Precision of the UNet and the text encoders; the VAE is always in float32.
+        vae: Folder or hub name of a VAE to use in place of the pipeline's.
+        revision: Revision on the hub.
+        variant: Variant of the weight files.
+
+    Raises:
+        UserError: Something is missing, damaged or not SDXL.
+    """
+    check_base(name)
+    flag = f"--pretrained_model_name_or_path {name}"
+    index = _load(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
+    _check_kind(flag, index.get("_class_name", "repository without a pipeline"))
+
+    def part(kind: Any, folder: str, **settings: Any) -> Any:
+        return _load(
+            f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
+        )
+
+    scheduler = str((index.get("scheduler") or [None, None])[1])
+    check_scheduler(flag, scheduler)
+    weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
+    sampler = getattr(diffusers, scheduler, None)
+    if sampler is None:
+        raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
+    precise = {**weights, "dtype": torch.float32}
+    base = Base(
+        tokenizers=(part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")),
+        text_encoders=(
+            part(CLIPTextModel, "text_encoder", **weights),
+            part(CLIPTextModelWithProjection, "text_encoder_2", **weights),
+        ),
+        vae=load_vae(vae) if vae else part(AutoencoderKL, "vae", **precise),
+        unet=part(UNet2DConditionModel, "unet", **weights),
+        noise_scheduler=part(DDPMScheduler, "scheduler"),
+        sampler=part(sampler, "scheduler"),
+        zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+    )
+    if base.unet.config.addition_embed_type != "text_time":
+        raise UserError(f"{flag}: its UNet takes no text and time embedding, so it isn't SDXL's")
+    for tokenizer, folder in zip(base.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise UserError(
+                f"{flag}: {folder}/ has no vocabulary (tokenizer.json, or vocab.json and merges.txt)"
+            )
+    for model in (*base.text_encoders, base.vae, base.unet):
+        model.requires_grad_(False)
+    return base
+
+
+def check_scheduler(flag: str, scheduler: str) -> None:
+    """Refuse bases whose loss isn't the one that `diffusion_losses` takes.
+
+    Args:
+        flag: Names the base.
+        scheduler: Class of its scheduler.
+
+    Raises:
+        UserError: It is one for EDM-style training or flow matching.
+    """
+    for kind, name in (("EDM", "EDM-style"), ("FlowMatch", "flow-matching")):  # Playground v2.5, say
+        if kind in scheduler:
+            raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """A VAE in float32 from a folder or the hub.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    flag = f"--pretrained_vae_model_name_or_path {name}"
+    return _load(flag, AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
+
+
+def _load(what: str, load: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """Call a loader of diffusers or transformers; its complaint becomes one line."""
+    try:
+        if "use_safetensors" not in settings:  # no weights: a tokenizer, a scheduler
+            return load(*arguments, **settings)
+        model, report = load(*arguments, **settings, output_loading_info=True)
+        if report["missing_keys"]:  # the libraries would go on with random values in their place
+            missing = sorted(report["missing_keys"])
+            raise UserError(f"{what}: {len(missing)} weights are missing from its files ({missing[0]}, ...)")
+        return model
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what}: cannot be loaded ({reason[:300]})") from error

@@ -1,0 +1,1 @@
+"""Contact sheets: pictures with labels on one sheet, by Pillow alone."""

@@ -1,0 +1,21 @@
+"""`flatlora-train`, `python train_dreambooth_flat.py`: train a LoRA or a Flat-LoRA of SDXL."""
+
+from typing import NoReturn
+
+from flatlora_diffusion.common.command import run_command
+
+
+def run() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(_main)
+
+
+def _main() -> None:
+    # Inside: imports, which take seconds, are interrupted and report their errors as the work does.
+    from flatlora_diffusion.train.command import main
+
+    main()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,112 @@
+"""DreamBooth training of SDXL from a configuration: checks, then one run or two, then what follows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from diffusers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+from flatlora_diffusion.adapter.new_tokens import require_words
+from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.datasets import dataset_samples
+from flatlora_diffusion.data.images import CAPTION_KEY, Sample, find_samples, parse_background
+from flatlora_diffusion.output.gallery import SideBySide
+from flatlora_diffusion.output.hub import open_repository
+from flatlora_diffusion.output.names import FOLDER
+from flatlora_diffusion.output.record import method
+from flatlora_diffusion.sdxl.base import check_base
+from flatlora_diffusion.sdxl.quantise import require_bitsandbytes
+from flatlora_diffusion.train import class_images
+from flatlora_diffusion.train.afterwards import present
+from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.processes import from_main, join_processes, leave_processes
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> None:
+    """Train as configured; with `compare`, plain LoRA and Flat-LoRA one after the other, and draw both.
+
+    Leaves `pytorch_lora_weights.safetensors` and `summary.json` in the output folder (with `compare`, in
+    `lora/` and `flat_lora/` inside it), `comparison.png` where there are prompts to draw, and a model card.
+
+    Raises:
+        UserError: Bad input: nothing has been written, or what was there before is still there. Or something
+            that follows training failed: what was trained has been saved.
+        RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
+    """
+    disable_progress_bar()
+    disable_transformers_progress_bar()
+    join_processes(config)
+    samples = _training_samples(config)
+    if config.train_text_encoder_ti:
+        require_words(config, samples)
+    parse_background(config.background)
+    check_base(config.pretrained_model_name_or_path)
+    if config.quantize_base:
+        require_bitsandbytes(config.quantize_base)
+    check_writable("--output_dir", Path(config.output_dir))
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    heldout_samples = _heldout_samples(config)
+    arms = _arms(config)
+    with contextlib.ExitStack() as locks:
+
+        def lock() -> None:
+            for folder in dict.fromkeys([config.output_dir, *(arm.output_dir for arm in arms)]):
+                locks.enter_context(output_lock(Path(folder)))
+
+        from_main(lock)
+        class_samples = class_images.class_samples(config) if config.with_prior_preservation else ()
+        repository = from_main(lambda: open_repository(config)) if config.push_to_hub else None
+        side_by_side = _side_by_side(config, arms)
+        for arm in arms:
+            logger.info("%s: %d images, into %s", method(arm), len(samples), arm.output_dir)
+            Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
+            release()
+        if PartialState().is_main_process:
+            present(config, arms, samples, side_by_side, repository)
+        leave_processes()
+
+
+def _training_samples(config: TrainConfig) -> list[Sample]:
+    if config.dataset_name:
+        return dataset_samples(config, "train")
+    return _folder_samples(config, "instance_data_dir")
+
+
+def _heldout_samples(config: TrainConfig) -> list[Sample]:
+    if config.heldout_split:
+        return dataset_samples(config, config.heldout_split)
+    return _folder_samples(config, "heldout_data_dir") if config.heldout_data_dir else []
+
+
+def _folder_samples(config: TrainConfig, setting: str) -> list[Sample]:
+    folder = getattr(config, setting)
+    caption_key = config.caption_column or CAPTION_KEY
+    return find_samples(Path(folder), config.instance_prompt, f"--{setting} {folder}", caption_key)
+
+
+def _arms(config: TrainConfig) -> list[TrainConfig]:
+    """The runs to do: with `compare` a plain one and one with noise, equal in everything else."""
+    if not config.compare:
+        return [config]
+    plain = dataclasses.replace(
+        config, compare=False, flat_sigma=0.0, output_dir=str(Path(config.output_dir, "lora"))
+    )
+    flat = dataclasses.replace(config, compare=False, output_dir=str(Path(config.output_dir, "flat_lora")))
+    return [plain, flat]
+
+
+def _side_by_side(config: TrainConfig, arms: list[TrainConfig]) -> SideBySide | None:
+    if not config.compare:
+        return None
+    galleries = {method(arm): Path(arm.output_dir, FOLDER) for arm in arms}
+    return SideBySide(Path(config.output_dir, FOLDER), galleries)

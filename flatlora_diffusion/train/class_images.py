@@ -1,0 +1,78 @@
+"""Prior preservation (DreamBooth, arXiv 2208.12242, section 4.2): pictures of the class, given or drawn."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from flatlora_diffusion.common.devices import DTYPES, release
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.lock import check_writable
+from flatlora_diffusion.common.seeds import hash64
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import Sample, find_samples, image_files, open_image
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline, save_picture
+from flatlora_diffusion.train.processes import from_main
+
+logger = logging.getLogger(__name__)
+
+
+def class_samples(config: TrainConfig) -> list[Sample]:
+    """The class images with their captions; the base draws those that the folder lacks.
+
+    Raises:
+        UserError: The folder cannot be made or holds a damaged image.
+    """
+    folder = Path(config.class_data_dir)
+    state = PartialState()
+    from_main(lambda: _draw_missing(config, folder, state.device))
+    flag = f"--class_data_dir {folder}"
+    return find_samples(folder, config.class_prompt, flag)[: config.num_class_images]
+
+
+def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> None:
+    """Draw class images until there are enough; each is a function of the seed and its number."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--class_data_dir {folder}: not a folder")
+    given = sorted(image_files(folder)) if folder.is_dir() else []
+    for path in given:
+        open_image(path)  # a damaged one is reported before anything is drawn
+    missing = config.num_class_images - len(given)
+    if missing <= 0:
+        return
+    check_writable("--class_data_dir", folder)
+    default = "fp16" if device.type == "cuda" else "fp32"
+    precision = {"no": "fp32", None: default}.get(
+        config.prior_generation_precision, config.prior_generation_precision
+    )
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        device=device,
+        dtype=DTYPES[precision],
+        vae=config.pretrained_vae_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    numbers = [n for n in range(config.num_class_images) if not _class_image(folder, n).exists()][:missing]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
+    drawing = Drawing(config.resolution, config.resolution)
+    logger.info("drawing %d class images into %s", missing, folder)
+    for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
+        part = numbers[start : start + config.sample_batch_size]
+        seeds = [hash64(config.seed, "class image", number) for number in part]
+        pictures = draw_batch(pipeline, None, [(config.class_prompt, seed) for seed in seeds], drawing)
+        for number, picture in zip(part, pictures, strict=True):
+            save_picture(picture, _class_image(folder, number))
+    del pipeline
+    release()
+
+
+def _class_image(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:05d}.png"

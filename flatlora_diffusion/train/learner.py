@@ -1,0 +1,297 @@
+"""What a run trains: the base with its adapters, what they are shown, and their loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace_words
+from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.common.seeds import hash64, seeded
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import RANDOM_BACKGROUND, Sample
+from flatlora_diffusion.data.latents import (
+    HELDOUT_TIMESTEPS,
+    Batch,
+    LatentCache,
+    PromptCache,
+    fixed_timesteps,
+)
+from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images, encode_prompts
+from flatlora_diffusion.sdxl.initialise import check, initialise, subtract_initial_update
+from flatlora_diffusion.sdxl.lora import (
+    TEXT_ENCODERS,
+    UNET_TARGETS,
+    add_lora,
+    enable_gradient_checkpointing,
+    evaluating,
+)
+from flatlora_diffusion.sdxl.loss import diffusion_losses
+from flatlora_diffusion.sdxl.quantise import quantise
+
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Objective(nn.Module):
+    """The losses of a batch as one module: what averages gradients over processes wraps one forward pass."""
+
+    def __init__(self, models: dict[str, nn.Module], losses: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self._losses = losses
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) losses."""
+        return self._losses(batch)
+
+
+class Learner:
+    """An SDXL base with new adapters, in training mode on the accelerator, and all that they are shown.
+
+    The images are encoded once, and the captions too where the text encoders aren't trained or from the step
+    at which they no longer are; what is not needed any more has then left memory.
+
+    Args:
+        config: Settings of the run.
+        accelerator: Tells the device, the precision, and which share of a batch is this process's.
+        samples: The training images.
+        class_samples: The images of the class, for prior preservation.
+        heldout_samples: The images that are not trained, whose loss is measured.
+        resuming: The adapters will be read from a checkpoint: spare the work of an initialisation.
+
+    Attributes:
+        base: The base; its models carry the adapters.
+        trained: `unet`, and `text_encoder` and `text_encoder_2` where they are trained: models with adapters.
+        tokens: The new tokens of pivotal tuning, where there are any.
+        learning: All models with parameters that are trained: adapters or embeddings of new tokens.
+        prompts: Embeddings of all captions and validation prompts, while the text encoders aren't trained.
+        objective: Computes the losses of a batch; `prepare` gives it, and what wraps it may take its place.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        samples: Sequence[Sample],
+        class_samples: Sequence[Sample] = (),
+        heldout_samples: Sequence[Sample] = (),
+        *,
+        resuming: bool = False,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        dtype = _PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+        self.base = load_base(
+            config.pretrained_model_name_or_path,
+            dtype=dtype,
+            vae=config.pretrained_vae_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+        )
+        self.tokens: NewTokens | None = None
+        if config.train_text_encoder_ti:
+            base = self.base
+            self.tokens = NewTokens(new_tokens(config), base.tokenizers, base.text_encoders, config.seed)
+            samples, heldout_samples = map(self.tokens.captioned, (samples, heldout_samples))
+            self.tokens.require_room(samples)
+        self._cache_latents(dtype, samples, class_samples, heldout_samples)
+        self.trained: dict[str, nn.Module] = {"unet": self.base.unet}
+        self.prompts: PromptCache | None = None
+        self._whole_samples = [*class_samples, *heldout_samples]
+        text_encoders: dict[str, nn.Module] = {}
+        if config.train_text_encoder or config.train_text_encoder_ti:
+            text_encoders = dict(zip(TEXT_ENCODERS, self.base.text_encoders, strict=True))
+        else:
+            self._cache_prompts()
+        if config.train_text_encoder:
+            self.trained |= text_encoders
+        self.learning = self.trained | text_encoders
+        self._wrapped = self.learning
+        self.objective: nn.Module = _Objective(self._wrapped, self._losses)
+        self._add_adapters(resuming)
+
+    def prepare(self) -> nn.Module:
+        """Give the models the accelerator's precision; the objective with all of them in it."""
+        self._wrapped = {
+            # Processes are joined around the objective: its models may run several times in one pass.
+            name: self.accelerator.prepare_model(model, evaluation_mode=True)
+            for name, model in self.learning.items()
+        }
+        self.objective = _Objective(self._wrapped, self._losses)
+        return self.objective
+
+    def in_tokens(self, prompt: str) -> str:
+        """The prompt with its new tokens in the place of the words that stand for them."""
+        return prompt if self.tokens is None else replace_words(prompt, self.tokens.words)
+
+    def freeze_text_encoders(self) -> None:
+        """Train the text encoders no further; without effect where they aren't trained.
+
+        From here on nothing of theirs changes, by weight decay or momentum either, and they are computed
+        without noise and dropout, as at inference: once, for all prompts. Then they leave the accelerator.
+        """
+        text_encoders = self.base.text_encoders
+        for text_encoder in text_encoders:
+            text_encoder.requires_grad_(False).eval()  # an optimizer passes over what has no gradient
+        if text_encoders:
+            self._cache_prompts()
+        for text_encoder in text_encoders:
+            text_encoder.to("cpu")
+
+    def loss(self, micro_step: int) -> Tensor:
+        """The loss of this process's share of a micro-batch, with the models as they are."""
+        size = self.config.train_batch_size
+        first = micro_step * size * self.accelerator.num_processes + self.accelerator.process_index * size
+        with self._dropout_randomness(micro_step):
+            return self._mean_loss(range(first, first + size))
+
+    def heldout_loss(self) -> float:
+        """The mean loss of the held-out images at fixed timesteps and noise, without noise on the weights."""
+        levels = self.base.noise_scheduler.config.num_train_timesteps
+        timesteps = fixed_timesteps(levels, HELDOUT_TIMESTEPS)
+        with evaluating(self.learning.values()):
+            losses = [
+                self._losses(batch).mean().item() for batch in self.heldout_latents.fixed_batches(timesteps)
+            ]
+        return sum(losses) / len(losses)
+
+    def _cache_latents(
+        self,
+        dtype: torch.dtype,
+        samples: Sequence[Sample],
+        class_samples: Sequence[Sample],
+        heldout_samples: Sequence[Sample],
+    ) -> None:
+        """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
+        config, vae = self.config, self.base.vae
+        # The base's own VAE overflows in half precision; one that the user chose says so itself.
+        chosen = config.pretrained_vae_model_name_or_path and not vae.config.force_upcast
+        vae.to(self.accelerator.device, dtype if chosen else torch.float32)
+        hidden = not self.accelerator.is_local_main_process
+
+        def cache(samples: Sequence[Sample], seed: int, config: TrainConfig = config) -> LatentCache:
+            return LatentCache(
+                samples,
+                lambda pixels: encode_images(vae, pixels),
+                config,
+                seed,
+                self.base.noise_scheduler.config.num_train_timesteps,
+                progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
+            )
+
+        self.latents = cache(samples, config.seed)
+        whole = dataclasses.replace(config, caption_dropout_rate=0.0, shuffle_caption=False, keep_tokens=0)
+        class_seed = hash64(config.seed, "class")
+        self.class_latents = cache(class_samples, class_seed, whole) if class_samples else None
+        if heldout_samples:
+            background = "white" if config.background == RANDOM_BACKGROUND else config.background
+            whole = dataclasses.replace(whole, center_crop=True, random_flip=False, background=background)
+            # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
+            self.heldout_latents = cache(heldout_samples, 0, whole)
+        vae.to("cpu")
+        if not config.validation_prompt:
+            self.base.vae = None
+        release()
+
+    def _cache_prompts(self) -> None:
+        """Encode every caption and what validation needs; the text encoders are then dropped."""
+        base = self.base
+        for text_encoder in base.text_encoders:
+            text_encoder.to(self.accelerator.device)
+        whole = [sample.caption for sample in self._whole_samples]
+        prompts = [
+            *self.latents.captions.prompts,
+            *whole,
+            *map(self.in_tokens, self.config.validation_prompt or ()),
+            "",
+        ]
+        self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
+        base.text_encoders = ()
+        release()
+
+    def _add_adapters(self, resuming: bool) -> None:
+        config = self.config
+        if config.quantize_base:
+            quantise(self.base.unet, config.quantize_base, self.accelerator.device)
+            release()
+        add_lora(
+            self.trained,
+            rank=config.rank,
+            alpha=config.alpha,
+            seed=config.seed,
+            unet_targets=config.lora_layers or UNET_TARGETS,
+            init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
+            lora_dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
+        for model in self.learning.values():
+            if config.gradient_checkpointing:
+                enable_gradient_checkpointing(model)
+            model.to(self.accelerator.device).train()
+        check(self.trained, config.init_lora_weights, config.rank)
+        if not resuming:
+            initialise(
+                self.trained,
+                config.init_lora_weights,
+                seed=config.seed,
+                batch_size=config.train_batch_size,
+                loss=self._shared_loss,
+            )
+        if config.starts_with_update:
+            subtract_initial_update(self.trained)
+
+    def _shared_loss(self, micro_step: int) -> Tensor:
+        """As `loss` before the models are wrapped, and the same in all processes."""
+        size = self.config.train_batch_size
+        with self._dropout_randomness(micro_step), self.accelerator.autocast():
+            return self._mean_loss(range(micro_step * size, (micro_step + 1) * size))
+
+    def _mean_loss(self, positions: range) -> Tensor:
+        """The mean loss of the samples at these positions of the stream, with that of class images."""
+        batch = self.latents.batch(positions)
+        if self.class_latents is None:
+            return self.objective(batch).mean()
+        losses = self.objective(batch.joined(self.class_latents.batch(positions)))
+        size = len(positions)
+        return losses[:size].mean() + self.config.prior_loss_weight * losses[size:].mean()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample with the models as they are."""
+        if self.prompts is not None:
+            prompts = self.prompts.embed(batch.captions)
+        else:
+            encoders = [self._wrapped[name] for name in TEXT_ENCODERS]
+            prompts = encode_prompts(self.base.tokenizers, encoders, batch.captions)
+        if self.config.quantize_base:
+            # Layers of bitsandbytes keep the dtype of their input, also under autocast: begin in the base's.
+            dtype = self.base.unet.conv_in.weight.dtype
+            prompts = PromptEmbeds(prompts.tokens.to(dtype), prompts.pooled.to(dtype))
+        device = self.accelerator.device
+        return diffusion_losses(
+            self._wrapped["unet"],
+            self.base.noise_scheduler,
+            batch.latents.to(device),
+            batch.noise.to(device),
+            batch.timesteps.to(device),
+            PromptEmbeds(prompts.tokens.to(device), prompts.pooled.to(device)),
+            batch.time_ids.to(device),
+            self.config.snr_gamma,
+        )
+
+    @contextlib.contextmanager
+    def _dropout_randomness(self, micro_step: int) -> Iterator[None]:
+        """LoRA dropout draws from the global RNG: give it a state that is a function of the micro-batch."""
+        if not self.config.lora_dropout:
+            yield
+            return
+        key = hash64(self.config.seed, "dropout", micro_step, self.accelerator.process_index)
+        with seeded(self.accelerator.device, key):
+            yield

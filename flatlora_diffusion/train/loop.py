@@ -1,0 +1,283 @@
+"""One training run: the loop, its checkpoints, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.adapter.kohya import convert
+from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.common.signals import StopRequest, stop_request
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data.images import Sample, digest
+from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpoint, write_checkpoint
+from flatlora_diffusion.output.gallery import SideBySide
+from flatlora_diffusion.output.hub import without_token
+from flatlora_diffusion.output.names import FOLDER, KOHYA_NAME, SUMMARY
+from flatlora_diffusion.output.record import deciding_settings, is_complete, method, summary
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
+from flatlora_diffusion.train.state import TrainingState
+from flatlora_diffusion.train.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run with one method.
+
+    Args:
+        config: Its settings.
+        samples: The training images.
+        class_samples: The images of the class, for prior preservation.
+        heldout_samples: The images that are not trained, whose loss is logged.
+        side_by_side: Shows the validation pictures of this run and of those that it is compared with.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        samples: list[Sample],
+        class_samples: Sequence[Sample] = (),
+        heldout_samples: Sequence[Sample] = (),
+        side_by_side: SideBySide | None = None,
+    ) -> None:
+        self.config = config
+        self.samples = samples
+        self.class_samples = class_samples
+        self.heldout_samples = heldout_samples
+        self.side_by_side = side_by_side
+        self.output = Path(config.output_dir)
+        self.accelerator = make_accelerator(config)
+        samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
+        self.samples_a_step = samples_a_micro_step * config.gradient_accumulation_steps
+        samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
+        self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
+        self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
+        self.text_encoder_steps = config.text_encoder_steps(self.total_steps)
+        self.settings = deciding_settings(
+            config, self.total_steps, digest([*samples, *class_samples]), self.accelerator
+        )
+        require_same(self.settings)
+        self.seconds: list[float] = []
+
+    def train(self) -> None:
+        """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
+        config = self.config
+        resuming = config.resume_from_checkpoint == "latest"
+        if resuming and from_main(self._is_complete):
+            logger.info("%s is complete already", self.output)
+            return
+        stored = None
+        if config.resume_from_checkpoint:
+            # Other machines may not see the main process's disk.
+            stored = from_main(
+                lambda: find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
+            )
+            if stored is None:
+                logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._prepare(resuming=stored is not None)
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        start = 0
+        if stored:
+            self.state.resume(stored)
+            start = stored.step
+            logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
+        self._start_trackers()
+        try:
+            with stop_request() as stop:
+                self.validation.before(start)
+                self._loop(start, stop)
+                self._finish()
+                if self._anyone_stops(stop):  # it came while the adapter was being saved
+                    self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
+        finally:
+            self.state.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _is_complete(self) -> bool:
+        # The summary is written last: without it, a kill may have come before the kohya file too.
+        written = (self.output / SUMMARY).is_file()
+        return written and is_complete(self.output, self.settings, self.total_steps)
+
+    def _prepare(self, resuming: bool) -> None:
+        config = self.config
+        self.learner = Learner(
+            config,
+            self.accelerator,
+            self.samples,
+            self.class_samples,
+            self.heldout_samples,
+            resuming=resuming,
+        )
+        lr_factor = self.samples_a_step if config.scale_lr else 1
+        self.state = TrainingState(self.learner, config, self.settings, self.total_steps, lr_factor)
+        self.validation = Validation(
+            self.learner,
+            self.state,
+            config,
+            folder=self.output / FOLDER,
+            images=len(self.samples),
+            steps_an_epoch=self.steps_an_epoch,
+            total_steps=self.total_steps,
+            side_by_side=self.side_by_side,
+        )
+
+    def _start_trackers(self) -> None:
+        settings = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in self.config.settings().items()
+        }
+        self.accelerator.init_trackers("dreambooth-flat-lora", config=settings)
+
+    # The loop.
+
+    def _loop(self, start: int, stop: StopRequest) -> None:
+        progress = tqdm(
+            total=self.total_steps,
+            initial=start,
+            desc=method(self.config),
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        with progress:
+            for step in range(start, self.total_steps):
+                began = time.perf_counter()
+                if step >= self.text_encoder_steps:
+                    self.learner.freeze_text_encoders()
+                sigma, lr = self.state.flat.sigma_t, self.state.lr_scheduler.get_last_lr()[0]
+                loss, stopping = self._optimizer_step(step, stop)
+                norms = self.state.advance(loss)
+                self.seconds.append(time.perf_counter() - began)
+                progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
+                progress.update()
+                self.accelerator.log({"loss": loss, "sigma": sigma, "lr": lr, **norms}, step=step + 1)
+                self._after_step(step + 1)
+                if stopping:
+                    self._interrupt(step + 1, stop)
+                self.validation.after(step + 1)
+
+    def _after_step(self, step: int) -> None:
+        """What is due after so many steps: the loss of held-out images, a checkpoint."""
+        if self.heldout_samples and (step % self.config.heldout_steps == 0 or step == self.total_steps):
+            self._measure_heldout(step)
+        if step % self.config.checkpointing_steps == 0:
+            self._save_checkpoint(step)
+
+    def _optimizer_step(self, step: int, stop: StopRequest) -> tuple[float, bool]:
+        """One optimizer step: the mean loss of its samples, and whether to stop after it."""
+        accelerator, updates = self.accelerator, self.state.updates
+        total = self._backward(step)
+        # All processes stop together, or none: their flags travel with the loss.
+        flags = torch.stack([total, torch.full_like(total, float(stop.signal_number is not None))])
+        mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
+        if not math.isfinite(mean_loss):
+            raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
+        norm = updates.step()
+        # With a gradient scaler (fp16) such a step is skipped and the scale lowered.
+        if accelerator.scaler is None and not math.isfinite(norm):
+            raise UserError(self._divergence(step, f"the gradient's norm became {norm}"))
+        return mean_loss, stopping > 0
+
+    def _backward(self, step: int) -> Tensor:
+        """Leave a step's gradients in the parameters; the mean loss of this process's samples."""
+        total = torch.zeros((), device=self.accelerator.device)
+        micro_steps = self.config.gradient_accumulation_steps
+        for micro in range(micro_steps):
+            with self.state.updates.accumulating(last=micro + 1 == micro_steps):
+                loss = self.learner.loss(step * micro_steps + micro)
+                self.state.updates.backward(loss)
+            total += loss.detach() / micro_steps
+        return total
+
+    def _measure_heldout(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            with self.state.averaged():
+                loss = self.learner.heldout_loss()
+            self.state.heldout_losses[step] = loss
+            self.accelerator.log({"heldout_loss": loss}, step=step)
+        self.accelerator.wait_for_everyone()
+
+    def _divergence(self, step: int, what: str) -> str:
+        newest = newest_checkpoint(self.output)
+        kept = f"{newest} is sound" if newest else "no checkpoint had been written"
+        return (
+            f"{what} at step {step + 1} and nothing was updated with it ({kept}); "
+            "lower --learning_rate, or use bf16 instead of fp16"
+        )
+
+    def _save_checkpoint(self, step: int) -> None:
+        checkpoint = self.state.checkpoint(step)
+        if checkpoint is not None:
+            write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _interrupt(self, step: int, stop: StopRequest) -> None:
+        self._save_checkpoint(step)
+        saved = f"{self.output}/checkpoint-{step}"
+        self._stop(f"stopped after step {step} of {self.total_steps}, saved {saved}", stop)
+
+    def _anyone_stops(self, stop: StopRequest) -> bool:
+        flag = torch.tensor(float(stop.signal_number is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, reduction="sum").item() > 0
+
+    def _stop(self, what: str, stop: StopRequest) -> NoReturn:
+        resume = ["--resume_from_checkpoint", "latest"]
+        words = without_token(sys.argv)
+        command = shlex.join(words if words[-2:] == resume else [*words, *resume])
+        how = f"\n  python {command}"
+        if self.accelerator.num_processes > 1:  # the launcher's own words aren't known here
+            how = f" the same launcher and\n  {command}"
+        raise RunInterruptedError(
+            f"{what}; go on with{how}",
+            stop.signal_number or signal.SIGINT,  # another process may have got the signal
+        )
+
+    def _finish(self) -> None:
+        """Save the adapter before anything else that could fail, then the summary."""
+        if self.accelerator.is_main_process:
+            adapter, others = self.state.files(self.total_steps)
+            # The adapter comes last: its file says that the run is complete.
+            for name, content in others.items():
+                write_atomically(self.output / name, content)
+            write_atomically(self.output / WEIGHTS_NAME, adapter)
+            if self.config.output_kohya_format:
+                layers = self.learner.base.unet.config.layers_per_block
+                convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
+            with self.state.averaged():
+                norms = self.state.norms.measure().tolist()
+            if not any(norms) and not self.config.use_dora:  # a DoRA also has magnitudes
+                logger.warning(
+                    "the adapter has no effect: every update B@A is exactly 0; raise --learning_rate"
+                )
+            report = summary(
+                self.config,
+                self.accelerator,
+                len(self.samples),
+                self.state.losses,
+                self.seconds,
+                self.state.heldout_losses,
+                norms,
+            )
+            write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
+            logger.info("saved %s", self.output / WEIGHTS_NAME)
+        self.accelerator.wait_for_everyone()

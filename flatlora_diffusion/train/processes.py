@@ -1,0 +1,173 @@
+"""The processes of a run: one, or several that `accelerate launch` or `torchrun` started."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.config.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Produced = TypeVar("Produced")
+
+# The others wait while the main process draws pictures, which takes longer than the libraries' ten minutes. A
+# process that has died is noticed by the launcher.
+PATIENCE = timedelta(days=1)
+
+_PREFIX = "ACCELERATE_"
+_SHARDING = {  # what `accelerate launch` sets, and what it is
+    "USE_FSDP": "FSDP",
+    "USE_MEGATRON_LM": "Megatron-LM",
+    "USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+_ADVICE = "use data parallelism (assets/accelerate/ddp.yaml)"
+
+
+def join_processes(config: TrainConfig) -> PartialState:
+    """Meet the other processes of this run, if there are any; they then wait for each other up to a day.
+
+    Raises:
+        UserError: The run was launched in a way that cannot train, or cannot with these settings.
+    """
+    _refuse_sharding()
+    with_deepspeed = parse_flag_from_env(f"{_PREFIX}USE_DEEPSPEED")
+    if with_deepspeed:
+        _check_deepspeed(config)
+    settings: dict[str, Any] = {"timeout": PATIENCE}
+    # Without an accelerator accelerate would leave several processes strangers to each other.
+    on_cpu = parse_flag_from_env(f"{_PREFIX}USE_CPU") or not torch.accelerator.is_available()
+    if with_deepspeed and on_cpu:
+        settings["backend"] = "gloo"
+    state = PartialState(cpu=on_cpu and not with_deepspeed, **settings)
+    if state.distributed_type == DistributedType.XLA:
+        raise UserError("TPUs (XLA) are not supported; train on GPUs")
+    return state
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of this process: device, precision, trackers.
+
+    Raises:
+        UserError: As `join_processes`; or the tracker is unknown, or the device lacks the precision.
+    """
+    join_processes(config)
+    tracker = config.report_to if config.report_to not in (None, "none") else None
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        logger.warning("tensorboard isn't installed, so nothing is tracked (pip install tensorboard)")
+        tracker = None
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+            ),
+        )
+    except (ValueError, ImportError) as error:  # an unknown tracker, a precision that the device lacks
+        raise UserError(f"accelerate refuses these settings: {' '.join(str(error).split())}") from error
+    steps = config.gradient_accumulation_steps
+    if accelerator.gradient_accumulation_steps not in (1, steps):  # the launcher's replace those of a script
+        logger.warning(
+            "the launcher's gradient_accumulation_steps %d is passed over: the script's is %d",
+            accelerator.gradient_accumulation_steps,
+            steps,
+        )
+    accelerator.gradient_accumulation_steps = steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed would round the adapter itself to bf16; like everywhere else, autocast alone is wanted.
+        accelerator.native_amp = accelerator.mixed_precision == "bf16"
+    return accelerator
+
+
+def from_main(produce: Callable[[], Produced]) -> Produced:
+    """What the main process makes, on every process; its `UserError` is raised on every process."""
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [produce()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def require_same(settings: dict[str, Any]) -> None:
+    """Refuse processes that would train something else: other images on another machine, say.
+
+    Raises:
+        UserError: Names the process and the settings, on every process.
+    """
+    first, *others = gather_object([settings])
+    for rank, other in enumerate(others, start=1):
+        different = [name for name in first if other.get(name) != first[name]]
+        if different:
+            raise UserError(
+                f"process {rank} has another {', another '.join(different)} than process 0: every machine "
+                "needs the same folders and the same command"
+            )
+
+
+def leave_processes() -> None:
+    """Part from the other processes, when all have come so far."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _refuse_sharding() -> None:
+    for name, what in _SHARDING.items():
+        if parse_flag_from_env(_PREFIX + name):
+            raise UserError(
+                f"{what} splits weights among processes, and Flat-LoRA's noise needs whole rows of them; "
+                f"what is trained is small, so {_ADVICE}"
+            )
+
+
+def _check_deepspeed(config: TrainConfig) -> None:
+    variables = {
+        name: os.environ.get(_PREFIX + "DEEPSPEED_" + name, "none")
+        for name in ("CONFIG_FILE", "ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
+    }
+    trains_text = config.train_text_encoder or config.train_text_encoder_ti
+    precision = config.mixed_precision or os.environ.get(f"{_PREFIX}MIXED_PRECISION")
+    if importlib.util.find_spec("deepspeed") is None:
+        problem = "is not installed; pip install deepspeed"
+    elif variables["CONFIG_FILE"] != "none":
+        problem = f"file {variables['CONFIG_FILE']} isn't read: the script's flags say what is in it"
+    elif variables["ZERO_STAGE"] == "3":
+        problem = "ZeRO-3 splits weights among processes, and Flat-LoRA's noise needs whole rows of them"
+    elif variables["ZERO_STAGE"] not in ("none", "1", "2"):
+        problem = f"with zero_stage {variables['ZERO_STAGE']} splits nothing"
+    elif {variables["OFFLOAD_OPTIMIZER_DEVICE"], variables["OFFLOAD_PARAM_DEVICE"]} != {"none"}:
+        problem = "cannot offload here; an adapter's optimizer state is small"
+    elif config.optimizer != "adamw" or config.use_8bit_adam:
+        problem = "splits the optimizer's state, which only plain AdamW (--optimizer adamw) bears"
+    elif trains_text and config.text_encoder_steps(1000) < 1000:
+        problem = (
+            "cannot stop training text encoders before the end; give --train_text_encoder_frac 1 or "
+            "--train_text_encoder_ti_frac 1"
+        )
+    elif precision == "fp16":
+        problem = "is not used with fp16; use --mixed_precision bf16"
+    else:
+        return
+    raise UserError(f"DeepSpeed {problem}, or {_ADVICE}")

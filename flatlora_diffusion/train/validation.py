@@ -1,0 +1,203 @@
+"""Pictures of the adapter in training: drawn in `eval()`, so without noise, to disk and the tracker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.draw.pipeline import draw
+from flatlora_diffusion.output.gallery import BASE, Gallery, SideBySide, validation_drawing, validation_seeds
+from flatlora_diffusion.output.names import step_name
+from flatlora_diffusion.output.record import method
+from flatlora_diffusion.sdxl.encoding import PromptEmbeds
+from flatlora_diffusion.sdxl.lora import evaluating
+from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Draws the validation prompts when they are due.
+
+    Args:
+        learner: What is drawn with.
+        state: Knows the average of the adapter, which is drawn with where there is one.
+        config: Prompts, seeds, size, steps and guidance, and how often.
+        folder: For pictures and sheets.
+        images: Number of training images, for the small print.
+        steps_an_epoch: Optimizer steps in a pass over the images.
+        total_steps: Of the run.
+        side_by_side: Shows the pictures of this run and of those that it is compared with.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        state: TrainingState,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        images: int,
+        steps_an_epoch: int,
+        total_steps: int,
+        side_by_side: SideBySide | None,
+    ) -> None:
+        self._learner = learner
+        self._state = state
+        self._config = config
+        self._steps_an_epoch = steps_an_epoch
+        self._total_steps = total_steps
+        self._side_by_side = side_by_side
+        self._gallery = self._gallery_in(folder, images)
+
+    def before(self, start: int) -> None:
+        """Draw what an interruption prevented after the last step; before the first one, the base."""
+        if self._learner.accelerator.is_main_process:
+            if start and self._is_due(start) and not self._gallery.has(step_name(start)):
+                self._show(start)
+            if not start and self._side_by_side and self._will_be_due():
+                self._draw_base(self._gallery_in(self._side_by_side.folder, 0))
+        self._learner.accelerator.wait_for_everyone()
+
+    def after(self, step: int) -> None:
+        """Draw, if it is time: after the first epoch and then every so many, as in the diffusers script."""
+        if self._is_due(step):
+            if self._learner.accelerator.is_main_process:
+                self._show(step)
+            self._learner.accelerator.wait_for_everyone()
+
+    def _is_due(self, step: int) -> bool:
+        config = self._config
+        epoch, rest = divmod(step, self._steps_an_epoch)
+        if not config.validation_prompt or not config.validation_epochs or rest:
+            return False
+        return (epoch - 1) % config.validation_epochs == 0
+
+    def _will_be_due(self) -> bool:
+        return self._steps_an_epoch <= self._total_steps and self._is_due(self._steps_an_epoch)
+
+    def _show(self, step: int) -> None:
+        with self._state.averaged():
+            pictures = draw_validation(self._learner, self._config)
+        if pictures is None:
+            return
+        report_validation(pictures, step, self._gallery, self._config, self._learner.accelerator)
+        if self._side_by_side and self._side_by_side.last == self._gallery.folder:
+            self._side_by_side.draw(step)
+
+    def _draw_base(self, gallery: Gallery) -> None:
+        """Draw with an adapter that was not trained yet, which changes nothing."""
+        if not gallery.has(BASE) and (pictures := draw_validation(self._learner, self._config)):
+            gallery.write(pictures, BASE, "The base")
+
+    def _gallery_in(self, folder: Path, images: int) -> Gallery:
+        precision = self._learner.accelerator.mixed_precision
+        return Gallery(folder, self._config, precision, images)
+
+
+def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] | None:
+    """The validation prompts drawn with the models as they are; the models are then back in training mode.
+
+    Args:
+        learner: Its UNet carries the adapter; the VAE is on the CPU.
+        config: Prompts, seeds, size, steps and guidance.
+
+    Returns:
+        The pictures of the first prompt, one for each seed, then those of the next. None where the device's
+        memory ran out: the log says so, and training can go on.
+    """
+    try:
+        return _draw_all(learner, config)
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "out of memory while the validation pictures were drawn: there are none this time, and training "
+            "goes on; --validation_epochs 0 draws after training only"
+        )
+        return None
+    finally:
+        release()
+
+
+def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
+    base, prompts, accelerator = learner.base, learner.prompts, learner.accelerator
+    pipeline = StableDiffusionXLPipeline(
+        vae=base.vae,
+        unet=base.unet,
+        text_encoder=base.text_encoders[0] if base.text_encoders else None,
+        text_encoder_2=base.text_encoders[1] if base.text_encoders else None,
+        tokenizer=base.tokenizers[0],
+        tokenizer_2=base.tokenizers[1],
+        scheduler=base.sampler,
+        force_zeros_for_empty_prompt=base.zeros_for_empty_prompt,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    drawing = validation_drawing(config)
+
+    def conditions(prompt: str) -> dict[str, Any]:
+        prompt = learner.in_tokens(prompt)
+        if prompts is None:
+            return {"prompt": prompt}
+        wanted, empty = prompts.embed([prompt]), prompts.embed([""])
+        if base.zeros_for_empty_prompt:
+            empty = PromptEmbeds(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
+        embeds = {
+            "prompt_embeds": wanted.tokens,
+            "pooled_prompt_embeds": wanted.pooled,
+            "negative_prompt_embeds": empty.tokens,
+            "negative_pooled_prompt_embeds": empty.pooled,
+        }
+        return {name: tensor.to(accelerator.device) for name, tensor in embeds.items()}
+
+    try:
+        base.vae.to(accelerator.device)
+        with evaluating(learner.learning.values()), accelerator.autocast():
+            return [
+                draw(pipeline, seed, drawing, prompt, **conditions(prompt))
+                for prompt, seed in _pictures(config)
+            ]
+    finally:
+        base.vae.to("cpu")
+
+
+def report_validation(
+    pictures: Sequence[Image.Image],
+    step: int,
+    gallery: Gallery,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Write the pictures and their sheet into the gallery, and send them to TensorBoard or wandb.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    gallery.write(pictures, step_name(step), f"{method(config)} after step {step}")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stack = np.stack([np.asarray(picture) for picture in pictures])
+            tracker.log_images({"validation": stack}, step=step, dataformats="NHWC")
+        if tracker.name == "wandb":
+            import wandb
+
+            captioned = [
+                wandb.Image(picture, caption=f"{prompt} (seed {seed})")
+                for picture, (prompt, seed) in zip(pictures, _pictures(config), strict=True)
+            ]
+            tracker.log({"validation": captioned}, step=step)
+
+
+def _pictures(config: TrainConfig) -> list[tuple[str, int]]:
+    """Prompt and seed of every picture, in the order in which they are drawn."""
+    return [(prompt, seed) for prompt in config.validation_prompt or () for seed in validation_seeds(config)]
