@@ -1,7 +1,7 @@
 # make demo   set up, train LoRA and Flat-LoRA on 23 icons, draw them side by side
 # make test   set up, run all tests
 # make app    set up, serve a page that compares the two
-# make quality  lint and formatting
+# make quality  lint, formatting, types, layers of imports
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,7 @@ app: $(READY)
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
