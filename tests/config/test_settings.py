@@ -12,7 +12,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.config.settings import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REQUIRED = {
     "pretrained_model_name_or_path": "base",
     "instance_prompt": "an icon",

@@ -17,7 +17,7 @@ from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
-from tests.test_resume import command
+from tests.train.test_resume import command
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed isn't installed", allow_module_level=True)
@@ -109,7 +109,7 @@ def test_gradients_that_are_not_finite_update_nothing(config):
 
 def test_accelerate_launch_with_the_shipped_configuration(base_path, icons, tmp_path):
     output = tmp_path / "out"
-    file = Path(__file__).parents[1] / "assets" / "accelerate" / "deepspeed_zero2.yaml"
+    file = Path(__file__).parents[2] / "assets" / "accelerate" / "deepspeed_zero2.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", 0]
     flags = (
         "--max_train_steps",

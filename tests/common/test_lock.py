@@ -12,7 +12,7 @@ import pytest
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import LOCK_NAME, output_lock
-from tests.test_resume import LATEST, UNFINISHED, digest, flags
+from tests.train.test_resume import LATEST, UNFINISHED, digest, flags
 
 
 def contents(folder):

@@ -9,7 +9,7 @@ from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.sheet.command import main
 from flatlora_diffusion.sheet.files import Sheet, SheetRow
 from flatlora_diffusion.sheet.layout import contact_sheet
-from tests.test_contact_sheet import METHODS, box_of, picture
+from tests.sheet.test_layout import METHODS, box_of, picture
 
 
 @pytest.fixture

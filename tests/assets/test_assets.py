@@ -16,7 +16,7 @@ from flatlora_diffusion.data.images import find_samples, open_image
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.evaluate.likeness import Likeness
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 ICONS = ASSETS / "icons-3d"
 HELDOUT = ASSETS / "icons-3d-heldout"
 FLAT = ASSETS / "icons-flat"

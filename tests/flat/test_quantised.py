@@ -39,8 +39,8 @@ from tests.conftest import (
     run,
     unet_inputs,
 )
-from tests.test_other_models import llama, run_llama
-from tests.test_perturb import EVERYWHERE, SIGMA, assert_same_outcome, outcome, run_unet, tiny_unet
+from tests.flat.test_other_models import llama, run_llama
+from tests.flat.test_flat_lora import EVERYWHERE, SIGMA, assert_same_outcome, outcome, run_unet, tiny_unet
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -464,7 +464,7 @@ flat = FlatLoRA(model, sigma=0.1, total_steps=1, schedule="constant")
 model["linear"](torch.ones(1, 8)).sum().backward()
 assert flat.epsilon("linear").any()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
 # Whole runs.

@@ -26,60 +26,62 @@ from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, run
 
+TESTS = Path(__file__).parents[1]
+
 TABLE = {
     "1. In bf16 the LoRA is bf16 too, and most updates are lost": [
-        "test_defects.py::test_1_small_updates_move_a_in_bf16",
-        "test_train.py::test_lora_parameters_are_float32_whatever_the_base_is",
+        "train/test_defects.py::test_1_small_updates_move_a_in_bf16",
+        "train/test_train.py::test_lora_parameters_are_float32_whatever_the_base_is",
     ],
     "2. Two opinions on the precision, accelerate's and the flag's": [
-        "test_defects.py::test_2_precision_is_decided_once",
+        "train/test_defects.py::test_2_precision_is_decided_once",
     ],
     "3. Wrong names and no alpha in kohya's format": [
-        "test_kohya.py::test_of_every_layer_of_sdxl_are_those_that_diffusers_reads_from_checkpoints",
-        "test_kohya.py::test_gives_the_update_that_peft_gives",
-        "test_objective.py::test_the_kohya_file_draws_the_same",
+        "adapter/test_kohya.py::test_of_every_layer_of_sdxl_are_those_that_diffusers_reads_from_checkpoints",
+        "adapter/test_kohya.py::test_gives_the_update_that_peft_gives",
+        "sdxl/test_loss.py::test_the_kohya_file_draws_the_same",
     ],
     "4. Prior preservation pairs prompts with other images, and has 2N min-SNR weights for N losses": [
-        "test_prior.py::test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class",
-        "test_defects.py::test_4_min_snr_weighs_each_sample_of_both_halves",
+        "train/test_class_images.py::test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class",
+        "train/test_defects.py::test_4_min_snr_weighs_each_sample_of_both_halves",
     ],
     "5. Class images have the size and crop of the training image": [
-        "test_prior.py::test_class_images_keep_their_own_size_and_crop_and_have_other_noise",
+        "train/test_class_images.py::test_class_images_keep_their_own_size_and_crop_and_have_other_noise",
     ],
     "6. A text encoder's learning rate of 0 is 1e-4, and switches cannot be turned off": [
-        "test_defects.py::test_6_a_learning_rate_of_0_is_0",
-        "test_config.py::test_switches_that_are_on_by_default_can_be_turned_off",
+        "train/test_defects.py::test_6_a_learning_rate_of_0_is_0",
+        "config/test_settings.py::test_switches_that_are_on_by_default_can_be_turned_off",
     ],
     "7. Validation in training mode, and in fp16 where the run is bf16": [
-        "test_defects.py::test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run",
-        "test_train.py::test_validation_pictures_are_drawn_without_noise_and_reported",
+        "train/test_defects.py::test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run",
+        "train/test_train.py::test_validation_pictures_are_drawn_without_noise_and_reported",
     ],
     "8. All token embeddings gather gradients": [
-        "test_defects.py::test_8_nothing_but_the_adapter_gathers_gradients",
+        "train/test_defects.py::test_8_nothing_but_the_adapter_gathers_gradients",
     ],
     "9. The VAE and the text encoders run in every step; crops and flips are drawn once": [
-        "test_defects.py::test_9_images_and_captions_are_encoded_once",
-        "test_data.py::test_every_variant_is_shown",
+        "train/test_defects.py::test_9_images_and_captions_are_encoded_once",
+        "data/test_images.py::test_every_variant_is_shown",
     ],
     "10. The end casts the UNet to float32 and loads a pipeline before it saves": [
-        "test_defects.py::test_10_the_adapter_is_saved_before_anything_else",
+        "train/test_defects.py::test_10_the_adapter_is_saved_before_anything_else",
     ],
     "11. Resuming: no position in the data, only the path's last part, the old checkpoint removed first, "
     "a step more after a finished run": [
-        "test_resume.py::test_twenty_kills_and_resumes_end_in_the_same_file",
-        "test_checkpoint.py::test_a_path_is_not_taken_for_the_checkpoint_of_that_name_in_the_output_folder",
-        "test_checkpoint.py::test_killed_at_any_moment_there_is_a_sound_checkpoint",
-        "test_defects.py::test_11_a_finished_run_trains_no_step_more",
+        "train/test_resume.py::test_twenty_kills_and_resumes_end_in_the_same_file",
+        "output/test_checkpoint.py::test_a_path_is_not_taken_for_the_checkpoint_of_that_name_in_the_output_folder",
+        "output/test_checkpoint.py::test_killed_at_any_moment_there_is_a_sound_checkpoint",
+        "train/test_defects.py::test_11_a_finished_run_trains_no_step_more",
     ],
     "12. Every file is opened as an image, and transparency is black": [
-        "test_data.py::test_junk_is_passed_over",
-        "test_data.py::test_transparency_is_composited_over_the_background",
+        "data/test_images.py::test_junk_is_passed_over",
+        "data/test_images.py::test_transparency_is_composited_over_the_background",
     ],
     "13. No test of resuming, prior preservation, min-SNR, bf16, DoRA, kohya's format or bad input": [
         "test_resume.py",
         "test_prior.py",
-        "test_objective.py::test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times",
-        "test_objective.py::test_other_adapters_load_as_they_were_trained",
+        "sdxl/test_loss.py::test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times",
+        "sdxl/test_loss.py::test_other_adapters_load_as_they_were_trained",
         "test_kohya.py",
         "test_bad_input.py",
     ],
@@ -90,7 +92,7 @@ TABLE = {
 def test_the_table_names_tests_that_exist(defect):
     for place in TABLE[defect]:
         file, _, test = place.partition("::")
-        text = (Path(__file__).parent / file).read_text()
+        text = (TESTS / file).read_text()
         assert re.search(rf"^ *def {test or 'test_'}", text, re.MULTILINE), place
 
 

@@ -31,9 +31,9 @@ from flatlora_diffusion.train.loop import Run
 from flatlora_diffusion.train.processes import join_processes, make_accelerator
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
-from tests.test_resume import command
+from tests.train.test_resume import command
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "assets" / "accelerate"
 
 

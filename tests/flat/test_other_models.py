@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from flatlora_diffusion import FlatLoRA
-from tests.test_perturb import (
+from tests.flat.test_flat_lora import (
     SIGMA,
     assert_same_outcome,
     base_tensors,

@@ -27,7 +27,7 @@ from flatlora_diffusion.sdxl import loss as sdxl_loss
 from flatlora_diffusion.train import afterwards, validation
 from flatlora_diffusion.train.arms import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNET_WEIGHTS = "base/unet/diffusion_pytorch_model.safetensors"
 
 

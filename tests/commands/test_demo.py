@@ -9,7 +9,7 @@ from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.train.arms import train
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 def demo_config(monkeypatch, *flags):

@@ -305,7 +305,7 @@ def test_eigenvalues_are_told_by_rank(tmp_path):
 
 
 def test_the_demo_arms_have_the_settings_of_the_demo(tmp_path, monkeypatch):
-    project = Path(__file__).parents[1]
+    project = Path(__file__).parents[2]
     monkeypatch.chdir(project)
     demo = parse_train_config(["--config", "assets/demo.yaml"])
     arm = make_arms()["demo-flat-0.3"].config(demo.seed, tmp_path, tmp_path)
