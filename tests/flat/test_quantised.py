@@ -39,8 +39,8 @@ from tests.conftest import (
     run,
     unet_inputs,
 )
-from tests.flat.test_other_models import llama, run_llama
 from tests.flat.test_flat_lora import EVERYWHERE, SIGMA, assert_same_outcome, outcome, run_unet, tiny_unet
+from tests.flat.test_other_models import llama, run_llama
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
