@@ -95,7 +95,7 @@ class WithTextEncoders(nn.Module):
         self.unet, self.text_encoder, self.text_encoder_2 = unet, text_encoder, text_encoder_2
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of prompts (batch, length), as `flatlora_diffusion.sdxl.encode_prompts` takes them."""
+        """Embeddings of prompts (batch, length), as `sdxl.encoding.encode_prompts` takes them."""
         outputs = [
             encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)
         ]

@@ -51,7 +51,7 @@ class AdapterFacts:
         parameters: Number of values in all.
         parts: Those of `unet`, `text_encoder` and `text_encoder_2` that have adapted layers.
         dora: Whether any layer has DoRA's magnitudes.
-        facts: What this project wrote into it (`export.read_facts`).
+        facts: What this project wrote into it (`file.read_facts`).
     """
 
     file: Path

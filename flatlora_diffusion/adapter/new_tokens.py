@@ -210,7 +210,7 @@ def read_embeddings(adapter: Path, facts: Mapping[str, Any]) -> dict[str, Tensor
 
     Args:
         adapter: The adapter's file.
-        facts: What it says of itself (`export.read_facts`).
+        facts: What it says of itself (`file.read_facts`).
 
     Raises:
         UserError: The embeddings are missing, damaged, or of another adapter.

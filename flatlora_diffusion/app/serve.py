@@ -34,7 +34,7 @@ def serve(given: argparse.Namespace) -> None:
     """Load the base and the adapters, and serve the page until Ctrl-C.
 
     Args:
-        given: From `app_flags.parse_app_arguments`.
+        given: From `flags.parse_app_arguments`.
 
     Raises:
         UserError: A flag names something that is missing, damaged, or doesn't fit the base.

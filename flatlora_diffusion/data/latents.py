@@ -31,7 +31,7 @@ class Batch:
         latents: (N, channels, height, width), drawn from the VAE's posterior.
         noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
-        time_ids: (N, 6), see `sdxl.diffusion_losses`.
+        time_ids: (N, 6), see `sdxl.loss.diffusion_losses`.
     """
 
     captions: list[str]

@@ -235,7 +235,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
     """Write what can be drawn of a report as PNG files, each whole or not at all.
 
     Args:
-        report: Of an evaluation: see `measure.report`.
+        report: Of an evaluation: see `evaluate.report`.
         folder: Must exist.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The noise of Flat-LoRA as plain functions of tensors: schedules, row norms, sources of unit normals.
+"""The noise of Flat-LoRA as plain functions of tensors: schedules, sources of unit normals.
 
 Equation numbers are those of Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape"
 (ICML 2025, arXiv 2409.14396). Nothing here knows of modules, and nothing touches the global RNG.

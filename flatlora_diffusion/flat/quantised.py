@@ -1,4 +1,4 @@
-"""Bases in 4 or 8 bits through bitsandbytes: making one, and reading the weights of its layers.
+"""Bases in 4 or 8 bits through bitsandbytes: reading the weights of their layers.
 
 bitsandbytes is never imported before a base is to be quantised: layers of its exist only where somebody has
 imported it.

@@ -17,7 +17,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import hash64
 
 ADAPTER = "default"
-FROZEN_ADAPTER = "initial"  # takes away the update that some initialisations start with; see initial.py
+FROZEN_ADAPTER = "initial"  # takes away the update that some initialisations start with; see initialise.py
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
