@@ -1,0 +1,93 @@
+"""The table of all flags in docs/training.md, made from the trainer's settings.
+
+    python tools/flags_table.py          # write it
+    python tools/flags_table.py --check  # fail where it isn't that of the settings
+
+A test keeps the two equal, so run this after a flag was added or its help changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from flatlora_diffusion.config.command_line import REFUSED, WITHOUT_EFFECT, field_kind
+from flatlora_diffusion.config.settings import TrainConfig
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+BEGIN, END = "<!-- flags: written by tools/flags_table.py -->\n", "<!-- end of flags -->\n"
+
+_SECTION = re.compile(r"    # (.+)\.")
+_FIELD = re.compile(r"    (\w+): .* = option\(")
+_VALUES = {bool: "", int: " N", float: " X", str: " TEXT", tuple: " TEXT ..."}
+
+
+def sections() -> dict[str, list[dataclasses.Field]]:
+    """The settings under the comments that stand above them in `TrainConfig`."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    found: dict[str, list[dataclasses.Field]] = {}
+    for line in inspect.getsource(TrainConfig).splitlines():
+        if heading := _SECTION.fullmatch(line):
+            current = found.setdefault(heading[1], [])
+        elif field := _FIELD.match(line):
+            current.append(fields.pop(field[1]))
+    if fields:
+        raise ValueError(f"settings without a section: {', '.join(fields)}")
+    return {heading: members for heading, members in found.items() if members}
+
+
+def table() -> str:
+    """The tables of all flags, a heading for each section, as Markdown."""
+    lines = []
+    for heading, members in sections().items():
+        lines += [f"### {heading}", "", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [_row(field) for field in members]
+        lines.append("")
+    lines += ["### Flags of the diffusers script without a meaning here", "", "| flag | why |", "|---|---|"]
+    lines += [f"| `--{name}` | {_cell(reason)} |" for name, reason in WITHOUT_EFFECT.items()]
+    lines += [f"| `--{name}` | Refused: it {_cell(reason)} |" for name, reason in REFUSED.items()]
+    return "\n".join([*lines, ""])
+
+
+def with_table(page: str) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{PAGE}: no place for the table between {BEGIN.strip()} and {END.strip()}")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def _row(field: dataclasses.Field) -> str:
+    kind, _ = field_kind(field)
+    choices = field.metadata["choices"]
+    value = f" {{{','.join(choices)}}}" if choices else _VALUES[kind]
+    if field.default is dataclasses.MISSING:
+        default = "required"
+    elif kind is bool:
+        default = "on" if field.default else "off"
+    else:
+        default = "" if field.default is None else f"`{field.default}`"
+    return f"| `--{field.name}{value}` | {default} | {_cell(field.metadata['help'])} |"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown shows as it is, in one cell."""
+    return re.sub(r"([|*<>])", r"\\\1", text)
+
+
+def main() -> None:
+    """Write the table, or with `--check` compare it."""
+    page = PAGE.read_text(encoding="utf-8")
+    if "--check" in sys.argv[1:]:
+        if with_table(page) != page:
+            sys.exit(f"{PAGE}: not the flags of the settings; run python tools/flags_table.py")
+    else:
+        PAGE.write_text(with_table(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
