@@ -8,6 +8,7 @@ from pathlib import Path
 
 import flags_table
 import pytest
+import torch
 
 from flatlora_diffusion.adapter.kohya import main as kohya
 from flatlora_diffusion.app.flags import parse_app_arguments
@@ -15,6 +16,7 @@ from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
 from flatlora_diffusion.sheet.command import main as sheet
+from tests.conftest import build_unet, unet_inputs
 from tests.train.test_drop_in import FIELDS, FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,3 +185,25 @@ def test_commands_in_the_documents_have_flags_that_exist(command, capsys):
     assert stop.value.code == 0
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert set(command[1:]) <= known
+
+
+def test_the_loop_of_the_readme_trains_a_lora():
+    """Its lines as they stand; of a user's own are only the loader, the loss and the optimizer."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    setup, mark, training = loop.partition("for batch in loader:")
+    unet = build_unet().train()
+    processors = dict(unet.attn_processors)
+    names = {
+        "unet": unet.requires_grad_(False),
+        "loader": [unet_inputs(seed) for seed in range(3)],
+        "diffusion_loss": lambda unet, batch: unet(**batch).sample.square().mean(),
+    }
+    exec(setup, names)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    names["optimizer"] = torch.optim.SGD(trained, lr=1.0)
+    exec(mark + training, names)
+    assert names["flat"].global_step == 3
+    assert any(not torch.equal(one, other) for one, other in zip(before, trained, strict=True))
+    assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
