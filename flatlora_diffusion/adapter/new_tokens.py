@@ -23,7 +23,6 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from flatlora_diffusion.adapter.file import FLAT_METADATA_KEY, with_sorted_metadata
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import Sample
 
 EMBEDDINGS_NAME = "learned_embeds.safetensors"  # diffusers' own name for textual inversions
@@ -32,25 +31,24 @@ _FILE_KEYS = ("clip_l", "clip_g")  # how diffusers' scripts, ComfyUI and A1111 c
 _PULL = 0.1  # of the diffusers script
 
 
-def new_tokens(config: TrainConfig) -> dict[str, list[str]]:
-    """The words of the prompts that stand for something new, and the tokens that replace each.
+def new_tokens(words: Iterable[str], count: int) -> dict[str, list[str]]:
+    """The words of the prompts that stand for something new, and the `count` tokens that replace each.
 
     They have the names that the diffusers script gives them: `<s0>`, `<s1>`, ...
     """
-    count = config.num_new_tokens_per_abstraction
     return {
         word: [f"<s{index}>" for index in range(place * count, (place + 1) * count)]
-        for place, word in enumerate(config.abstractions)
+        for place, word in enumerate(words)
     }
 
 
-def require_words(config: TrainConfig, samples: Sequence[Sample]) -> None:
+def require_words(words: Iterable[str], samples: Sequence[Sample]) -> None:
     """Refuse training of a word that no caption has.
 
     Raises:
         UserError: Names the word.
     """
-    for word in config.abstractions:
+    for word in words:
         if all(replace_words(sample.caption, {word: ""}) == sample.caption for sample in samples):
             raise UserError(
                 f"--token_abstraction {word}: in none of the {len(samples)} captions; write it where the new "

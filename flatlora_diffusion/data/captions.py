@@ -6,11 +6,11 @@ Names and meaning of the settings are those of kohya's scripts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.config.settings import TrainConfig
 
 SEPARATOR = ","
 MOST_ORDERS = 8  # of a caption's tags: the embeddings of each are kept where the text encoders aren't trained
@@ -40,21 +40,39 @@ def tag_orders(caption: str, keep_tokens: int, seed: int) -> list[str]:
     return list(orders)
 
 
+@dataclass(frozen=True)
+class Captioning:
+    """How captions are told.
+
+    Attributes:
+        dropout_rate: How often the empty prompt is told in their place, in [0, 1].
+        shuffle: Whether their comma-separated tags come in other orders.
+        keep_tokens: So many tags at the start stay where they are.
+    """
+
+    dropout_rate: float = 0.0
+    shuffle: bool = False
+    keep_tokens: int = 0
+
+
+AS_THEY_ARE = Captioning()
+
+
 class CaptionStream:
     """Captions at the positions of the stream of samples, each a function of (seed, position).
 
     Args:
         captions: Of the images.
-        config: Whether tags are shuffled, how many are kept, and how often a caption is dropped.
+        captioning: How they are told.
         seed: Decides orders and draws.
     """
 
-    def __init__(self, captions: Sequence[str], config: TrainConfig, seed: int) -> None:
+    def __init__(self, captions: Sequence[str], captioning: Captioning, seed: int) -> None:
         self._orders = [
-            tag_orders(caption, config.keep_tokens, seed) if config.shuffle_caption else [caption]
+            tag_orders(caption, captioning.keep_tokens, seed) if captioning.shuffle else [caption]
             for caption in captions
         ]
-        self._dropout_rate = config.caption_dropout_rate
+        self._dropout_rate = captioning.dropout_rate
         self._seed = seed
 
     @property

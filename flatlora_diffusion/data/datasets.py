@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
-from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, complete_caption, open_image
 
 if TYPE_CHECKING:
@@ -22,43 +22,63 @@ logger = logging.getLogger(__name__)
 _FIRST_WITHOUT_SCRIPTS = 4  # older versions can run Python code that a dataset brings along
 
 
-def dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
-    """The images of a split of `dataset_name` with their captions, by row.
+@dataclass(frozen=True)
+class DatasetSource:
+    """A dataset and where in it images and captions are.
+
+    Attributes:
+        name: Of the hub, or a local folder that `datasets` reads.
+        configuration: Which one, where it has several.
+        cache: Folder for what the library downloads and converts; None for its own.
+        image_column: Column of the images.
+        caption_column: Column of the captions, where there is one.
+    """
+
+    name: str
+    configuration: str | None = None
+    cache: str | None = None
+    image_column: str = "image"
+    caption_column: str | None = None
+
+
+def dataset_samples(source: DatasetSource, split: str, instance_prompt: str) -> list[Sample]:
+    """The images of a split of a dataset with their captions, by row.
 
     As in the diffusers script, captions come from `caption_column`, and without it they are all the instance
     prompt, which also stands in where a caption is empty.
 
     Args:
-        config: Dataset, its configuration, cache folder, columns, and the instance prompt.
+        source: The dataset.
         split: Name of the split.
+        instance_prompt: The caption of images without one.
 
     Raises:
         UserError: The package is missing or old; there is no such dataset, split or column; a column holds
             something else; an image is missing or damaged.
     """
     library = import_extra("datasets", "--dataset_name")
-    flag = f"--dataset_name {config.dataset_name}"
-    rows = _load(library, config.dataset_name, split, config.dataset_config_name, config.cache_dir)
-    _check_columns(library, config, rows)
+    flag = f"--dataset_name {source.name}"
+    rows = _load(library, source, split)
+    _check_columns(library, source, rows)
     if not len(rows):  # some versions of the library refuse it themselves
         raise UserError(f"{flag}: no image in its split {split}")
-    if config.caption_column is None:
+    if source.caption_column is None:
         logger.info("%s: no --caption_column, so the instance prompt is every caption", flag)
         captions = [None] * len(rows)
     else:
-        captions = rows[config.caption_column]
-    images = rows.select_columns([config.image_column])
-    images = images.cast_column(config.image_column, library.Image(decode=False))
+        captions = rows[source.caption_column]
+    images = rows.select_columns([source.image_column])
+    images = images.cast_column(source.image_column, library.Image(decode=False))
     samples = []
     for number, caption in enumerate(captions):
         where = f"{flag}: row {number} of {split}, counted from 0"
-        read = functools.partial(_image_bytes, images, number, config.image_column, where)
+        read = functools.partial(_image_bytes, images, number, source.image_column, where)
         image = EmbeddedImage(f"row-{number:05d}", where, read)
         open_image(image)  # a damaged one is reported before anything is loaded or written
         if not isinstance(caption, (str, type(None))):
             kind = type(caption).__name__
-            raise UserError(f"{where}: --caption_column {config.caption_column} holds a {kind}, not text")
-        samples.append(Sample(image, complete_caption((caption or "").strip(), config.instance_prompt)))
+            raise UserError(f"{where}: --caption_column {source.caption_column} holds a {kind}, not text")
+        samples.append(Sample(image, complete_caption((caption or "").strip(), instance_prompt)))
     return samples
 
 
@@ -74,7 +94,7 @@ def dataset_captions(name: str, column: str, split: str = "train") -> list[str]:
         UserError: The package is missing or old; there is no such dataset, split or column; the column holds
             something else than text.
     """
-    rows = _load(import_extra("datasets", "--dataset_name"), name, split)
+    rows = _load(import_extra("datasets", "--dataset_name"), DatasetSource(name), split)
     _check_column("caption_column", column, name, rows)
     captions = rows[column]
     for number, caption in enumerate(captions):
@@ -84,19 +104,17 @@ def dataset_captions(name: str, column: str, split: str = "train") -> list[str]:
     return [(caption or "").strip() for caption in captions]
 
 
-def _load(
-    library: ModuleType, name: str, split: str, config_name: str | None = None, cache: str | None = None
-) -> Dataset:
-    flag = f"--dataset_name {name}"
+def _load(library: ModuleType, source: DatasetSource, split: str) -> Dataset:
+    flag = f"--dataset_name {source.name}"
     if int(library.__version__.split(".")[0]) < _FIRST_WITHOUT_SCRIPTS:
         raise UserError(
             f"--dataset_name: the package datasets {library.__version__} can run code of a dataset; "
             f"{_FIRST_WITHOUT_SCRIPTS}.0 or newer is needed: pip install --upgrade datasets"
         )
     try:
-        if Path(name).is_dir():
+        if Path(source.name).is_dir():
             library.disable_progress_bars()  # there is nothing to wait for
-        splits = library.load_dataset(name, config_name, cache_dir=cache)
+        splits = library.load_dataset(source.name, source.configuration, cache_dir=source.cache)
     except (
         Exception
     ) as error:  # of files, the network, YAML, Arrow, ...: all say what is wrong with the input
@@ -110,16 +128,16 @@ def _load(
     return splits[split]
 
 
-def _check_columns(library: ModuleType, config: TrainConfig, rows: Dataset) -> None:
+def _check_columns(library: ModuleType, source: DatasetSource, rows: Dataset) -> None:
     for name in ("image_column", "caption_column"):
-        column = getattr(config, name)
+        column = getattr(source, name)
         if column is not None:
-            _check_column(name, column, config.dataset_name, rows)
-    kind = rows.features[config.image_column]
+            _check_column(name, column, source.name, rows)
+    kind = rows.features[source.image_column]
     if not isinstance(kind, library.Image):
         images = [name for name, other in rows.features.items() if isinstance(other, library.Image)]
         raise UserError(
-            f"--image_column {config.image_column}: holds {kind}, not images "
+            f"--image_column {source.image_column}: holds {kind}, not images "
             f"(columns of images: {', '.join(images) or 'none'})"
         )
 

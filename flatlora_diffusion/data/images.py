@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.data.buckets import nearest_size
+from flatlora_diffusion.data.buckets import bucket_sizes, nearest_size
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.jsonl"
@@ -29,6 +29,7 @@ _RANDOM_CROPS = 4
 _RANDOM_BACKGROUNDS = 4
 
 RANDOM_BACKGROUND = "random"
+WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,33 @@ class Sample:
 
     path: Path | EmbeddedImage
     caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How images are made to fit: their size, their crops and flips, and what is under transparent parts.
+
+    Attributes:
+        resolution: Side of the square that they fill, in pixels.
+        aspect_buckets: They keep about their shape instead, with an area of about resolution x resolution.
+        center_crop: They are cropped in the centre, not at random.
+        random_flip: They come mirrored too.
+        interpolation: How they are resized: the name of one of Pillow's filters, in small letters.
+        background: The RGB colour under transparent parts; None for random ones.
+    """
+
+    resolution: int
+    aspect_buckets: bool = False
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    background: tuple[int, int, int] | None = WHITE
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes (height, width) that images may have."""
+        square = (self.resolution, self.resolution)
+        return bucket_sizes(self.resolution) if self.aspect_buckets else [square]
 
 
 @dataclass(frozen=True)
@@ -171,30 +199,21 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
-def variants(
-    sample: Sample,
-    *,
-    sizes: Sequence[tuple[int, int]],
-    center_crop: bool,
-    random_flip: bool,
-    interpolation: str,
-    background: tuple[int, int, int] | None,
-    seed: int,
-) -> Iterator[Variant]:
+def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:
     """All the ways in which a training image is shown; which of them a step sees is drawn anew each time.
 
-    Of the sizes (height, width) the one is taken whose aspect ratio is nearest. The image is resized until it
+    Of the framing's sizes the one is taken whose aspect ratio is nearest. The image is resized until it
     covers it, and what sticks out is cropped: around the centre, or at a few places that (seed, file name)
     decides. Without a background a transparent image comes on a few colours, which (seed, file name) decides
     too. Flips double the variants.
     """
     image = open_image(sample.path)
     original_size = (image.height, image.width)
-    shown = nearest_size(original_size, sizes)
+    shown = nearest_size(original_size, framing.sizes)
     scale = max(to / side for to, side in zip(shown, original_size, strict=True))
     height, width = (max(to, round(side * scale)) for to, side in zip(shown, original_size, strict=True))
     spare_height, spare_width = height - shown[0], width - shown[1]
-    if center_crop or (spare_height == 0 and spare_width == 0):
+    if framing.center_crop or (spare_height == 0 and spare_width == 0):
         corners = [(round(spare_height / 2), round(spare_width / 2))]
     else:
         draw = keyed_generator(seed, "crop", sample.path.name)
@@ -202,17 +221,18 @@ def variants(
             tuple(int(torch.randint(spare + 1, (), generator=draw)) for spare in (spare_height, spare_width))
             for _ in range(_RANDOM_CROPS)
         ]
-    colours = [background or (255, 255, 255)]
-    if background is None and _is_transparent(image):
+    colours = [framing.background or WHITE]
+    if framing.background is None and _is_transparent(image):
         draw = keyed_generator(seed, "background", sample.path.name)
         colours = [tuple(c) for c in torch.randint(256, (_RANDOM_BACKGROUNDS, 3), generator=draw).tolist()]
+    resample = Image.Resampling[framing.interpolation.upper()]
     for colour in colours:
-        resized = composite(image, colour).resize((width, height), Image.Resampling[interpolation.upper()])
+        resized = composite(image, colour).resize((width, height), resample)
         for top, left in corners:
             crop = resized.crop((left, top, left + shown[1], top + shown[0]))
             pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
             yield Variant(pixels, original_size, (top, left))
-            if random_flip:
+            if framing.random_flip:
                 yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
 
 

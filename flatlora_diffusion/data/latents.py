@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion.common.seeds import hash64, keyed_generator
-from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.buckets import BatchSequence, bucket_sizes
-from flatlora_diffusion.data.captions import CaptionStream
-from flatlora_diffusion.data.images import Sample, parse_background, sample_index, variants
+from flatlora_diffusion.data.buckets import BatchSequence
+from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning, CaptionStream
+from flatlora_diffusion.data.images import Framing, Sample, sample_index, variants
 from flatlora_diffusion.sdxl.encoding import Latents, PromptEmbeds, encode_prompts
 
 
@@ -63,10 +62,12 @@ class LatentCache:
     Args:
         samples: The training images.
         encode: Images (1, 3, height, width) -> their latents.
-        config: Resolution, buckets, crops, flips, background, batch size, noise offset, and whether captions
-            are dropped or shuffled.
+        framing: How they are shown.
         seed: Decides crops, order and draws.
         noise_levels: Timesteps of the noise schedule.
+        captioning: How their captions are told.
+        batch_size: So many positions in a row have images of one size.
+        noise_offset: The noise has this times one normal a channel on top.
         progress: Wraps the samples while they are encoded.
 
     Attributes:
@@ -77,31 +78,24 @@ class LatentCache:
         self,
         samples: Sequence[Sample],
         encode: Callable[[Tensor], Latents],
-        config: TrainConfig,
+        framing: Framing,
         seed: int,
         noise_levels: int,
+        *,
+        captioning: Captioning = AS_THEY_ARE,
+        batch_size: int = 1,
+        noise_offset: float = 0.0,
         progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
     ) -> None:
         self._whole_captions = [sample.caption for sample in samples]
-        self.captions = CaptionStream(self._whole_captions, config, seed)
+        self.captions = CaptionStream(self._whole_captions, captioning, seed)
         self._seed = seed
         self._noise_levels = noise_levels
-        self._noise_offset = config.noise_offset
+        self._noise_offset = noise_offset
         self._variants: list[list[tuple[Latents, Tensor]]] = []
-        square = (config.resolution, config.resolution)
-        sizes = bucket_sizes(config.resolution) if config.aspect_buckets else [square]
         for sample in progress(samples):
-            shown = variants(
-                sample,
-                sizes=sizes,
-                center_crop=config.center_crop,
-                random_flip=config.random_flip,
-                interpolation=config.image_interpolation_mode,
-                background=parse_background(config.background),
-                seed=seed,
-            )
             encoded = []
-            for variant in shown:
+            for variant in variants(sample, framing, seed):
                 latents = encode(variant.pixels[None])
                 size = tuple(variant.pixels.shape[-2:])
                 time_ids = torch.tensor(variant.original_size + variant.crop_top_left + size)
@@ -111,8 +105,8 @@ class LatentCache:
         for index, encoded in enumerate(self._variants):
             members.setdefault(encoded[0][0].mean.shape, []).append(index)
         self._buckets = [members[shape] for shape in sorted(members)]
-        self._batch_size = config.train_batch_size
-        self._sequence = BatchSequence([len(b) for b in self._buckets], config.train_batch_size, seed)
+        self._batch_size = batch_size
+        self._sequence = BatchSequence([len(b) for b in self._buckets], batch_size, seed)
 
     def _index(self, position: int) -> int:
         """Which image is at a position of the stream."""

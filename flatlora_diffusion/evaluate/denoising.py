@@ -11,8 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from flatlora_diffusion.adapter.new_tokens import loaded_words, replace_words
-from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import Sample
+from flatlora_diffusion.data.images import Framing, Sample
 from flatlora_diffusion.data.latents import Batch, LatentCache, PromptCache, fixed_timesteps
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images
 from flatlora_diffusion.sdxl.loss import diffusion_losses
@@ -55,19 +54,13 @@ class DenoisingSet:
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.levels = self.scheduler.config.num_train_timesteps
         self.timesteps = fixed_timesteps(self.levels, count)
-        config = TrainConfig(
-            pretrained_model_name_or_path="",
-            instance_data_dir="-",
-            instance_prompt="",
-            resolution=resolution,
-            center_crop=True,
-        )
+        framing = Framing(resolution=resolution, center_crop=True)
         vae, dtype = pipeline.vae, pipeline.vae.dtype
         try:
             if dtype != torch.float32:
                 vae.to(torch.float32)
             self._latents = LatentCache(
-                samples, lambda pixels: encode_images(vae, pixels), config, 0, self.levels
+                samples, lambda pixels: encode_images(vae, pixels), framing, 0, self.levels
             )
         finally:
             if dtype != torch.float32:

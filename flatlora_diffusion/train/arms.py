@@ -16,7 +16,7 @@ from flatlora_diffusion.adapter.new_tokens import require_words
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.datasets import dataset_samples
+from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
 from flatlora_diffusion.data.images import CAPTION_KEY, Sample, find_samples, parse_background
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> None:
     join_processes(config)
     samples = _training_samples(config)
     if config.train_text_encoder_ti:
-        require_words(config, samples)
+        require_words(config.abstractions, samples)
     parse_background(config.background)
     check_base(config.pretrained_model_name_or_path)
     if config.quantize_base:
@@ -78,14 +78,25 @@ def train(config: TrainConfig) -> None:
 
 def _training_samples(config: TrainConfig) -> list[Sample]:
     if config.dataset_name:
-        return dataset_samples(config, "train")
+        return _dataset_samples(config, "train")
     return _folder_samples(config, "instance_data_dir")
 
 
 def _heldout_samples(config: TrainConfig) -> list[Sample]:
     if config.heldout_split:
-        return dataset_samples(config, config.heldout_split)
+        return _dataset_samples(config, config.heldout_split)
     return _folder_samples(config, "heldout_data_dir") if config.heldout_data_dir else []
+
+
+def _dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
+    source = DatasetSource(
+        config.dataset_name,
+        config.dataset_config_name,
+        config.cache_dir,
+        config.image_column,
+        config.caption_column,
+    )
+    return dataset_samples(source, split, config.instance_prompt)
 
 
 def _folder_samples(config: TrainConfig, setting: str) -> list[Sample]:

@@ -15,7 +15,8 @@ from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.seeds import hash64, seeded
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import RANDOM_BACKGROUND, Sample
+from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning
+from flatlora_diffusion.data.images import WHITE, Framing, Sample, parse_background
 from flatlora_diffusion.data.latents import (
     HELDOUT_TIMESTEPS,
     Batch,
@@ -98,7 +99,8 @@ class Learner:
         self.tokens: NewTokens | None = None
         if config.train_text_encoder_ti:
             base = self.base
-            self.tokens = NewTokens(new_tokens(config), base.tokenizers, base.text_encoders, config.seed)
+            words = new_tokens(config.abstractions, config.num_new_tokens_per_abstraction)
+            self.tokens = NewTokens(words, base.tokenizers, base.text_encoders, config.seed)
             samples, heldout_samples = map(self.tokens.captioned, (samples, heldout_samples))
             self.tokens.require_room(samples)
         self._cache_latents(dtype, samples, class_samples, heldout_samples)
@@ -176,25 +178,38 @@ class Learner:
         vae.to(self.accelerator.device, dtype if chosen else torch.float32)
         hidden = not self.accelerator.is_local_main_process
 
-        def cache(samples: Sequence[Sample], seed: int, config: TrainConfig = config) -> LatentCache:
+        def cache(
+            samples: Sequence[Sample], seed: int, framing: Framing, captioning: Captioning = AS_THEY_ARE
+        ) -> LatentCache:
             return LatentCache(
                 samples,
                 lambda pixels: encode_images(vae, pixels),
-                config,
+                framing,
                 seed,
                 self.base.noise_scheduler.config.num_train_timesteps,
+                captioning=captioning,
+                batch_size=config.train_batch_size,
+                noise_offset=config.noise_offset,
                 progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
             )
 
-        self.latents = cache(samples, config.seed)
-        whole = dataclasses.replace(config, caption_dropout_rate=0.0, shuffle_caption=False, keep_tokens=0)
+        framing = Framing(
+            resolution=config.resolution,
+            aspect_buckets=config.aspect_buckets,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            interpolation=config.image_interpolation_mode,
+            background=parse_background(config.background),
+        )
+        captioning = Captioning(config.caption_dropout_rate, config.shuffle_caption, config.keep_tokens)
+        self.latents = cache(samples, config.seed, framing, captioning)
         class_seed = hash64(config.seed, "class")
-        self.class_latents = cache(class_samples, class_seed, whole) if class_samples else None
+        self.class_latents = cache(class_samples, class_seed, framing) if class_samples else None
         if heldout_samples:
-            background = "white" if config.background == RANDOM_BACKGROUND else config.background
-            whole = dataclasses.replace(whole, center_crop=True, random_flip=False, background=background)
+            background = framing.background or WHITE
+            fixed = dataclasses.replace(framing, center_crop=True, random_flip=False, background=background)
             # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
-            self.heldout_latents = cache(heldout_samples, 0, whole)
+            self.heldout_latents = cache(heldout_samples, 0, fixed)
         vae.to("cpu")
         if not config.validation_prompt:
             self.base.vae = None

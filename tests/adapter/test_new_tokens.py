@@ -23,7 +23,7 @@ from flatlora_diffusion.adapter.new_tokens import (
 )
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import Sample, find_samples
+from flatlora_diffusion.data.images import Framing, Sample, find_samples
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.draw.pipeline import Drawing, draw, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.grid.draw import draw_grid
@@ -171,7 +171,8 @@ def reference_training(config: TrainConfig) -> dict[str, torch.Tensor]:
         dataclasses.replace(sample, caption=sample.caption.replace("TOK", "<s0><s1>"))
         for sample in samples_of(config)
     ]
-    cache = LatentCache(samples, lambda x: encode_images(base.vae, x), config, config.seed, 1000)
+    framing = Framing(resolution=config.resolution)
+    cache = LatentCache(samples, lambda x: encode_images(base.vae, x), framing, config.seed, 1000)
     add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
     lora = [p for p in base.unet.parameters() if p.requires_grad]
     rows = [torch.nn.Parameter(own) for own in rows]

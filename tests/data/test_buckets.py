@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.buckets import MAX_RATIO, BatchSequence, bucket_sizes, nearest_size
-from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.images import Framing, find_samples
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.sdxl.encoding import Latents
 from flatlora_diffusion.train.arms import train
@@ -114,13 +114,13 @@ def make_config(base_path, folder, output, **changes) -> TrainConfig:
 
 
 def test_images_keep_their_shape_and_batches_have_one_size(mixed):
-    config = make_config("base", mixed, "out", center_crop=True)
+    framing = Framing(resolution=32, aspect_buckets=True, center_crop=True)
     samples = find_samples(mixed, "a icon")
 
     def encode(pixels):
         return Latents(pixels, torch.zeros_like(pixels))
 
-    cache = LatentCache(samples, encode, config, config.seed, 1000)
+    cache = LatentCache(samples, encode, framing, 3, 1000, batch_size=2)
     seen = collections.Counter()
     for number in range(60):
         batch = cache.batch(range(2 * number, 2 * number + 2))

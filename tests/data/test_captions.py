@@ -12,7 +12,7 @@ from PIL import Image
 
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
-from flatlora_diffusion.data.captions import MOST_ORDERS, CaptionStream, tag_orders
+from flatlora_diffusion.data.captions import MOST_ORDERS, Captioning, CaptionStream, tag_orders
 from flatlora_diffusion.train.learner import Learner
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
 
@@ -20,10 +20,7 @@ TAGS = "a fox, red, flat, small, round, happy, winter"
 
 
 def make_stream(captions, seed=0, **settings) -> CaptionStream:
-    config = TrainConfig(
-        pretrained_model_name_or_path="base", instance_data_dir="icons", instance_prompt="an icon", **settings
-    )
-    return CaptionStream(captions, config, seed)
+    return CaptionStream(captions, Captioning(**settings), seed)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
@@ -88,14 +85,14 @@ def test_orders_depend_on_seed_and_caption_alone():
 
 def test_captions_are_dropped_at_the_given_rate():
     for rate in (0.0, 0.1, 0.7, 1.0):
-        stream = make_stream(["a fox"], caption_dropout_rate=rate)
+        stream = make_stream(["a fox"], dropout_rate=rate)
         told = collections.Counter(stream.at(position, 0) for position in range(4000))
         assert set(told) <= {"", "a fox"}
         assert abs(told[""] - 4000 * rate) <= 5 * math.sqrt(4000 * rate * (1 - rate))
 
 
 def test_all_orders_are_told_equally_often():
-    stream = make_stream([TAGS], shuffle_caption=True)
+    stream = make_stream([TAGS], shuffle=True)
     told = collections.Counter(stream.at(position, 0) for position in range(4000))
     assert set(told) == set(tag_orders(TAGS, 0, 0)) == set(stream.prompts)
     chi_squared = sum((count - 500) ** 2 / 500 for count in told.values())
@@ -103,7 +100,7 @@ def test_all_orders_are_told_equally_often():
 
 
 def test_what_is_told_depends_on_seed_and_position_alone():
-    settings = {"shuffle_caption": True, "caption_dropout_rate": 0.3}
+    settings = {"shuffle": True, "dropout_rate": 0.3}
 
     def told(seed, positions):
         stream = make_stream([TAGS, "a wolf, grey"], seed, **settings)
@@ -119,9 +116,9 @@ def test_dropping_and_shuffling_do_not_disturb_each_other():
         stream = make_stream([TAGS], **settings)
         return [stream.at(position, 0) for position in range(200)]
 
-    dropped = told(caption_dropout_rate=0.3)
-    shuffled = told(shuffle_caption=True)
-    both = told(caption_dropout_rate=0.3, shuffle_caption=True)
+    dropped = told(dropout_rate=0.3)
+    shuffled = told(shuffle=True)
+    both = told(dropout_rate=0.3, shuffle=True)
     assert both == ["" if one == "" else other for one, other in zip(dropped, shuffled, strict=True)]
 
 
@@ -129,9 +126,9 @@ def test_dropping_and_shuffling_do_not_disturb_each_other():
     "settings",
     [
         {},
-        {"caption_dropout_rate": 0.3},
-        {"shuffle_caption": True},
-        {"caption_dropout_rate": 1.0, "shuffle_caption": True},
+        {"dropout_rate": 0.3},
+        {"shuffle": True},
+        {"dropout_rate": 1.0, "shuffle": True},
     ],
 )
 def test_all_that_may_be_told_is_known_before(settings):

@@ -16,8 +16,8 @@ from PIL import Image
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.datasets import dataset_captions, dataset_samples
-from flatlora_diffusion.data.images import EmbeddedImage, Sample, variants
+from flatlora_diffusion.data.datasets import DatasetSource, dataset_captions, dataset_samples
+from flatlora_diffusion.data.images import EmbeddedImage, Framing, Sample, variants
 from flatlora_diffusion.grid.flags import grid_parser, read_recipe
 from flatlora_diffusion.train.arms import train
 from tests.conftest import assert_equal, global_rng_state, run, stopped_after
@@ -37,6 +37,12 @@ def config(config, icons, tmp_path) -> TrainConfig:
         cache_dir=str(tmp_path / "cache"),
         caption_column="words",
     )
+
+
+@pytest.fixture
+def source(tmp_path) -> DatasetSource:
+    """A dataset that isn't written yet."""
+    return DatasetSource(str(tmp_path / "set"), cache=str(tmp_path / "cache"), caption_column="words")
 
 
 def write_parquet(folder, splits=("train",), column="image", captions=CAPTIONS, contents=None, icons=None):
@@ -87,47 +93,47 @@ def write(kind, folder, icons):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
-def test_rows_have_the_files_and_captions_of_the_images(config, icons, kind):
-    write(kind, Path(config.dataset_name), icons)
+def test_rows_have_the_files_and_captions_of_the_images(source, icons, kind):
+    write(kind, Path(source.name), icons)
     before = global_rng_state()
-    samples = dataset_samples(config, "train")
+    samples = dataset_samples(source, "train", "a icon")
     assert global_rng_state() == before
     assert [sample.path.read_bytes() for sample in samples] == [(icons / name).read_bytes() for name in NAMES]
     assert [sample.caption for sample in samples] == ["a blue icon", "a icon", "a icon", "a icon in red"]
     assert [sample.path.name for sample in samples] == [f"row-{number:05d}" for number in range(4)]
 
 
-def test_without_a_caption_column_all_captions_are_the_instance_prompt(config, icons):
+def test_without_a_caption_column_all_captions_are_the_instance_prompt(source, icons):
     """As in the diffusers script, even where there is a column that might be meant."""
-    write_parquet(Path(config.dataset_name), icons=icons)
-    samples = dataset_samples(dataclasses.replace(config, caption_column=None), "train")
+    write_parquet(Path(source.name), icons=icons)
+    samples = dataset_samples(dataclasses.replace(source, caption_column=None), "train", "a icon")
     assert {sample.caption for sample in samples} == {"a icon"}
 
 
-def test_columns_splits_and_configurations_by_name(config, icons):
-    folder = Path(config.dataset_name)
+def test_columns_splits_and_configurations_by_name(source, icons):
+    folder = Path(source.name)
     for name, captions in (("flat", "abcd"), ("round", "efgh")):
         (folder / name).mkdir(parents=True)
         write_parquet(folder / name, ("train", "validation"), "picture", captions, icons=icons)
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: flat\n  data_dir: flat\n- config_name: round\n  data_dir: round\n---\n"
     )
-    chosen = dataclasses.replace(config, dataset_config_name="round", image_column="picture")
+    chosen = dataclasses.replace(source, configuration="round", image_column="picture")
     for split in ("train", "validation"):
-        assert [sample.caption for sample in dataset_samples(chosen, split)] == list("efgh")
+        assert [sample.caption for sample in dataset_samples(chosen, split, "a icon")] == list("efgh")
     with pytest.raises(UserError, match=r"cannot be loaded \(Config name is missing.*\['flat', 'round'\]"):
-        dataset_samples(dataclasses.replace(chosen, dataset_config_name=None), "train")
+        dataset_samples(dataclasses.replace(chosen, configuration=None), "train", "a icon")
 
 
-def test_what_is_converted_goes_into_the_cache_folder(config, icons, tmp_path):
-    write_parquet(Path(config.dataset_name), icons=icons)
-    dataset_samples(config, "train")
+def test_what_is_converted_goes_into_the_cache_folder(source, icons, tmp_path):
+    write_parquet(Path(source.name), icons=icons)
+    dataset_samples(source, "train", "a icon")
     assert list((tmp_path / "cache").rglob("*.arrow"))
 
 
 def show(image, **settings):
-    settings = {"sizes": [(16, 16)], "center_crop": True, "random_flip": True, "seed": 0} | settings
-    return list(variants(Sample(image, "a"), interpolation="lanczos", **settings))
+    framing = Framing(**{"resolution": 16, "center_crop": True, "random_flip": True} | settings)
+    return list(variants(Sample(image, "a"), framing, seed=0))
 
 
 @pytest.mark.parametrize("background", [(10, 20, 30), None])
@@ -138,7 +144,7 @@ def test_images_are_shown_as_from_files(tmp_path, background):
     picture = Image.linear_gradient("L").resize((60, 20))
     Image.merge("RGBA", [picture, picture.rotate(180), picture, picture]).save(tmp_path / "a.png", exif=exif)
     embedded = EmbeddedImage("a.png", "row 0", (tmp_path / "a.png").read_bytes)
-    for settings in ({}, {"center_crop": False}, {"sizes": [(16, 16), (32, 8)]}):
+    for settings in ({}, {"center_crop": False}, {"resolution": 32, "aspect_buckets": True}):
         shown = show(embedded, background=background, **settings)
         for one, other in zip(
             shown, show(tmp_path / "a.png", background=background, **settings), strict=True

@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageOps
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import (
     IMAGE_SUFFIXES,
+    Framing,
     Sample,
     composite,
     find_samples,
@@ -31,15 +31,6 @@ from flatlora_diffusion.sdxl.encoding import Latents, encode_prompts
 from tests.conftest import build_text_encoders, build_tokenizer, global_rng_state
 
 PROMPT = "an icon"
-
-
-def make_config(**values):
-    return TrainConfig(
-        pretrained_model_name_or_path="base",
-        instance_data_dir="icons",
-        instance_prompt=PROMPT,
-        **{"resolution": 16, "center_crop": True, **values},
-    )
 
 
 def save_image(path, size=(8, 6), colour="red"):
@@ -388,17 +379,9 @@ def test_backgrounds_by_name_and_number():
 # Variants: resizing, crops, flips.
 
 
-def show(path, resolution, **settings):
-    settings = {
-        "center_crop": True,
-        "random_flip": False,
-        "interpolation": "lanczos",
-        "background": (255, 255, 255),
-        "seed": 0,
-        **settings,
-    }
-    sample = Sample(path, PROMPT)
-    return list(images.variants(sample, sizes=[(resolution, resolution)], **settings))
+def show(path, resolution, seed=0, **settings):
+    framing = Framing(resolution=resolution, **{"center_crop": True, **settings})
+    return list(images.variants(Sample(path, PROMPT), framing, seed))
 
 
 def pil_pixels(image, resolution, size, top, left, resample=Image.Resampling.LANCZOS, mirror=False):
@@ -564,7 +547,7 @@ def test_random_backgrounds_are_drawn_anew_and_change_no_other_draw(icons):
         return Latents(mean, torch.zeros_like(mean))
 
     white = make_cache(icons, encode).batch(range(1600))
-    random_ = make_cache(icons, encode, background="random").batch(range(1600))
+    random_ = make_cache(icons, encode, background=None).batch(range(1600))
     assert random_.captions == white.captions
     for name in ("noise", "timesteps", "time_ids"):
         assert torch.equal(getattr(random_, name), getattr(white, name)), name
@@ -615,10 +598,9 @@ def fake_encode(pixels):
     return Latents(mean, torch.full_like(mean, 0.25))
 
 
-def make_cache(folder, encode=fake_encode, noise_levels=1000, **values):
-    samples = find_samples(folder, PROMPT)
-    config = make_config(**values)
-    return LatentCache(samples, encode, config, config.seed, noise_levels)
+def make_cache(folder, encode=fake_encode, noise_levels=1000, seed=0, **settings):
+    framing = Framing(**{"resolution": 16, "center_crop": True, **settings})
+    return LatentCache(find_samples(folder, PROMPT), encode, framing, seed, noise_levels)
 
 
 def assert_same_batch(one, other):
@@ -652,7 +634,7 @@ def test_a_sample_depends_on_its_position_alone(icons):
 
 def test_latents_captions_and_time_ids_are_those_of_the_sample(icons):
     noise_image((48, 16)).save(icons / "wide.png")
-    cache = make_cache(icons, resolution=16, background="black")
+    cache = make_cache(icons, resolution=16, background=(0, 0, 0))
     samples = find_samples(icons, PROMPT)
     batch = cache.batch(range(10))
     for place in range(10):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data import images
-from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.images import Framing, find_samples
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.output.names import KOHYA_NAME
 from flatlora_diffusion.sdxl.base import load_base
@@ -71,9 +71,10 @@ def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config,
         LatentCache(
             samples,
             lambda pixels: encode_images(vae, pixels),
-            dataclasses.replace(config, noise_offset=value),
+            Framing(resolution=config.resolution),
             config.seed,
             1000,
+            noise_offset=value,
         ).batch(range(400))
         for value in (0.0, 0.5)
     )

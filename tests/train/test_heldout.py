@@ -12,7 +12,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
-from flatlora_diffusion.data.images import find_samples, variants
+from flatlora_diffusion.data.images import Framing, find_samples, variants
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.loss import diffusion_losses
@@ -53,15 +53,7 @@ def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, te
     total = []
     samples = find_samples(images.Path(config.heldout_data_dir), "a icon")
     for index, sample in enumerate(samples):
-        (shown,) = variants(
-            sample,
-            sizes=[(16, 16)],
-            center_crop=True,
-            random_flip=False,
-            interpolation="lanczos",
-            background=(255, 255, 255),
-            seed=0,
-        )
+        (shown,) = variants(sample, Framing(resolution=16, center_crop=True), seed=0)
         latents = encode_images(base.vae, shown.pixels[None]).mean
         noise = torch.randn(8, *latents.shape[1:], generator=keyed_generator(0, "fixed", index))
         embeds = encode_prompts(

@@ -11,7 +11,7 @@ from PIL import Image
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
-from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.data.images import Framing, find_samples
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.sdxl.base import load_base
@@ -27,7 +27,8 @@ def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor
     """The same run without accelerate, caches of prompts, or hooks: noise is added to the real weights."""
     base = load_base(str(base_path))
     samples = find_samples(images.Path(config.instance_data_dir), config.instance_prompt)
-    cache = LatentCache(samples, lambda pixels: encode_images(base.vae, pixels), config, config.seed, 1000)
+    framing = Framing(resolution=config.resolution)
+    cache = LatentCache(samples, lambda pixels: encode_images(base.vae, pixels), framing, config.seed, 1000)
     add_lora({"unet": base.unet}, rank=config.rank, alpha=config.alpha, seed=config.seed)
     flat = FlatLoRA(base.unet, sigma=config.flat_sigma, total_steps=config.max_train_steps, seed=config.seed)
     base.unet.train()
