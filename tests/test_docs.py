@@ -2,8 +2,11 @@
 
 import ast
 import functools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import flags_table
@@ -207,3 +210,20 @@ def test_the_loop_of_the_readme_trains_a_lora():
     assert names["flat"].global_step == 3
     assert any(not torch.equal(one, other) for one, other in zip(before, trained, strict=True))
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
+
+
+def test_the_hooks_of_pre_commit_pass(tmp_path):
+    """Nothing is fetched: they are the commands beside this Python."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PRE_COMMIT_HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "pre_commit", "run", "--all-files"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("Passed") == 3
