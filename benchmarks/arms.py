@@ -7,14 +7,14 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import SIGMA, now, process_peak
 from flatlora_diffusion.config.settings import TrainConfig
@@ -71,23 +71,20 @@ class Steps:
 
 
 def train_here(config: TrainConfig, steps: Steps) -> None:
-    """The trainer as it is, watched from outside."""
-    from flatlora_diffusion.train import arms
+    """The trainer as it is, watched by a callback."""
     from flatlora_diffusion.train.arms import train
-    from flatlora_diffusion.train.loop import Run
+    from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 
-    class WatchedRun(Run):
-        def _prepare(self, resuming: bool) -> None:
-            super()._prepare(resuming)
+    class Watch(Callback):
+        def on_train_begin(self, run: TrainingRun) -> None:
             steps.peak()
 
-        def _optimizer_step(self, step: int, *rest: object) -> object:
-            if self.state.losses:  # the step before is done, with its logging
+        def backward(self, run: TrainingRun, compute: Callable[[], Tensor]) -> Tensor:
+            if run.step:  # the step before is done, with its logging
                 steps.done()
-            return super()._optimizer_step(step, *rest)
+            return compute()
 
-    with mock.patch.object(arms, "Run", WatchedRun):
-        train(config)
+    train(config, callbacks=[Watch()])
 
 
 def work(

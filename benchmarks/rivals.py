@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
-from unittest import mock
 
 import torch
 from peft import LoraConfig
@@ -19,11 +16,10 @@ from torch import Tensor, nn
 
 from benchmarks.sam import ascended, base_weights, given_gradients, lora_layers
 from flatlora_diffusion.common.seeds import hash64
-from flatlora_diffusion.common.signals import StopRequest
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.sdxl.lora import ADAPTER
 from flatlora_diffusion.train import arms
-from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 
 AUXILIARY = "auxiliary"
 
@@ -36,42 +32,40 @@ def train(config: TrainConfig, rival: str, rho: float) -> None:
         rival: `sam` (on the merged weights), `lora-sam` (on A and B) or `bi-lora`.
         rho: The rival's radius.
     """
-    runs: dict[str, Callable[..., Run]] = {
-        "sam": partial(SamRun, rho=rho, on_merged=True),
-        "lora-sam": partial(SamRun, rho=rho, on_merged=False),
-        "bi-lora": partial(BiLoraRun, rho=rho),
+    callbacks = {
+        "sam": Sam(rho, on_merged=True),
+        "lora-sam": Sam(rho, on_merged=False),
+        "bi-lora": BiLora(rho),
     }
-    with mock.patch.object(arms, "Run", runs[rival]):
-        arms.train(config)
+    arms.train(config, callbacks=[callbacks[rival]])
 
 
-class SamRun(Run):
+class Sam(Callback):
     """SAM: each step descends by the gradient that it finds after a step of length `rho` upwards.
 
     Args:
-        arguments: Those of `Run`.
         rho: Length of the step upwards, over all perturbed tensors together.
         on_merged: Whether the merged weights are moved, as in table 6 of the Flat-LoRA paper, or A and B.
     """
 
-    def __init__(self, *arguments: Any, rho: float, on_merged: bool) -> None:
-        super().__init__(*arguments)
+    def __init__(self, rho: float, *, on_merged: bool) -> None:
         self.rho = rho
         self.on_merged = on_merged
 
-    def _backward(self, step: int) -> Tensor:
-        models = self.learner.trained.values()
+    def backward(self, run: TrainingRun, compute: Callable[[], Tensor]) -> Tensor:
+        """Leave the gradients of the ascended weights; their loss."""
+        models = run.models.values()
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
         perturbed = base_weights(models) if self.on_merged else trained
         with given_gradients(perturbed):
-            super()._backward(step)
+            compute()
         with ascended(perturbed, self.rho):
             for parameter in trained:
                 parameter.grad = None
-            return super()._backward(step)
+            return compute()
 
 
-class BiLoraRun(Run):
+class BiLora(Callback):
     """Bi-LoRA (arXiv 2508.19564): a second adapter climbs while the first descends, on one gradient.
 
     The merged weight in training is `W + s*B1@A1 + s*B2@A2`. The second adapter, of the same rank, is updated
@@ -80,34 +74,33 @@ class BiLoraRun(Run):
     It is dropped at the end. The optimizer of the second adapter is our choice.
 
     Args:
-        arguments: Those of `Run`.
         rho: Radius of the ball in which the second adapter stays.
     """
 
-    def __init__(self, *arguments: Any, rho: float) -> None:
-        super().__init__(*arguments)
+    def __init__(self, rho: float) -> None:
         self.rho = rho
 
-    def _loop(self, start: int, stop: StopRequest) -> None:
-        models = self.learner.trained
-        for name, model in models.items():
-            add_auxiliary(model, hash64(self.config.seed, AUXILIARY, name))
-        self.auxiliary = [
-            p for model in models.values() for n, p in model.named_parameters() if f".{AUXILIARY}." in n
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Add the second adapter."""
+        for name, model in run.models.items():
+            add_auxiliary(model, hash64(run.config.seed, AUXILIARY, name))
+        auxiliary = [
+            p for model in run.models.values() for n, p in model.named_parameters() if f".{AUXILIARY}." in n
         ]
         self.ascent = torch.optim.AdamW(
-            self.auxiliary, lr=self.config.learning_rate, weight_decay=0.0, maximize=True
+            auxiliary, lr=run.config.learning_rate, weight_decay=0.0, maximize=True
         )
-        super()._loop(start, stop)
-        for model in models.values():
-            model.delete_adapters(AUXILIARY)
 
-    def _optimizer_step(self, step: int, stop: StopRequest) -> tuple[float, bool]:
-        result = super()._optimizer_step(step, stop)
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Update the second adapter by the gradient that has updated the first."""
         self.ascent.step()
         self.ascent.zero_grad()
-        keep_in_ball(lora_layers(self.learner.trained.values()), self.rho)
-        return result
+        keep_in_ball(lora_layers(run.models.values()), self.rho)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Drop the second adapter."""
+        for model in run.models.values():
+            model.delete_adapters(AUXILIARY)
 
 
 def add_auxiliary(model: nn.Module, seed: int) -> None:

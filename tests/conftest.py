@@ -7,13 +7,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import contextlib
 import dataclasses
 import gc
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ from flatlora_diffusion.common.errors import RunInterruptedError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.train.arms import train
-from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from tests.script import Launcher
 
 gc.freeze()  # every `release` collects garbage: what the libraries brought needn't be searched each time
@@ -294,10 +294,10 @@ def config(base_path, icons, tmp_path) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+def run(config: TrainConfig, callbacks: Sequence[Callback] = (), **changes) -> dict[str, torch.Tensor]:
     """Train with some settings changed; the tensors of the adapter's file."""
     config = dataclasses.replace(config, **changes)
-    train(config)
+    train(config, callbacks)
     return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
 
 
@@ -307,18 +307,14 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@contextlib.contextmanager
-def stopped_after(monkeypatch: pytest.MonkeyPatch, last: int) -> Iterator[None]:
-    """Training inside the block saves a checkpoint after step `last` and stops, as on Ctrl-C."""
-    original = Run._after_step
+def stop_after(config: TrainConfig, last: int, **changes) -> None:
+    """Train until a Ctrl-C in step `last`, which is finished and saved as a checkpoint."""
 
-    def stop(run: Run, step: int) -> None:
-        original(run, step)
-        if step == last:
-            run._save_checkpoint(step)
-            raise RunInterruptedError("stopped", 2)
+    class Stop(Callback):
+        def backward(self, run: TrainingRun, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+            if run.step == last - 1:
+                signal.raise_signal(signal.SIGINT)
+            return compute()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_after_step", stop)
-        with pytest.raises(RunInterruptedError):
-            yield
+    with pytest.raises(RunInterruptedError, match=f"stopped after step {last} of"):
+        run(config, callbacks=[Stop()], **changes)

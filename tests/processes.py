@@ -18,7 +18,7 @@ from torch.multiprocessing import start_processes
 from flatlora_diffusion.common.errors import RunInterruptedError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.train.arms import train
-from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 
 # Adam divides by the gradient's size, which would show rounding; with this epsilon it hardly does. The
 # gradients are clipped at every step.
@@ -61,41 +61,28 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], t
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-def stop_and_resume(
-    config: TrainConfig,
-    tmp_path: Path,
-    before: dict[str, str] | None = None,
-    after: dict[str, str] | None = None,
-) -> None:
+def stop_and_resume(config: TrainConfig, tmp_path: Path) -> None:
     """A whole run into `whole`, and one that a signal stops after step 3 and that goes on, into `0`.
 
-    The second process doesn't see the first one's disk, as on another machine: it would write into `1`. The
-    processes have environments of their own before the stop and after it.
+    The second process doesn't see the first one's disk, as on another machine: it would write into `1`.
     """
-    in_processes(
-        lambda rank: train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))), **before or {}
-    )
-    loss = Learner.loss
+    in_processes(lambda rank: train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
 
-    def signalled(self, micro_step):
-        if micro_step == 2 and self.accelerator.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, micro_step)
+    class Stop(Callback):
+        def backward(self, run: TrainingRun, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+            if run.step == 2 and run.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compute()
 
     def stopped(rank):
-        Learner.loss = signalled
         with pytest.raises(RunInterruptedError, match=r"stopped after step 3 .* the same launcher"):
-            train(dataclasses.replace(config, output_dir=str(tmp_path / str(rank))))
+            train(dataclasses.replace(config, output_dir=str(tmp_path / str(rank))), callbacks=[Stop()])
 
-    in_processes(stopped, **before or {})
+    in_processes(stopped)
     on = dataclasses.replace(config, resume_from_checkpoint="latest")
-    in_processes(
-        lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))), **after or {}
-    )
+    in_processes(lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))))
     # The finished run is known to be so by both.
-    in_processes(
-        lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))), **after or {}
-    )
+    in_processes(lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))))
 
 
 def launched(words: list, **environment: str) -> subprocess.CompletedProcess:

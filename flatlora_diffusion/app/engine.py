@@ -23,7 +23,7 @@ from flatlora_diffusion.draw.stamp import Stamp, versions
 
 BASE = "base"
 
-_SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
+SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Studio:
             if stop.is_set():
                 raise _StoppedError
             now = time.perf_counter()
-            if now - told < _SECONDS_BETWEEN_STEPS:
+            if now - told < SECONDS_BETWEEN_STEPS:
                 return
             fraction = (before + step * len(latents)) / total
             left = (now - began) * (1 - fraction) / fraction

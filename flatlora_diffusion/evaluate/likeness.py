@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.images import composite
 
-_BATCH = 32
+BATCH = 32
 _WHITE = (255, 255, 255)
 _ADVICE = "give the folder or the hub name of a CLIP with both towers, such as openai/clip-vit-large-patch14"
 
@@ -91,7 +91,7 @@ class Likeness:
 def _embed(embed: Callable[[Sequence[Item]], Tensor], items: Sequence[Item]) -> Tensor:
     """Unit features of all items, a batch at a time."""
     with torch.no_grad():
-        batches = [embed(items[start : start + _BATCH]).cpu() for start in range(0, len(items), _BATCH)]
+        batches = [embed(items[start : start + BATCH]).cpu() for start in range(0, len(items), BATCH)]
     return F.normalize(torch.cat(batches), dim=-1)
 
 

@@ -27,7 +27,7 @@ from flatlora_diffusion.output.record import method
 logger = logging.getLogger(__name__)
 
 
-_MOST_IN_STRIP = 64  # training images above the comparison
+MOST_IN_STRIP = 64  # training images above the comparison
 
 
 def present(
@@ -98,7 +98,7 @@ def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[
         vae=config.pretrained_vae_model_name_or_path,
         title="The same prompt, seed and initial noise in every row",
         footer=footer(config, len(samples)),
-        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:_MOST_IN_STRIP]],
+        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:MOST_IN_STRIP]],
     )
     folder, sheet = output / "comparison", output / COMPARISON
     draw_grid(recipe, folder, device=state.device, sheet=sheet, overwrite=True, flag="--output_dir")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,26 +27,33 @@ from flatlora_diffusion.sdxl.base import check_base
 from flatlora_diffusion.sdxl.quantise import require_bitsandbytes
 from flatlora_diffusion.train import class_images
 from flatlora_diffusion.train.afterwards import present
+from flatlora_diffusion.train.callbacks import Callback, Callbacks
 from flatlora_diffusion.train.loop import Run
 from flatlora_diffusion.train.processes import from_main, join_processes, leave_processes
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     """Train as configured; with `compare`, plain LoRA and Flat-LoRA one after the other, and draw both.
 
     Leaves `pytorch_lora_weights.safetensors` and `summary.json` in the output folder (with `compare`, in
     `lora/` and `flat_lora/` inside it), `comparison.png` where there are prompts to draw, and a model card.
 
+    Args:
+        config: The settings.
+        callbacks: Called by every run, in this order; they may also train in another way (`train.callbacks`).
+
     Raises:
+        TypeError, ValueError: The callbacks are none, or don't go together. Nothing has been written.
         UserError: Bad input: nothing has been written, or what was there before is still there. Or something
             that follows training failed: what was trained has been saved.
         RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
     """
+    together = Callbacks(callbacks)
     disable_progress_bar()
     disable_transformers_progress_bar()
-    join_processes(config)
+    join_processes()
     samples = _training_samples(config)
     if config.train_text_encoder_ti:
         require_words(config.abstractions, samples)
@@ -69,7 +77,7 @@ def train(config: TrainConfig) -> None:
         side_by_side = _side_by_side(config, arms)
         for arm in arms:
             logger.info("%s: %d images, into %s", method(arm), len(samples), arm.output_dir)
-            Run(arm, samples, class_samples, heldout_samples, side_by_side).train()
+            Run(arm, samples, class_samples, heldout_samples, side_by_side, together).train()
             release()
         if PartialState().is_main_process:
             present(config, arms, samples, side_by_side, repository)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,7 @@ from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import without_token
 from flatlora_diffusion.output.names import FOLDER, KOHYA_NAME, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, method, summary
+from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
 from flatlora_diffusion.train.state import TrainingState
@@ -46,6 +48,7 @@ class Run:
         class_samples: The images of the class, for prior preservation.
         heldout_samples: The images that are not trained, whose loss is logged.
         side_by_side: Shows the validation pictures of this run and of those that it is compared with.
+        callbacks: What the run calls.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Run:
         class_samples: Sequence[Sample] = (),
         heldout_samples: Sequence[Sample] = (),
         side_by_side: SideBySide | None = None,
+        callbacks: Callback | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
         self.class_samples = class_samples
         self.heldout_samples = heldout_samples
         self.side_by_side = side_by_side
+        self.callbacks = callbacks or Callback()
         self.output = Path(config.output_dir)
         self.accelerator = make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
@@ -99,13 +104,15 @@ class Run:
         start = 0
         if stored:
             self.state.resume(stored)
-            start = stored.step
+            start = self.public.step = stored.step
             logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
         self._start_trackers()
         try:
             with stop_request() as stop:
                 self.validation.before(start)
+                self.callbacks.on_train_begin(self.public)
                 self._loop(start, stop)
+                self.callbacks.on_train_end(self.public)
                 self._finish()
                 if self._anyone_stops(stop):  # it came while the adapter was being saved
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
@@ -141,6 +148,16 @@ class Run:
             total_steps=self.total_steps,
             side_by_side=self.side_by_side,
         )
+        self.public = TrainingRun(
+            config,
+            method(config),
+            self.output,
+            self.accelerator,
+            self.learner.trained,
+            self.state.flat,
+            self.state.optimizer,
+            self.total_steps,
+        )
 
     def _start_trackers(self) -> None:
         settings = {
@@ -171,6 +188,8 @@ class Run:
                 progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
                 progress.update()
                 self.accelerator.log({"loss": loss, "sigma": sigma, "lr": lr, **norms}, step=step + 1)
+                self.public.step, self.public.loss, self.public.sigma = step + 1, loss, sigma
+                self.callbacks.on_step_end(self.public)
                 self._after_step(step + 1)
                 if stopping:
                     self._interrupt(step + 1, stop)
@@ -186,7 +205,7 @@ class Run:
     def _optimizer_step(self, step: int, stop: StopRequest) -> tuple[float, bool]:
         """One optimizer step: the mean loss of its samples, and whether to stop after it."""
         accelerator, updates = self.accelerator, self.state.updates
-        total = self._backward(step)
+        total = self.callbacks.backward(self.public, partial(self._backward, step)).detach()
         # All processes stop together, or none: their flags travel with the loss.
         flags = torch.stack([total, torch.full_like(total, float(stop.signal_number is not None))])
         mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
@@ -203,8 +222,9 @@ class Run:
         total = torch.zeros((), device=self.accelerator.device)
         micro_steps = self.config.gradient_accumulation_steps
         for micro in range(micro_steps):
-            with self.state.updates.accumulating(last=micro + 1 == micro_steps):
-                loss = self.learner.loss(step * micro_steps + micro)
+            micro_step = step * micro_steps + micro
+            with self.state.updates.accumulating():
+                loss = self.callbacks.loss(self.public, partial(self.learner.loss, micro_step))
                 self.state.updates.backward(loss)
             total += loss.detach() / micro_steps
         return total
@@ -226,13 +246,14 @@ class Run:
         )
 
     def _save_checkpoint(self, step: int) -> None:
-        checkpoint = self.state.checkpoint(step)
-        if checkpoint is not None:
-            write_checkpoint(self.output, checkpoint, self.config.checkpoints_total_limit)
+        if self.accelerator.is_main_process:
+            write_checkpoint(self.output, self.state.checkpoint(step), self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+        self.callbacks.on_checkpoint(self.public)
 
     def _interrupt(self, step: int, stop: StopRequest) -> None:
-        self._save_checkpoint(step)
+        if step % self.config.checkpointing_steps:  # else it has been saved
+            self._save_checkpoint(step)
         saved = f"{self.output}/checkpoint-{step}"
         self._stop(f"stopped after step {step} of {self.total_steps}, saved {saved}", stop)
 

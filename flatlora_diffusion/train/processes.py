@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -32,30 +31,25 @@ Produced = TypeVar("Produced")
 PATIENCE = timedelta(days=1)
 
 _PREFIX = "ACCELERATE_"
-_SHARDING = {  # what `accelerate launch` sets, and what it is
-    "USE_FSDP": "FSDP",
-    "USE_MEGATRON_LM": "Megatron-LM",
-    "USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+_WHOLE_ROWS = "weights among processes, and Flat-LoRA's noise needs whole rows of them"
+_REFUSED = {  # what `accelerate launch` sets: what it is, and why it isn't for this
+    "USE_DEEPSPEED": f"DeepSpeed splits optimizer states or {_WHOLE_ROWS}",
+    "USE_FSDP": f"FSDP splits {_WHOLE_ROWS}",
+    "USE_MEGATRON_LM": f"Megatron-LM splits {_WHOLE_ROWS}",
+    "USE_PARALLELISM_CONFIG": f"tensor, context or sequence parallelism splits {_WHOLE_ROWS}",
 }
-_ADVICE = "use data parallelism (assets/accelerate/ddp.yaml)"
 
 
-def join_processes(config: TrainConfig) -> PartialState:
+def join_processes() -> PartialState:
     """Meet the other processes of this run, if there are any; they then wait for each other up to a day.
 
     Raises:
-        UserError: The run was launched in a way that cannot train, or cannot with these settings.
+        UserError: The run was launched in a way that cannot train.
     """
     _refuse_sharding()
-    with_deepspeed = parse_flag_from_env(f"{_PREFIX}USE_DEEPSPEED")
-    if with_deepspeed:
-        _check_deepspeed(config)
-    settings: dict[str, Any] = {"timeout": PATIENCE}
     # Without an accelerator accelerate would leave several processes strangers to each other.
     on_cpu = parse_flag_from_env(f"{_PREFIX}USE_CPU") or not torch.accelerator.is_available()
-    if with_deepspeed and on_cpu:
-        settings["backend"] = "gloo"
-    state = PartialState(cpu=on_cpu and not with_deepspeed, **settings)
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     if state.distributed_type == DistributedType.XLA:
         raise UserError("TPUs (XLA) are not supported; train on GPUs")
     return state
@@ -67,7 +61,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: As `join_processes`; or the tracker is unknown, or the device lacks the precision.
     """
-    join_processes(config)
+    join_processes()
     tracker = config.report_to if config.report_to not in (None, "none") else None
     if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         logger.warning("tensorboard isn't installed, so nothing is tracked (pip install tensorboard)")
@@ -90,9 +84,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             steps,
         )
     accelerator.gradient_accumulation_steps = steps
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed would round the adapter itself to bf16; like everywhere else, autocast alone is wanted.
-        accelerator.native_amp = accelerator.mixed_precision == "bf16"
     return accelerator
 
 
@@ -134,40 +125,8 @@ def leave_processes() -> None:
 
 
 def _refuse_sharding() -> None:
-    for name, what in _SHARDING.items():
+    for name, reason in _REFUSED.items():
         if parse_flag_from_env(_PREFIX + name):
             raise UserError(
-                f"{what} splits weights among processes, and Flat-LoRA's noise needs whole rows of them; "
-                f"what is trained is small, so {_ADVICE}"
+                f"{reason}; what is trained is small, so use data parallelism (assets/accelerate/ddp.yaml)"
             )
-
-
-def _check_deepspeed(config: TrainConfig) -> None:
-    variables = {
-        name: os.environ.get(_PREFIX + "DEEPSPEED_" + name, "none")
-        for name in ("CONFIG_FILE", "ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
-    }
-    trains_text = config.train_text_encoder or config.train_text_encoder_ti
-    precision = config.mixed_precision or os.environ.get(f"{_PREFIX}MIXED_PRECISION")
-    if importlib.util.find_spec("deepspeed") is None:
-        problem = "is not installed; pip install deepspeed"
-    elif variables["CONFIG_FILE"] != "none":
-        problem = f"file {variables['CONFIG_FILE']} isn't read: the script's flags say what is in it"
-    elif variables["ZERO_STAGE"] == "3":
-        problem = "ZeRO-3 splits weights among processes, and Flat-LoRA's noise needs whole rows of them"
-    elif variables["ZERO_STAGE"] not in ("none", "1", "2"):
-        problem = f"with zero_stage {variables['ZERO_STAGE']} splits nothing"
-    elif {variables["OFFLOAD_OPTIMIZER_DEVICE"], variables["OFFLOAD_PARAM_DEVICE"]} != {"none"}:
-        problem = "cannot offload here; an adapter's optimizer state is small"
-    elif config.optimizer != "adamw" or config.use_8bit_adam:
-        problem = "splits the optimizer's state, which only plain AdamW (--optimizer adamw) bears"
-    elif trains_text and config.text_encoder_steps(1000) < 1000:
-        problem = (
-            "cannot stop training text encoders before the end; give --train_text_encoder_frac 1 or "
-            "--train_text_encoder_ti_frac 1"
-        )
-    elif precision == "fp16":
-        problem = "is not used with fp16; use --mixed_precision bf16"
-    else:
-        return
-    raise UserError(f"DeepSpeed {problem}, or {_ADVICE}")

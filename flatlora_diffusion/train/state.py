@@ -26,7 +26,7 @@ from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.train.processes import from_main
 from flatlora_diffusion.train.update_norms import UpdateNorms
-from flatlora_diffusion.train.updates import make_updates
+from flatlora_diffusion.train.updates import Updates
 
 
 class TrainingState:
@@ -81,7 +81,7 @@ class TrainingState:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.updates = make_updates(self._accelerator, learner.prepare(), self.optimizer, config)
+        self.updates = Updates(self._accelerator, learner.prepare(), self.optimizer, config)
         learner.objective = self.updates.model
         self.losses: list[float] = []
         self.heldout_losses: dict[int, float] = {}
@@ -112,21 +112,18 @@ class TrainingState:
         with self._average.applied():
             return self._adapter(step, averaged=True), others
 
-    def checkpoint(self, step: int) -> Checkpoint | None:
-        """All of it, on the main process; None on the others, which must call this too."""
-        whole = self.updates.whole_optimizer()
-        if not self._accelerator.is_main_process:
-            return None
+    def checkpoint(self, step: int) -> Checkpoint:
+        """All of it."""
         scalars = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "losses": self.losses,
             "heldout_losses": self.heldout_losses,
-            "optimizer": optimizer_numbers(whole),
+            "optimizer": optimizer_numbers(self.optimizer),
         }
         if self._accelerator.scaler is not None:
             scalars["scaler"] = self._accelerator.scaler.state_dict()
         adapter, others = self.files(step)
-        return Checkpoint(step, adapter, flatten_optimizer(whole), self._settings, scalars, others)
+        return Checkpoint(step, adapter, flatten_optimizer(self.optimizer), self._settings, scalars, others)
 
     def resume(self, stored: Stored) -> None:
         """Go on from what `checkpoint` gave, bit for bit."""
@@ -141,9 +138,7 @@ class TrainingState:
             load_adapter_tensors(trained, tensors(LIVE_NAME))
         if self._learner.tokens is not None:
             self._learner.tokens.load(tensors(EMBEDDINGS_NAME))
-        whole = self.updates.whole_optimizer()
-        restore_optimizer(whole, tensors(OPTIMIZER_NAME), stored.scalars["optimizer"])
-        self.updates.adopt(whole)
+        restore_optimizer(self.optimizer, tensors(OPTIMIZER_NAME), stored.scalars["optimizer"])
         self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -156,7 +151,6 @@ class TrainingState:
     def close(self) -> None:
         """Leave the models as they were, but for their adapters."""
         self.flat.remove()
-        self.updates.close()
 
     def _limit_norms(self) -> dict[str, float]:
         """Apply --scale_weight_norms; what the tracker is told of the updates' norms."""

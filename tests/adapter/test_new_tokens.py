@@ -44,7 +44,7 @@ from tests.conftest import (
     build_unet,
     global_rng_state,
     run,
-    stopped_after,
+    stop_after,
 )
 from tests.processes import in_processes
 
@@ -272,21 +272,18 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
 
 
 @both_ways
-def test_a_run_stopped_on_both_sides_of_that_step_ends_in_the_same_bits(
-    config, tmp_path, monkeypatch, changes
-):
+def test_a_run_stopped_on_both_sides_of_that_step_ends_in_the_same_bits(config, tmp_path, changes):
     changes = {**changes, "flat_sigma": 0.5, "max_train_steps": 4}
     run(config, **changes)
     changes |= {"output_dir": str(tmp_path / "parts"), "resume_from_checkpoint": "latest"}
     for last in (1, 3):
-        with stopped_after(monkeypatch, last):
-            run(config, **changes)
+        stop_after(config, last, **changes)
     run(config, **changes)
     for name in (WEIGHTS_NAME, EMBEDDINGS_NAME) if "train_text_encoder_ti" in changes else (WEIGHTS_NAME,):
         assert Path(changes["output_dir"], name).read_bytes() == Path(config.output_dir, name).read_bytes()
 
 
-def test_the_step_is_a_fraction_of_all_and_belongs_to_the_run_s_settings(config, monkeypatch):
+def test_the_step_is_a_fraction_of_all_and_belongs_to_the_run_s_settings(config):
     def steps(total: int, **changes) -> int:
         return dataclasses.replace(config, **changes).text_encoder_steps(total)
 
@@ -295,8 +292,7 @@ def test_the_step_is_a_fraction_of_all_and_belongs_to_the_run_s_settings(config,
     assert steps(100, train_text_encoder=True, train_text_encoder_frac=0.29) == 29
     assert steps(7, train_text_encoder_ti=True) == 3
     assert steps(7, train_text_encoder_ti=True, train_text_encoder_ti_frac=0.0) == 0
-    with stopped_after(monkeypatch, 2):
-        run(config, **LORA)
+    stop_after(config, 2, **LORA)
     with pytest.raises(UserError, match=r"other settings \(steps of the text encoders 3 then and 4 now"):
         run(config, resume_from_checkpoint="latest", **{**LORA, "train_text_encoder_frac": 0.7})
 

@@ -138,7 +138,7 @@ def says_nothing(text, studio):
 def test_what_is_sent_is_the_same_whatever_the_sides_but_for_the_pictures(
     visitor, studio, lone, votes, monkeypatch
 ):
-    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 0.0)  # every step is told
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_STEPS", 0.0)  # every step is told
     streams = []
     for order in (0, 1):
         monkeypatch.setattr(blind_tab, "secrets", fixed(5, order))

@@ -54,14 +54,14 @@ def test_jobs_give_the_pictures_of_lone_requests(studio, lone):
 
 
 def test_steps_tell_how_far_it_is_and_show_it(studio, monkeypatch):
-    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 0.0)
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_STEPS", 0.0)
     work = [Job(BASE, [("a icon", 1), ("a icon", 2)], DRAWING), Job("LoRA", [("a icon", 1)], DRAWING)]
     steps = [event for event in studio.run(work) if isinstance(event, Step)]
     assert [step.job for step in steps] == [0, 0, 0, 1, 1, 1]
     assert [step.fraction * 9 for step in steps] == pytest.approx([2, 4, 6, 7, 8, 9])
     assert [len(step.sketches) for step in steps] == [2, 2, 2, 1, 1, 1]
     assert all(step.seconds_left > 0 for step in steps[:-1]) and steps[-1].seconds_left == 0
-    monkeypatch.setattr(engine, "_SECONDS_BETWEEN_STEPS", 1e9)
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_STEPS", 1e9)
     assert not [event for event in studio.run(work) if isinstance(event, Step)]
 
 

@@ -14,7 +14,7 @@ from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.captions import MOST_ORDERS, Captioning, CaptionStream, tag_orders
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import assert_equal, global_rng_state, run, stopped_after
+from tests.conftest import assert_equal, global_rng_state, run, stop_after
 
 TAGS = "a fox, red, flat, small, round, happy, winter"
 
@@ -228,11 +228,10 @@ def test_captions_of_class_and_held_out_images_stay_whole(config, batches, tmp_p
     assert heldout == [["heldout, b, c, d"] * 8] * 2
 
 
-def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tmp_path):
     whole = run(config)
     parts = str(tmp_path / "parts")
-    with stopped_after(monkeypatch, 3):
-        run(config, output_dir=parts)
+    stop_after(config, 3, output_dir=parts)
     assert_equal(run(config, output_dir=parts, resume_from_checkpoint="latest"), whole)
 
 

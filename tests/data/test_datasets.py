@@ -20,7 +20,7 @@ from flatlora_diffusion.data.datasets import DatasetSource, dataset_captions, da
 from flatlora_diffusion.data.images import EmbeddedImage, Framing, Sample, variants
 from flatlora_diffusion.grid.flags import grid_parser, read_recipe
 from flatlora_diffusion.train.arms import train
-from tests.conftest import assert_equal, global_rng_state, run, stopped_after
+from tests.conftest import assert_equal, global_rng_state, run, stop_after
 
 NAMES = ("blue.png", "green.png", "orange.png", "red.png")
 CAPTIONS = ("a blue icon", None, "  ", "{instance_prompt} in red")
@@ -188,13 +188,12 @@ def test_a_held_out_split_is_measured_like_a_held_out_folder(config, icons_as_in
     assert of_split == losses("folder", heldout_data_dir=str(icons))
 
 
-def test_it_resumes_wherever_the_dataset_is_and_refuses_another(config, icons, tmp_path, monkeypatch):
+def test_it_resumes_wherever_the_dataset_is_and_refuses_another(config, icons, tmp_path):
     folder = Path(config.dataset_name)
     write_parquet(folder, icons=icons)
     whole = run(config)
     parts = str(tmp_path / "parts")
-    with stopped_after(monkeypatch, 2):
-        run(config, output_dir=parts)
+    stop_after(config, 2, output_dir=parts)
     moved = dataclasses.replace(
         config,
         output_dir=parts,
@@ -223,7 +222,7 @@ def test_captions_alone_are_those_of_the_rows(config, icons, tmp_path, monkeypat
 
 
 def test_the_comparison_shows_the_first_images(config, icons, monkeypatch):
-    monkeypatch.setattr("flatlora_diffusion.train.afterwards._MOST_IN_STRIP", 3)
+    monkeypatch.setattr("flatlora_diffusion.train.afterwards.MOST_IN_STRIP", 3)
     write_parquet(Path(config.dataset_name), icons=icons)
     settings = {"validation_inference_steps": 1, "num_validation_images": 1, "max_train_steps": 1}
     train(dataclasses.replace(config, compare=True, **settings))

@@ -266,39 +266,54 @@ def test_drawing_the_base_s_pictures_leaves_the_adapter_its_text_encoders(comman
     assert not torch.equal(first, measured._model("base")[1].embed(["a navy icon"]).tokens)
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatch):
+@pytest.fixture
+def merged(monkeypatch):
+    """Adapter and scale of every UNet that was merged: losses and trade-offs are measured with one each."""
+    calls = []
+
+    def merge(pipeline, name, scale):
+        calls.append((name, scale))
+        return merged_unet(pipeline, name, scale)
+
+    monkeypatch.setattr(evaluation, "merged_unet", merge)
+    return calls
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatch, merged):
     command |= {"--parts": ["losses", "tradeoff"]}
     whole = report_of(command)
     other = command | {"--output": [str(tmp_path / "again")]}
-    original = Evaluation._tradeoff
-    calls = []
+    _, (lora, _), (flat, _) = losses = merged[:3]
+    tradeoffs = [(lora, 0.0), (lora, 1.0), (flat, 0.0), (flat, 1.0)]
+    assert merged == [*losses, *tradeoffs] and lora != flat
 
-    def stop(self, label):
-        calls.append(label)
-        if len(calls) == 2:
+    def stop(*merging):
+        if merging[1:] == (flat, 0.0):
             raise KeyboardInterrupt
-        return original(self, label)
+        return merge(*merging)
 
-    monkeypatch.setattr(Evaluation, "_tradeoff", stop)
-    with pytest.raises(KeyboardInterrupt):
+    merge = evaluation.merged_unet
+    merged.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "merged_unet", stop)
         main(words(other))
+    assert merged == [*losses, *tradeoffs[:2]]
+    merged.clear()
     assert report_of(other) == whole
-    assert calls == ["LoRA", "Flat-LoRA", "Flat-LoRA"]
-    monkeypatch.setattr(Evaluation, "_losses", None)  # nothing is measured a third time
+    assert merged == tradeoffs[2:]
+    merged.clear()
     assert report_of(other) == whole
+    assert merged == [], "nothing is measured a third time"
 
 
-def test_another_adapter_under_a_name_is_measured_anew(command, adapters, monkeypatch):
+def test_another_adapter_under_a_name_is_measured_anew(command, adapters, merged):
     command |= {"--parts": ["losses"]}
     first = report_of(command)
-    measured = []
-    original = Evaluation._losses
-    monkeypatch.setattr(
-        Evaluation, "_losses", lambda self, label: measured.append(label) or original(self, label)
-    )
+    _, lora, _ = merged
+    merged.clear()
     command["--adapter"] = [f"LoRA={adapters['Flat-LoRA']}", f"Flat-LoRA={adapters['Flat-LoRA']}"]
     second = report_of(command)
-    assert measured == ["LoRA"]
+    assert merged == [lora]
     assert second["methods"]["LoRA"] == second["methods"]["Flat-LoRA"] == first["methods"]["Flat-LoRA"]
 
 

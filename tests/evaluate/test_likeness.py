@@ -95,7 +95,7 @@ def test_pairs_need_as_many_of_both():
 
 
 def test_features_are_those_of_transformers_own_call(clip_path, likeness, monkeypatch):
-    monkeypatch.setattr(evaluate_likeness, "_BATCH", 2)
+    monkeypatch.setattr(evaluate_likeness, "BATCH", 2)
     pictures = [icon("red", "RGB"), icon("blue", "RGB", (16, 40)), icon("green", "RGB", (64, 64))]
     texts = ["a red icon", "a icon", "a blue icon, " * 9]  # the last one is too long
     model = CLIPModel.from_pretrained(clip_path, dtype=torch.float32).eval()

@@ -29,7 +29,7 @@ from flatlora_diffusion.flat.quantised import QuantisedWeight
 from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.sdxl.quantise import quantise
 from flatlora_diffusion.train.arms import train
-from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.callbacks import Callback
 from tests.conftest import (
     UNET_TARGETS,
     add_lora,
@@ -471,19 +471,16 @@ assert flat.epsilon("linear").any()
 
 
 @for_both_kinds
-def test_a_run_trains_on_a_quantised_base_and_goes_on_with_the_same_bits(
-    config, icons, kind, tmp_path, monkeypatch
-):
+def test_a_run_trains_on_a_quantised_base_and_goes_on_with_the_same_bits(config, icons, kind, tmp_path):
     bases = []
-    loop = Run._loop
 
-    def watched(self, start, stop):
-        unet = self.learner.base.unet
-        bases.append(stored(unet))
-        loop(self, start, stop)
-        bases.append(stored(unet))
+    class Watch(Callback):
+        def on_train_begin(self, run):
+            bases.append(stored(run.models["unet"]))
 
-    monkeypatch.setattr(Run, "_loop", watched)
+        on_train_end = on_train_begin
+
+    watch = Watch()
     config = dataclasses.replace(
         config,
         quantize_base=kind,
@@ -493,7 +490,7 @@ def test_a_run_trains_on_a_quantised_base_and_goes_on_with_the_same_bits(
         checkpointing_steps=1,
     )
     state = global_rng_state()
-    whole = run(config)
+    whole = run(config, callbacks=[watch])
     assert global_rng_state() == state
     assert_equal(*bases)
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in bases[0].values())
@@ -506,6 +503,7 @@ def test_a_run_trains_on_a_quantised_base_and_goes_on_with_the_same_bits(
     (output / WEIGHTS_NAME).unlink()
     resumed = run(
         config,
+        callbacks=[watch],
         resume_from_checkpoint="checkpoint-1",
         # All that does not decide the adapter works too.
         gradient_checkpointing=True,

@@ -20,8 +20,9 @@ from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output import hub
 from flatlora_diffusion.output.card import CARD, _sealed, is_ours
-from flatlora_diffusion.train import afterwards
+from flatlora_diffusion.train import afterwards, loop
 from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.loop import Run
 
 TOKEN = "hf_DoNotTellAnybody"
@@ -105,17 +106,15 @@ def test_a_run_opens_the_repository_first_and_uploads_what_it_made(pushed, fake,
 
 def test_the_token_is_written_nowhere(pushed, fake, capsys, caplog, monkeypatch):
     caplog.set_level("DEBUG")
-    original = Run._optimizer_step
 
-    def ask_to_stop(self, step, stop):
-        signal.raise_signal(signal.SIGINT)
-        return original(self, step, stop)
+    class AskToStop(Callback):
+        def on_train_begin(self, run):
+            signal.raise_signal(signal.SIGINT)
 
     words = ["train_dreambooth_flat.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"]
     monkeypatch.setattr(sys, "argv", words)
-    with monkeypatch.context() as patch, pytest.raises(RunInterruptedError) as stop:
-        patch.setattr(Run, "_optimizer_step", ask_to_stop)
-        train(pushed)
+    with pytest.raises(RunInterruptedError) as stop:
+        train(pushed, callbacks=[AskToStop()])
     assert str(stop.value).splitlines()[-1] == (
         "  python train_dreambooth_flat.py --hub_token HUB_TOKEN --hub_token=HUB_TOKEN "
         "--resume_from_checkpoint latest"
@@ -189,7 +188,7 @@ def test_a_failed_upload_loses_nothing(pushed, fake, monkeypatch, capsys):
     fake.failure, fake.calls = None, []
     for name in ("create_repo", "hf_hub_download", "upload_folder"):
         monkeypatch.setattr(hub, name, getattr(fake, name))
-    monkeypatch.setattr(Run, "_prepare", lambda *_, **__: pytest.fail("it trains again"))
+    monkeypatch.setattr(loop, "Learner", lambda *_, **__: pytest.fail("it trains again"))
     elsewhere = {"hub_model_id": "icons", "hub_token": None}
     train(dataclasses.replace(pushed, resume_from_checkpoint="latest", **elsewhere))
     assert fake.calls[-1][1]["repo_id"] == "me/icons"
@@ -200,10 +199,10 @@ def test_a_failed_upload_loses_nothing(pushed, fake, monkeypatch, capsys):
     "failure", [torch.OutOfMemoryError("CUDA"), UserError("full"), OSError(28, "No space")]
 )
 def test_what_fails_after_training_keeps_nothing_else_from_being_done(pushed, fake, monkeypatch, failure):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise failure
 
-    monkeypatch.setattr(afterwards, "_draw_comparison", fail)
+    monkeypatch.setattr(afterwards, "draw_grid", fail)
     with pytest.raises(UserError) as error:
         train(dataclasses.replace(pushed, validation_prompt=("a icon",), validation_epochs=0))
     message = str(error.value)

@@ -20,7 +20,7 @@ from flatlora_diffusion.common.lock import output_lock
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output.reading import exponential_mean, find_runs
 from flatlora_diffusion.train.arms import train
-from tests.conftest import stopped_after
+from tests.conftest import stop_after
 from tests.trained import SIGMA, STEPS
 
 pytest_plugins = ["tests.trained"]
@@ -97,8 +97,7 @@ def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch)
 
     monkeypatch.setattr(Accelerator, "log", log)
     config = dataclasses.replace(config, checkpointing_steps=3)
-    with stopped_after(monkeypatch, 4):
-        train(config)
+    stop_after(config, 4)
     (run,) = find_runs(Path(config.output_dir)).values()
     assert run.label == "run"
     assert run.adapter is None
@@ -120,14 +119,13 @@ def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch)
     assert run.gaps() == ["checkpoint-4: state.json has changed since it was written"]
 
 
-def test_a_run_that_goes_on_after_its_end_is_unfinished_again(config, monkeypatch):
+def test_a_run_that_goes_on_after_its_end_is_unfinished_again(config):
     short = dataclasses.replace(config, flat_schedule="constant", max_train_steps=2, checkpointing_steps=2)
     train(short)
     (run,) = find_runs(Path(config.output_dir)).values()
     assert run.finished
     longer = dataclasses.replace(short, max_train_steps=8, resume_from_checkpoint="latest")
-    with stopped_after(monkeypatch, 3):
-        train(longer)
+    stop_after(longer, 3)
     assert not run.finished
     assert run.adapter is None
     assert len(run.losses()) == 3

@@ -35,7 +35,7 @@ from tests.conftest import (
     build_unet,
     global_rng_state,
     run,
-    stopped_after,
+    stop_after,
     unet_inputs,
 )
 
@@ -405,8 +405,7 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, mon
     assert moved > 0.8 * len(undisturbed)
 
     config = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"))
-    with stopped_after(monkeypatch, 3):
-        run(config)
+    stop_after(config, 3)
 
     def fail(*arguments, **settings):
         raise AssertionError("computed again")

@@ -18,8 +18,8 @@ from flatlora_diffusion.output.names import KOHYA_NAME
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
-from flatlora_diffusion.train.loop import Run
-from tests.conftest import assert_equal, global_rng_state, run, stopped_after
+from flatlora_diffusion.train.callbacks import Callback
+from tests.conftest import assert_equal, global_rng_state, run, stop_after
 
 
 class Fixed(torch.nn.Module):
@@ -87,7 +87,7 @@ def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config,
     assert abs(shifts.mean().item()) < 0.1
 
 
-def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
+def test_dropout_is_a_function_of_the_step(config, tmp_path):
     state = global_rng_state()
     whole = run(config, lora_dropout=0.5)
     assert global_rng_state() == state
@@ -100,8 +100,7 @@ def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
     # Interrupted after two steps and resumed, with other draws from the global RNG in between.
 
     parts = str(tmp_path / "parts")
-    with stopped_after(monkeypatch, 2):
-        run(config, lora_dropout=0.5, output_dir=parts)
+    stop_after(config, 2, lora_dropout=0.5, output_dir=parts)
     torch.rand(7)
     assert_equal(run(config, lora_dropout=0.5, output_dir=parts, resume_from_checkpoint="latest"), whole)
 
@@ -109,17 +108,15 @@ def test_dropout_is_a_function_of_the_step(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_layers": ("ff.net.2",)}]
 )
-def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch, settings):
+def test_other_adapters_load_as_they_were_trained(config, base_path, settings):
     kept = {}
-    original = Run._finish
 
-    def keep(self):
-        original(self)
-        self.state.flat.remove()
-        kept["unet"] = self.learner.base.unet.eval()
+    class Keep(Callback):
+        def on_train_end(self, run):
+            kept.update(run.models)
 
-    monkeypatch.setattr(Run, "_finish", keep)
-    tensors = run(config, learning_rate=1e-2, **settings)
+    tensors = run(config, learning_rate=1e-2, callbacks=[Keep()], **settings)
+    unet = kept["unet"].eval()
     assert any("magnitude" in name for name in tensors) == settings.get("use_dora", False)
     for layer in settings.get("lora_layers", ()):
         assert any(f".{layer}." in name for name in tensors)
@@ -133,7 +130,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, monkeypatch
     pooled = torch.randn(1, pipeline.text_encoder_2.config.projection_dim, generator=draw)
     conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]])}
     with torch.no_grad():
-        expected = kept["unet"](*inputs, tokens, added_cond_kwargs=conditions).sample
+        expected = unet(*inputs, tokens, added_cond_kwargs=conditions).sample
         actual = pipeline.unet(*inputs, tokens, added_cond_kwargs=conditions).sample
         pipeline.unload_lora_weights()
         without = pipeline.unet(*inputs, tokens, added_cond_kwargs=conditions).sample

@@ -4,7 +4,8 @@ import math
 import pytest
 from PIL import Image, ImageChops
 
-from flatlora_diffusion.sheet.layout import _arranged, _Layout, contact_sheet, sheet_size
+from flatlora_diffusion.sheet import layout
+from flatlora_diffusion.sheet.layout import _arranged, contact_sheet, sheet_size
 from flatlora_diffusion.sheet.text import Text, fitted
 
 METHODS = ["base", "LoRA", "Flat-LoRA"]
@@ -403,6 +404,7 @@ def test_bad_input_is_named(cells, settings, message):
 
 
 def test_a_sheet_of_too_many_pixels_is_refused_before_it_is_drawn(monkeypatch):
-    monkeypatch.setattr(_Layout, "draw", lambda self: pytest.fail("drawn"))
+    cells = [[picture()]]
+    monkeypatch.setattr(layout.Image, "new", lambda *arguments: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=r"\d+ x \d+ pixels, more than the limit of 64 million; use fewer"):
-        contact_sheet([[picture()]], columns=["a"], rows=["b"], cell_size=9000)
+        contact_sheet(cells, columns=["a"], rows=["b"], cell_size=9000)

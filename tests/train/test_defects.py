@@ -15,15 +15,14 @@ from safetensors.torch import load_file
 from flatlora_diffusion.adapter import kohya
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.output import record
 from flatlora_diffusion.output.names import KOHYA_NAME, SUMMARY
 from flatlora_diffusion.sdxl import base
 from flatlora_diffusion.sdxl import loss as sdxl_loss
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
-from flatlora_diffusion.train import validation
+from flatlora_diffusion.train import loop, validation
+from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.class_images import class_samples
 from flatlora_diffusion.train.learner import Learner
-from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, run
 
 TESTS = Path(__file__).parents[1]
@@ -234,20 +233,21 @@ def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, m
 
 
 @pytest.mark.parametrize("text_encoders", [False, True])
-def test_8_nothing_but_the_adapter_gathers_gradients(config, monkeypatch, text_encoders):
-    original, gradients = Run._optimizer_step, {}
+def test_8_nothing_but_the_adapter_gathers_gradients(config, text_encoders):
+    gradients = {}
 
-    def look(self, step, stop):
-        models = dict(self.learner.trained)
-        self.state.optimizer.zero_grad = lambda *_, **__: gradients.update(
-            (f"{part}.{name}", parameter.grad)
-            for part, model in models.items()
-            for name, parameter in model.named_parameters()
-        )
-        return original(self, step, stop)
+    class Look(Callback):
+        def backward(self, run, compute):
+            loss = compute()
+            gradients.update(
+                (f"{part}.{name}", parameter.grad)
+                for part, model in run.models.items()
+                for name, parameter in model.named_parameters()
+            )
+            return loss
 
-    monkeypatch.setattr(Run, "_optimizer_step", look)
-    run(config, train_text_encoder=text_encoders, max_train_steps=1, flat_sigma=0.0)
+    changes = {"train_text_encoder": text_encoders, "max_train_steps": 1, "flat_sigma": 0.0}
+    run(config, **changes, callbacks=[Look()])
     assert any("token_embedding" in name for name in gradients) == text_encoders
     for name, gradient in gradients.items():
         assert gradient is None or ".lora_" in name, name
@@ -290,37 +290,37 @@ def test_10_the_adapter_is_saved_before_anything_else(config, tmp_path, monkeypa
     def summary(*arguments):
         raise MemoryError
 
-    dtypes = []
-    original = Run._finish
+    models = {}
 
-    def finish(self):
-        try:
-            original(self)
-        finally:
-            dtypes.append(self.learner.base.unet.dtype)
+    class Keep(Callback):
+        def on_train_end(self, run):
+            models.update(run.models)
 
-    monkeypatch.setattr(Run, "_finish", finish)
-    monkeypatch.setattr(record, "summary", summary)
+    monkeypatch.setattr(loop, "summary", summary)
     with pytest.raises(MemoryError):
-        run(config, mixed_precision="bf16")
+        run(config, mixed_precision="bf16", callbacks=[Keep()])
     assert_equal(load_file(Path(config.output_dir, WEIGHTS_NAME)), whole)
-    assert dtypes == [torch.bfloat16], "nothing was cast"
+    assert models["unet"].dtype == torch.bfloat16, "nothing was cast"
 
 
-def test_11_a_finished_run_trains_no_step_more(config, monkeypatch):
+def test_11_a_finished_run_trains_no_step_more(config):
     whole = run(config, checkpointing_steps=3)
     path = Path(config.output_dir, WEIGHTS_NAME)
     content = path.read_bytes()
     path.unlink()  # so that it goes on from its last checkpoint
-    steps, original = [], Run._optimizer_step
+    steps = []
 
-    def count(self, step, stop):
-        steps.append(step)
-        return original(self, step, stop)
+    class Count(Callback):
+        def on_train_begin(self, run):
+            steps.append(run.step)
 
-    monkeypatch.setattr(Run, "_optimizer_step", count)
-    assert_equal(run(config, checkpointing_steps=3, resume_from_checkpoint="latest"), whole)
-    assert steps == [] and path.read_bytes() == content
+        def backward(self, run, compute):
+            steps.append("one more")
+            return compute()
+
+    resumed = run(config, checkpointing_steps=3, resume_from_checkpoint="latest", callbacks=[Count()])
+    assert_equal(resumed, whole)
+    assert steps == [6] and path.read_bytes() == content
 
 
 def test_10_a_kill_just_after_the_adapter_was_saved_costs_no_other_file(config, monkeypatch):

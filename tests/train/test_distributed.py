@@ -21,13 +21,12 @@ from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.flat import flat_lora
 from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.train import class_images, processes, validation
 from flatlora_diffusion.train import loop as train_loop
 from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
-from flatlora_diffusion.train.loop import Run
 from flatlora_diffusion.train.processes import join_processes, make_accelerator
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
@@ -114,25 +113,18 @@ def test_two_processes_train_as_one_with_the_same_global_batch(config, tmp_path,
 def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, train_batch_size=1, flat_sigma=0.5, flat_schedule="constant")
     noted, step = tmp_path / "noted.safetensors", 2
-    loop = Run._loop
 
-    def watched(self, start, stop):
-        update = self.state.updates.step
-
-        def note():
-            if self.state.flat.global_step == step and self.accelerator.is_main_process:
-                named = dict(self.learner.base.unet.named_parameters())
+    class Note(Callback):
+        def backward(self, run, compute):
+            loss = compute()
+            if run.step == step and run.accelerator.is_main_process:
+                named = dict(run.models["unet"].named_parameters())
                 trained = {name: p.detach() for name, p in named.items() if p.requires_grad}
                 gradients = {f"{name}.grad": named[name].grad for name in trained}
                 save_file({**trained, **gradients}, noted)
-            return update()
+            return loss
 
-        self.state.updates.step = note
-        loop(self, start, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_loop", watched)
-        in_processes(lambda rank: train(config))
+    in_processes(lambda rank: train(config, callbacks=[Note()]))
 
     # The same gradient in one process, with each noise in turn on the real weights.
     samples = find_samples(Path(config.instance_data_dir), config.instance_prompt)
@@ -144,7 +136,8 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
         parameter.data.copy_(then[name])
     flat.global_step = step
     for rank in (0, 1):
-        monkeypatch.setattr(flat_lora, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         weights = {name: layer.get_base_layer().weight for name, layer in flat.layers.items()}
         epsilons = {name: flat.epsilon(name) for name in weights}
         with flat.paused():
@@ -158,7 +151,7 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
     assert_close({name: then[name] for name in gradients}, gradients, 1e-4)
 
 
-def test_what_one_process_does_for_all(config, tmp_path, monkeypatch):
+def test_what_one_process_does_for_all(config, tmp_path):
     """Class images, held-out losses, pictures, files; in both runs of a comparison."""
     config = dataclasses.replace(
         config,
@@ -178,13 +171,13 @@ def test_what_one_process_does_for_all(config, tmp_path, monkeypatch):
         num_train_epochs=1,
     )
 
-    def refuse(*arguments):
+    def refuse(*arguments, **settings):
         raise AssertionError("only the main process does this")
 
     def work(rank):
         if rank:
             for owner, name in (
-                (class_images, "_draw_missing"),
+                (class_images, "load_pipeline"),
                 (Learner, "heldout_loss"),
                 (validation, "draw_validation"),
                 (train_loop, "write_checkpoint"),
@@ -213,17 +206,14 @@ def test_a_signal_to_one_stops_all_and_the_resumed_run_has_the_same_bits(config,
 
 
 def test_a_signal_while_the_adapter_is_saved_stops_all(config):
-    finish = Run._finish
-
-    def work(rank):
-        def signalled(self):
-            finish(self)
-            if rank:
+    class Stop(Callback):
+        def on_train_end(self, run):
+            if not run.accelerator.is_main_process:  # which saves
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        Run._finish = signalled
+    def work(rank):
         with pytest.raises(RunInterruptedError, match=f"saved .*{WEIGHTS_NAME}"):
-            train(dataclasses.replace(config, max_train_steps=1))
+            train(dataclasses.replace(config, max_train_steps=1), callbacks=[Stop()])
 
     in_processes(work)
 
@@ -250,15 +240,15 @@ def test_an_error_of_the_main_process_is_everybodys(config):
     in_processes(work)
 
 
-def test_processes_wait_long_for_each_other(config, monkeypatch):
+def test_processes_wait_long_for_each_other(monkeypatch):
     seen = {}
     state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
     monkeypatch.setattr(processes, "PartialState", lambda **settings: seen.update(settings) or state)
-    join_processes(config)
+    join_processes()
     assert seen["timeout"] >= timedelta(hours=12)
     state.distributed_type = DistributedType.XLA
     with pytest.raises(UserError, match="TPUs"):
-        join_processes(config)
+        join_processes()
 
 
 def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, monkeypatch):
@@ -269,52 +259,36 @@ def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("environment", "changes", "told"),
+    ("variable", "told"),
     [
-        ({"USE_FSDP": "true"}, {}, "FSDP splits weights .* whole rows .* use data parallelism"),
-        ({"USE_MEGATRON_LM": "true"}, {}, "Megatron-LM splits weights"),
-        ({"USE_PARALLELISM_CONFIG": "true"}, {}, "sequence parallelism splits weights"),
-        ({"DEEPSPEED_ZERO_STAGE": "3"}, {}, "ZeRO-3 splits weights .* whole rows"),
-        ({"DEEPSPEED_ZERO_STAGE": "0"}, {}, "zero_stage 0 splits nothing"),
-        ({"DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "file ds.json isn't read"),
-        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "cannot offload"),
-        ({}, {"optimizer": "prodigy"}, "only plain AdamW"),
-        ({}, {"use_8bit_adam": True}, "only plain AdamW"),
-        ({}, {"mixed_precision": "fp16"}, "not used with fp16"),
         (
-            {},
-            {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
-            "cannot stop training text encoders",
+            "USE_DEEPSPEED",
+            "DeepSpeed splits optimizer states or weights .* whole rows .* use data parallelism",
         ),
-        ({"MIXED_PRECISION": "fp16"}, {}, "not used with fp16"),
+        ("USE_FSDP", "FSDP splits weights .* whole rows .* use data parallelism"),
+        ("USE_MEGATRON_LM", "Megatron-LM splits weights"),
+        ("USE_PARALLELISM_CONFIG", "sequence parallelism splits weights"),
     ],
-    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_what_cannot_train_is_refused(config, monkeypatch, environment, changes, told):
-    if not any(name.startswith("USE_") for name in environment):
-        environment = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", **environment}
-        find = processes.importlib.util.find_spec
-        monkeypatch.setattr(
-            processes.importlib.util, "find_spec", lambda name: name == "deepspeed" or find(name)
-        )
-    for name, value in environment.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    with pytest.raises(UserError, match=f"{told}.*assets/accelerate/ddp.yaml"):
-        train(dataclasses.replace(config, with_prior_preservation=True, **changes))
+def test_what_cannot_train_is_refused(config, monkeypatch, variable, told):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", "true")
+    with pytest.raises(UserError, match=f"^{told}.*assets/accelerate/ddp.yaml"):
+        train(dataclasses.replace(config, with_prior_preservation=True))
     assert not Path(config.output_dir).exists()
 
 
-def test_deepspeed_that_is_missing_is_named(config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    find = processes.importlib.util.find_spec
-    monkeypatch.setattr(
-        processes.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
-    )
-    with pytest.raises(UserError, match=r"DeepSpeed is not installed; pip install deepspeed, or use data"):
-        train(config)
-
-
-def test_the_script_refuses_fsdp(base_path, icons, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP splits weights"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            "DeepSpeed splits optimizer states or weights",
+        ),
+    ],
+    ids=["FSDP", "DeepSpeed"],
+)
+def test_the_script_refuses_sharding(base_path, icons, tmp_path, capfd, environment, told):
     output = tmp_path / "out"
 
     def script(rank):
@@ -323,9 +297,9 @@ def test_the_script_refuses_fsdp(base_path, icons, tmp_path, capfd):
             runpy.run_path(sys.argv[0], run_name="__main__")
         return left.value.code
 
-    assert in_processes(script, 1, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2") == [2]
-    told = capfd.readouterr().err
-    assert told.startswith("error: FSDP splits weights") and told.count("\n") == 1
+    assert in_processes(script, 1, **environment) == [2]
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {told}") and said.count("\n") == 1
     assert not output.exists()
 
 
@@ -360,11 +334,6 @@ def test_accelerate_launch_with_the_shipped_configuration(config, base_path, ico
             "multi_node.yaml",
             ["--machine_rank", "1", "--main_process_ip", "10.0.0.7"],
             {"multi_gpu": True, "num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.7"},
-        ),
-        (
-            "deepspeed_zero2.yaml",
-            ["--num_processes", "8"],
-            {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "none", "num_processes": 8},
         ),
     ],
 )

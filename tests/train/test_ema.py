@@ -22,7 +22,7 @@ from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.train import validation
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import add_lora, assert_equal, build_unet, run, stopped_after
+from tests.conftest import add_lora, assert_equal, build_unet, run, stop_after
 
 DECAY = 0.25  # reached at the third step; before it the average warms up
 
@@ -72,14 +72,13 @@ def test_it_is_the_average_written_by_hand(config, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa"])
-def test_a_resumed_run_ends_in_the_same_average(config, tmp_path, monkeypatch, start):
+def test_a_resumed_run_ends_in_the_same_average(config, tmp_path, start):
     config = dataclasses.replace(
         config, checkpointing_steps=100, init_lora_weights=start, train_text_encoder=False
     )
     undisturbed = run(config)
     resumed = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"))
-    with stopped_after(monkeypatch, 3):
-        run(resumed)
+    stop_after(resumed, 3)
     assert_equal(run(resumed, resume_from_checkpoint="latest"), undisturbed)
     assert_equal(live(resumed), live(config))
 

@@ -17,7 +17,7 @@ from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.loss import diffusion_losses
 from flatlora_diffusion.train.arms import train
-from tests.conftest import assert_equal, run, stopped_after
+from tests.conftest import assert_equal, run, stop_after
 
 
 @pytest.fixture
@@ -97,12 +97,11 @@ def test_held_out_images_stay_on_white_where_backgrounds_are_random(config, tmp_
     assert losses["random"] == losses["white"] != losses["black"]
 
 
-def test_a_resumed_run_has_the_whole_history(config, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_whole_history(config, tmp_path):
     whole = losses_of(config)
 
     parts = str(tmp_path / "parts")
-    with stopped_after(monkeypatch, 3):
-        losses_of(config, output_dir=parts)
+    stop_after(config, 3, output_dir=parts)
     assert losses_of(config, output_dir=parts, resume_from_checkpoint="latest") == whole
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.output.checkpoint import flatten_optimizer, optimizer_numbers, restore_optimizer
 from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
-from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stopped_after
+from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stop_after
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -82,13 +82,12 @@ def test_prodigy_has_one_rate(config):
     ],
     ids=["prodigy", "LoRA+", "8-bit AdamW"],
 )
-def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, monkeypatch, changes):
+def test_it_trains_and_goes_on_with_the_same_bits(config, tmp_path, changes):
     whole = run(config, **changes)
     assert any(tensor.abs().sum() > 0 for name, tensor in whole.items() if "up" in name)
 
     parts = str(tmp_path / "parts")
-    with stopped_after(monkeypatch, 3):
-        run(config, output_dir=parts, **changes)
+    stop_after(config, 3, output_dir=parts, **changes)
     resumed = run(config, output_dir=parts, resume_from_checkpoint="latest", **changes)
     assert_equal(resumed, whole)
 

@@ -18,8 +18,8 @@ from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.lora import add_lora
 from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
-from flatlora_diffusion.train.loop import Run
 from tests.conftest import assert_equal, global_rng_state, run
 
 
@@ -164,26 +164,23 @@ def assert_same_pictures_as_by_hand(config, output):
 
 
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
-def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path, text_encoders, monkeypatch):
+def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path, text_encoders):
     kept = {}
-    original = Run._finish
 
-    def keep(self):
-        original(self)
-        self.state.flat.remove()
-        self.learner.base.unet.eval()
-        kept["unet"] = self.learner.base.unet
-        kept["encoders"] = [m.eval() for name, m in self.learner.trained.items() if name != "unet"]
+    class Keep(Callback):
+        def on_train_end(self, run):
+            kept.update(run.models)
 
-    monkeypatch.setattr(Run, "_finish", keep)
     run(
         config,
+        callbacks=[Keep()],
         train_text_encoder=text_encoders,
         text_encoder_lr=1e-2,
         learning_rate=1e-2,
         lora_alpha=10.0,
         train_batch_size=1,
     )
+    unet, *text_models = [model.eval() for model in kept.values()]
     pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
     tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
     plain = encode_prompts(tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), ["a icon"])
@@ -191,29 +188,27 @@ def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
     loaded = encode_prompts(tokenizers, encoders, ["a icon"])
     if text_encoders:
-        trained = encode_prompts(tokenizers, kept["encoders"], ["a icon"])
+        trained = encode_prompts(tokenizers, text_models, ["a icon"])
         assert torch.equal(trained.tokens, loaded.tokens) and torch.equal(trained.pooled, loaded.pooled)
         assert not torch.equal(plain.tokens, loaded.tokens)
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([300]), loaded.tokens)
     conditions = {"text_embeds": loaded.pooled, "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]])}
     with torch.no_grad():
-        expected = kept["unet"](*inputs, added_cond_kwargs=conditions).sample
+        expected = unet(*inputs, added_cond_kwargs=conditions).sample
         actual = pipeline.unet(*inputs, added_cond_kwargs=conditions).sample
     assert torch.equal(actual, expected)
     assert pipeline.unet.peft_config["default_0"].lora_alpha == 10.0
 
 
-def test_lora_parameters_are_float32_whatever_the_base_is(config, monkeypatch):
+def test_lora_parameters_are_float32_whatever_the_base_is(config):
     dtypes = {}
-    original = Run._finish
 
-    def look(self):
-        for name, parameter in self.learner.base.unet.named_parameters():
-            dtypes.setdefault("lora" if "lora_" in name else "base", set()).add(parameter.dtype)
-        original(self)
+    class Look(Callback):
+        def on_train_end(self, run):
+            for name, parameter in run.models["unet"].named_parameters():
+                dtypes.setdefault("lora" if "lora_" in name else "base", set()).add(parameter.dtype)
 
-    monkeypatch.setattr(Run, "_finish", look)
-    tensors = run(config, mixed_precision="bf16")
+    tensors = run(config, mixed_precision="bf16", callbacks=[Look()])
     assert dtypes == {"lora": {torch.float32}, "base": {torch.bfloat16}}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 

@@ -25,7 +25,7 @@ from tests.conftest import (
     build_text_encoders,
     build_unet,
     run,
-    stopped_after,
+    stop_after,
 )
 
 
@@ -136,8 +136,7 @@ def test_a_run_is_limited_as_in_kohyas_scripts(config, tmp_path, monkeypatch):
     assert logged[-1]["max_norm/keys_scaled"] >= (norms > 0.05 * (1 - 1e-5)).sum() - 1
 
     resumed = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"))
-    with stopped_after(monkeypatch, 3):
-        run(resumed)
+    stop_after(resumed, 3)
     assert_equal(run(resumed, resume_from_checkpoint="latest"), limited)
 
     monkeypatch.setattr(UpdateNorms, "limit", kohyas_limit)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.output.gallery import Gallery, SideBySide
+from flatlora_diffusion.output.names import step_name
 from flatlora_diffusion.sheet import layout
 from flatlora_diffusion.sheet.files import Sheet
 from flatlora_diffusion.train import afterwards
@@ -51,7 +52,8 @@ def compared(validated):
 @pytest.fixture(autouse=True)
 def without_final_comparison(monkeypatch):
     """What is drawn after training is not the subject here."""
-    monkeypatch.setattr(afterwards, "_draw_comparison", lambda *arguments: None)
+    for name in ("draw_grid", "comparison_exhibit"):
+        monkeypatch.setattr(afterwards, name, lambda *arguments, **settings: None)
 
 
 _finished: dict[bool, Path] = {}
@@ -131,7 +133,7 @@ def test_validation_changes_nothing_of_the_adapter(validated, undisturbed):
 def test_what_an_interruption_prevented_is_drawn_on_resuming(validated, undisturbed, monkeypatch):
     """The kill comes after the checkpoint and before the pictures of the same step."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Validation, "_show", interrupt)
+        patch.setattr(train_validation, "draw_validation", interrupt)
         train(validated)
     output = Path(validated.output_dir)
     assert not (output / "validation").exists()
@@ -277,20 +279,20 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
     assert (output / "flat_lora" / WEIGHTS_NAME).read_bytes() == alone, "drawing the base changed the arm"
 
 
-@pytest.mark.parametrize("killed", [Validation, SideBySide], ids=["before the pictures", "before the sheet"])
+@pytest.mark.parametrize("killed", [Gallery, SideBySide], ids=["before the pictures", "before the sheet"])
 def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undisturbed, monkeypatch, killed):
     """Killed in the second arm, after the last validation step's checkpoint."""
     expected, output = contents(undisturbed(compare=True)), Path(compared.output_dir)
     shutil.copytree(undisturbed(compare=True), output, ignore=shutil.ignore_patterns("flat_lora"))
     for sheet in output.glob("validation/step-*.png"):
         sheet.unlink()
-    name = "_show" if killed is Validation else "draw"
+    name = "write" if killed is Gallery else "draw"
     original = getattr(killed, name)
 
-    def kill(self, step):
-        if step == STEPS[-1]:
+    def kill(self, *arguments):
+        if step_name(STEPS[-1]) in arguments or STEPS[-1] in arguments:
             raise KeyboardInterrupt
-        return original(self, step)
+        return original(self, *arguments)
 
     resumed = dataclasses.replace(compared, resume_from_checkpoint="latest")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
