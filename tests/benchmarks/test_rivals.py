@@ -1,9 +1,7 @@
 """The rivals of the benchmark: gradients against twins written out by hand, and what they leave behind."""
 
-import copy
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,11 @@ from safetensors.torch import load_file
 
 from benchmarks import rivals, sam
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
-from flatlora_diffusion.data.images import find_samples
-from tests.conftest import assert_equal, global_rng_state, run
+from flatlora_diffusion.sdxl.lora import add_lora
+from flatlora_diffusion.train import arms
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.callbacks import Callback
+from tests.conftest import assert_equal, build_unet, global_rng_state, run
 
 RHO = 0.3
 
@@ -30,20 +31,26 @@ def train_rival(config, output, rival, rho=RHO, **changes) -> dict[str, torch.Te
     return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
 
 
-def begun(config, rho=RHO, on_merged=False) -> rivals.SamRun:
-    """A run before its first step, with A and B far from zero."""
-    samples = find_samples(Path(config.instance_data_dir), config.instance_prompt)
-    run = rivals.SamRun(config, samples, rho=rho, on_merged=on_merged)
-    run._prepare(resuming=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trained(run):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return run
+def in_a_step(config, check) -> None:
+    """Call `check(run, compute)` in the place of a step's backward pass, with A and B far from zero."""
+    called = []
+
+    class Check(Callback):
+        def backward(self, run, compute):
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in trained(run):
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            check(run, compute)
+            called.append(run)
+            return torch.tensor(0.0)
+
+    run(config, max_train_steps=1, callbacks=[Check()])
+    assert len(called) == 1
 
 
 def trained(run) -> list[torch.Tensor]:
-    return [p for model in run.learner.trained.values() for p in model.parameters() if p.requires_grad]
+    return [p for model in run.models.values() for p in model.parameters() if p.requires_grad]
 
 
 def layers(models) -> dict[str, LoraLayer]:
@@ -55,10 +62,13 @@ def layers(models) -> dict[str, LoraLayer]:
     }
 
 
-def gradients(run, tensors) -> list[torch.Tensor]:
-    """Of the first step's loss; zeros for what it doesn't depend on."""
-    found = torch.autograd.grad(run.learner.loss(0), tensors, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+def gradients(compute, tensors) -> list[torch.Tensor]:
+    """Of the step's loss; zeros for what it doesn't depend on. There are none afterwards."""
+    compute()
+    found = [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return found
 
 
 def norm(tensors) -> float:
@@ -72,71 +82,86 @@ def assert_gradients(parameters, expected):
 
 
 def test_lora_sam_has_the_gradient_at_the_ascended_adapter(config):
-    run = begun(config)
-    parameters = trained(run)
-    own = [p.detach().clone() for p in parameters]
-    first = gradients(run, parameters)
-    with torch.no_grad():
-        for p, value, gradient in zip(parameters, own, first, strict=True):
-            p.copy_(value + RHO * gradient / norm(first))
-    there = run.learner.loss(0)
-    expected = gradients(run, parameters)
-    with torch.no_grad():
-        for p, value in zip(parameters, own, strict=True):
-            p.copy_(value)
+    def check(run, compute):
+        parameters = trained(run)
+        own = [p.detach().clone() for p in parameters]
+        first = gradients(compute, parameters)
+        with torch.no_grad():
+            for p, value, gradient in zip(parameters, own, first, strict=True):
+                p.copy_(value + RHO * gradient / norm(first))
+        there = compute()
+        for p in parameters:
+            p.grad = None
+        expected = gradients(compute, parameters)
+        with torch.no_grad():
+            for p, value in zip(parameters, own, strict=True):
+                p.copy_(value)
 
-    loss = run._backward(0)
-    torch.testing.assert_close(loss, there.detach())  # what is told is the loss of the ascended weights
-    assert_gradients(parameters, expected)
-    assert all(torch.equal(p, value) for p, value in zip(parameters, own, strict=True))
-    assert norm([a - b for a, b in zip(expected, first, strict=True)]) > 1e-2 * norm(first)
+        loss = rivals.Sam(RHO, on_merged=False).backward(run, compute)
+        torch.testing.assert_close(loss, there)  # what is told is the loss of the ascended weights
+        assert_gradients(parameters, expected)
+        assert all(torch.equal(p, value) for p, value in zip(parameters, own, strict=True))
+        assert norm([a - b for a, b in zip(expected, first, strict=True)]) > 1e-2 * norm(first)
+
+    in_a_step(config, check)
 
 
 def test_sam_has_the_gradient_at_the_ascended_merged_weight(config):
     """The twin has no adapter: its weights are W', its gradients come to A and B by the chain rule."""
-    run = begun(dataclasses.replace(config, train_text_encoder=True), on_merged=True)
-    models = run.learner.trained
-    frozen = {n: p.detach().clone() for m in models.values() for n, p in m.named_parameters()}
-    run._backward(0)
-    assert all(
-        torch.equal(p, frozen[n]) and (p.grad is None or p.requires_grad)
-        for m in models.values()
-        for n, p in m.named_parameters()
-    )
-    own = layers(models)
-    twins = {name: copy.deepcopy(model) for name, model in models.items()}
-    weights = {}
-    for name, layer in layers(twins).items():
-        layer.merge()
-        weights[name] = layer.get_base_layer().weight.requires_grad_(True)
-    run.learner._wrapped = twins
-    first = gradients(run, list(weights.values()))
-    with torch.no_grad():
-        for weight, gradient in zip(weights.values(), first, strict=True):
-            weight.add_(RHO * gradient / norm(first))
-    second = dict(zip(weights, gradients(run, list(weights.values())), strict=True))
-    for name, layer in own.items():
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        scale = layer.scaling["default"]
-        assert_gradients([a, b], [scale * b.T @ second[name], scale * second[name] @ a.T])
+
+    def check(run, compute):
+        models = run.models
+        frozen = {n: p.detach().clone() for m in models.values() for n, p in m.named_parameters()}
+        rivals.Sam(RHO, on_merged=True).backward(run, compute)
+        assert all(
+            torch.equal(p, frozen[n]) and (p.grad is None or p.requires_grad)
+            for m in models.values()
+            for n, p in m.named_parameters()
+        )
+        own = layers(models)
+        found = {name: factors(layer) for name, layer in own.items()}
+        found = {name: [(p.detach().clone(), p.grad) for p in pair] for name, pair in found.items()}
+        weights = {}
+        for name, layer in own.items():  # the models become the twin
+            layer.merge()
+            weights[name] = layer.get_base_layer().weight.requires_grad_(True)
+        first = gradients(compute, list(weights.values()))
+        with torch.no_grad():
+            for weight, gradient in zip(weights.values(), first, strict=True):
+                weight.add_(RHO * gradient / norm(first))
+        second = dict(zip(weights, gradients(compute, list(weights.values())), strict=True))
+        for name, ((a, of_a), (b, of_b)) in found.items():
+            scale = own[name].scaling["default"]
+            expected = [scale * b.T @ second[name], scale * second[name] @ a.T]
+            for gradient, wanted in zip((of_a, of_b), expected, strict=True):
+                gradient = torch.zeros_like(wanted) if gradient is None else gradient
+                assert norm([gradient - wanted]) <= 1e-4 * norm([wanted])
+
+    in_a_step(dataclasses.replace(config, train_text_encoder=True), check)
+
+
+def factors(layer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @pytest.mark.parametrize("on_merged", [False, True], ids=["A and B", "merged"])
 def test_the_ascent_raises_the_loss_by_rho_times_the_gradients_norm(config, on_merged):
     rho = 1e-3
-    run = begun(config, rho=rho, on_merged=on_merged)
-    before = run.learner.loss(0).item()
-    perturbed = trained(run)
-    if on_merged:
-        perturbed = [layer.get_base_layer().weight for layer in layers(run.learner.trained).values()]
-    with sam.given_gradients(perturbed):
-        run.learner.loss(0).backward()
-    length = norm([t.grad for t in perturbed])
-    with sam.ascended(perturbed, rho):
-        assert all(t.grad is None for t in perturbed)
-        rise = run.learner.loss(0).item() - before
-    assert rise == pytest.approx(rho * length, rel=0.03)
-    assert run.learner.loss(0).item() == before
+
+    def check(run, compute):
+        perturbed = trained(run)
+        if on_merged:
+            perturbed = [layer.get_base_layer().weight for layer in layers(run.models).values()]
+        with sam.given_gradients(perturbed):
+            before = compute().item()
+        length = norm([t.grad for t in perturbed])
+        with sam.ascended(perturbed, rho):
+            assert all(t.grad is None for t in perturbed)
+            rise = compute().item() - before
+        assert rise == pytest.approx(rho * length, rel=0.03)
+        assert compute().item() == before
+
+    in_a_step(config, check)
 
 
 def test_weights_come_back_after_an_error():
@@ -152,18 +177,18 @@ def test_weights_come_back_after_an_error():
 def test_rivals_train_the_same_bits_each_time_and_leave_the_base_alone(config, base_path, monkeypatch):
     base = load_file(base_path / "unet" / "diffusion_pytorch_model.safetensors")
     checked = []
-    original = rivals.Run._after_step
 
-    def check(run, step):
-        original(run, step)
-        named = run.learner.base.unet.named_parameters()
-        weights = {n.replace(".base_layer", ""): p for n, p in named if "lora_" not in n}
-        assert_equal(weights, base)
-        assert not any(p.requires_grad or p.grad is not None for p in weights.values())
-        checked.append(step)
+    class Check(Callback):
+        def on_step_end(self, run):
+            named = run.models["unet"].named_parameters()
+            weights = {n.replace(".base_layer", ""): p for n, p in named if "lora_" not in n}
+            assert_equal(weights, base)
+            assert not any(p.requires_grad or p.grad is not None for p in weights.values())
+            checked.append(run.step)
 
-    monkeypatch.setattr(rivals.Run, "_after_step", check)
-    plain = run(config)
+    check = Check()
+    with_callbacks(monkeypatch, check)
+    plain = run(config, callbacks=[check])
     state = global_rng_state()
     for rival in ("sam", "lora-sam", "bi-lora"):
         once = train_rival(config, f"{rival}-once", rival)
@@ -184,27 +209,31 @@ def test_rivals_train_the_same_bits_each_time_and_leave_the_base_alone(config, b
         assert layer.lora_A[name].weight.shape[0] == config.rank
 
 
-def auxiliary_norm(run) -> float:
+def with_callbacks(monkeypatch, *more) -> None:
+    """Let the rivals' runs have more callbacks."""
+    monkeypatch.setattr(arms, "train", lambda config, callbacks: train(config, [*callbacks, *more]))
+
+
+def auxiliary_norm(models) -> float:
     """Of all updates of the second adapter, written out."""
     updates = [
         layer.scaling[rivals.AUXILIARY]
         * layer.lora_B[rivals.AUXILIARY].weight
         @ layer.lora_A[rivals.AUXILIARY].weight
-        for layer in layers(run.learner.trained).values()
+        for layer in layers(models).values()
     ]
     return norm(updates)
 
 
 def test_the_second_adapter_stays_in_its_ball(config, monkeypatch):
     norms, models = [], []
-    original = rivals.Run._after_step
 
-    def watch(run, step):
-        original(run, step)
-        norms.append(auxiliary_norm(run))
-        models.append(run.learner.base.unet)
+    class Watch(Callback):
+        def on_step_end(self, run):
+            norms.append(auxiliary_norm(run.models))
+            models.append(run.models["unet"])
 
-    monkeypatch.setattr(rivals.Run, "_after_step", watch)
+    with_callbacks(monkeypatch, Watch())
     config = dataclasses.replace(config, max_train_steps=4)
     train_rival(config, "wide", "bi-lora", rho=1e6)
     assert norms == sorted(norms) and norms[0] > 0
@@ -219,36 +248,39 @@ def test_the_second_adapter_stays_in_its_ball(config, monkeypatch):
 def test_the_second_adapter_follows_the_gradient_upwards(config, monkeypatch):
     """After the first step its B has moved by the learning rate along the sign of its gradient."""
     seen = {}
-    original = rivals.Run._optimizer_step
 
-    def watch(run, step, stop):
-        if step == 0:
-            own = layers(run.learner.trained)
-            bs = {n: layer.lora_B[rivals.AUXILIARY].weight for n, layer in own.items()}
-            seen["gradients"] = dict(zip(bs, gradients(run, list(bs.values())), strict=True))
-            seen["a"] = {
-                n: layer.lora_A[rivals.AUXILIARY].weight.detach().clone() for n, layer in own.items()
-            }
-            assert not any(b.any() for b in bs.values()), "it starts with no update"
-        else:
-            for name, layer in layers(run.learner.trained).items():
-                b = layer.lora_B[rivals.AUXILIARY].weight
-                gradient = seen["gradients"][name]
-                clear = gradient.abs() > 1e-5  # of AdamW's epsilon, 1e-8
-                expected = config.learning_rate * gradient.sign()
-                torch.testing.assert_close(b[clear], expected[clear], rtol=2e-3, atol=0)
-                assert torch.equal(layer.lora_A[rivals.AUXILIARY].weight, seen["a"][name])
-        return original(run, step, stop)
+    class Watch(Callback):
+        def backward(self, run, compute):
+            own = layers(run.models)
+            loss = compute()
+            if run.step == 0:
+                bs = {n: layer.lora_B[rivals.AUXILIARY].weight for n, layer in own.items()}
+                seen["gradients"] = {n: b.grad.clone() for n, b in bs.items()}
+                seen["a"] = {
+                    n: layer.lora_A[rivals.AUXILIARY].weight.detach().clone() for n, layer in own.items()
+                }
+                assert not any(b.any() for b in bs.values()), "it starts with no update"
+            else:
+                for name, layer in own.items():
+                    b = layer.lora_B[rivals.AUXILIARY].weight
+                    gradient = seen["gradients"][name]
+                    clear = gradient.abs() > 1e-5  # of AdamW's epsilon, 1e-8
+                    expected = config.learning_rate * gradient.sign()
+                    torch.testing.assert_close(b[clear], expected[clear], rtol=2e-3, atol=0)
+                    assert torch.equal(layer.lora_A[rivals.AUXILIARY].weight, seen["a"][name])
+                seen["checked"] = True
+            return loss
 
-    monkeypatch.setattr(rivals.Run, "_optimizer_step", watch)
+    with_callbacks(monkeypatch, Watch())
     train_rival(config, "up", "bi-lora", rho=1e6, max_train_steps=2)
-    assert seen
+    assert seen["checked"]
 
 
 @pytest.mark.parametrize("share", [0.25, 4.0])
-def test_keeping_in_the_ball_scales_the_update_to_its_radius(config, share):
-    run = begun(config)
-    unet = run.learner.base.unet
+def test_keeping_in_the_ball_scales_the_update_to_its_radius(share):
+    unet = build_unet()
+    unet.requires_grad_(False)
+    add_lora({"unet": unet}, rank=4, alpha=4, seed=0)
     state = global_rng_state()
     rivals.add_auxiliary(unet, 7)
     assert global_rng_state() == state
@@ -258,8 +290,8 @@ def test_keeping_in_the_ball_scales_the_update_to_its_radius(config, share):
     with torch.no_grad():
         for factor in factors:
             factor.copy_(torch.randn(factor.shape, generator=generator))
-    before, was = [factor.detach().clone() for factor in factors], auxiliary_norm(run)
+    before, was = [factor.detach().clone() for factor in factors], auxiliary_norm({"unet": unet})
     assert rivals.keep_in_ball(own, share * was) == pytest.approx(was, rel=1e-5)
-    assert auxiliary_norm(run) == pytest.approx(min(1, share) * was, rel=1e-5)
+    assert auxiliary_norm({"unet": unet}) == pytest.approx(min(1, share) * was, rel=1e-5)
     for factor, old in zip(factors, before, strict=True):  # A and B share the shrinking
         torch.testing.assert_close(factor.detach(), math.sqrt(min(1, share)) * old)

@@ -13,7 +13,8 @@ from PIL import Image
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.captions import MOST_ORDERS, Captioning, CaptionStream, tag_orders
-from flatlora_diffusion.train.learner import Learner
+from flatlora_diffusion.data.latents import LatentCache, PromptCache
+from flatlora_diffusion.train import learner
 from tests.conftest import assert_equal, global_rng_state, run, stop_after
 
 TAGS = "a fox, red, flat, small, round, happy, winter"
@@ -160,14 +161,32 @@ def config(config) -> TrainConfig:
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Every batch whose loss is computed."""
-    seen, original = [], Learner._losses
+    """Every batch that is trained."""
+    seen, original = [], LatentCache.batch
 
-    def look(self, batch):
-        seen.append(batch)
-        return original(self, batch)
+    def look(self, positions):
+        seen.append(original(self, positions))
+        return seen[-1]
 
-    monkeypatch.setattr(Learner, "_losses", look)
+    monkeypatch.setattr(LatentCache, "batch", look)
+    return seen
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The captions of every batch whose loss is computed, as they are encoded or looked up for it."""
+    seen, embed, encode = [], PromptCache.embed, learner.encode_prompts
+
+    def looked_up(self, prompts):
+        seen.append(list(prompts))
+        return embed(self, prompts)
+
+    def encoded(tokenizers, encoders, prompts):
+        seen.append(list(prompts))
+        return encode(tokenizers, encoders, prompts)
+
+    monkeypatch.setattr(PromptCache, "embed", looked_up)
+    monkeypatch.setattr(learner, "encode_prompts", encoded)
     return seen
 
 
@@ -193,21 +212,21 @@ def test_nothing_else_is_drawn_otherwise(config, batches):
     assert told - {""} - {caption for batch in batches for caption in batch.captions}
 
 
-def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, batches):
+def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, told):
     """At a learning rate of 0 they are the same encoders: the losses agree as well."""
     settings = {"flat_sigma": 0.0, "text_encoder_lr": 0.0, "max_grad_norm": 1e9, "max_train_steps": 3}
-    losses, told = [], []
+    losses, captions = [], []
     for trained in (False, True):
         output = f"{config.output_dir} {trained}"
         run(config, train_text_encoder=trained, output_dir=output, **settings)
         losses.append(json.loads((images.Path(output) / "summary.json").read_text())["losses"])
-        told.append([batch.captions for batch in batches])
-        batches.clear()
-    assert told[0] == told[1]
+        captions.append(told[:])
+        told.clear()
+    assert captions[0] == captions[1] and len(captions[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_captions_of_class_and_held_out_images_stay_whole(config, batches, tmp_path):
+def test_captions_of_class_and_held_out_images_stay_whole(config, told, tmp_path):
     for name in ("class", "heldout"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 16), "navy").save(tmp_path / name / "a.png")
@@ -222,8 +241,8 @@ def test_captions_of_class_and_held_out_images_stay_whole(config, batches, tmp_p
         heldout_data_dir=str(tmp_path / "heldout"),
         heldout_steps=4,
     )
-    training = [batch.captions for batch in batches if len(batch.captions) == 4]
-    heldout = [batch.captions for batch in batches if len(batch.captions) == 8]
+    training = [captions for captions in told if len(captions) == 4]
+    heldout = [captions for captions in told if len(captions) == 8]
     assert training == [["", "", "class, b, c, d", "class, b, c, d"]] * 5
     assert heldout == [["heldout, b, c, d"] * 8] * 2
 
@@ -235,7 +254,7 @@ def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tm
     assert_equal(run(config, output_dir=parts, resume_from_checkpoint="latest"), whole)
 
 
-def test_the_key_of_captions_counts_for_training_and_held_out_images(config, batches, icons, tmp_path):
+def test_the_key_of_captions_counts_for_training_and_held_out_images(config, told, icons, tmp_path):
     heldout = tmp_path / "heldout"
     heldout.mkdir()
     Image.new("RGB", (16, 16), "navy").save(heldout / "a.png")
@@ -243,6 +262,6 @@ def test_the_key_of_captions_counts_for_training_and_held_out_images(config, bat
         line = {"file_name": name, "text": "no", "words": f"words of {name}"}
         (folder / "metadata.jsonl").write_text(json.dumps(line))
     run(config, **OFF, caption_column="words", heldout_data_dir=str(heldout), max_train_steps=2)
-    told = {caption for batch in batches for caption in batch.captions}
-    assert {"words of red.png", "words of a.png"} <= told
-    assert "no" not in told
+    captions = {caption for batch in told for caption in batch}
+    assert {"words of red.png", "words of a.png"} <= captions
+    assert "no" not in captions

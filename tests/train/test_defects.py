@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter import kohya
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.data import latents as data_latents
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.output.names import KOHYA_NAME, SUMMARY
-from flatlora_diffusion.sdxl import base
-from flatlora_diffusion.sdxl import loss as sdxl_loss
+from flatlora_diffusion.sdxl import encoding
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
-from flatlora_diffusion.train import loop, validation
+from flatlora_diffusion.train import learner, loop, validation
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.class_images import class_samples
 from flatlora_diffusion.train.learner import Learner
@@ -77,12 +76,12 @@ TABLE = {
         "data/test_images.py::test_transparency_is_composited_over_the_background",
     ],
     "13. No test of resuming, prior preservation, min-SNR, bf16, DoRA, kohya's format or bad input": [
-        "test_resume.py",
-        "test_prior.py",
+        "train/test_resume.py",
+        "train/test_class_images.py",
         "sdxl/test_loss.py::test_min_snr_counts_an_error_of_the_image_min_snr_gamma_times",
         "sdxl/test_loss.py::test_other_adapters_load_as_they_were_trained",
-        "test_kohya.py",
-        "test_bad_input.py",
+        "adapter/test_kohya.py",
+        "commands/test_bad_input.py",
     ],
 }
 
@@ -182,7 +181,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         weighing.append(size)
         return unweighted(*arguments) if size > 1 else unweighted(*arguments[:-1], None)
 
-    monkeypatch.setattr(sdxl_loss, "diffusion_losses", losses)
+    monkeypatch.setattr(learner, "diffusion_losses", losses)
     monkeypatch.setattr(Learner, "loss", compare)
     run(config)
     assert weighing.count(6) == len(compared) == 2
@@ -257,14 +256,15 @@ def test_8_nothing_but_the_adapter_gathers_gradients(config, text_encoders):
 def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
     calls = []
 
-    def count(name):
-        original = getattr(base, name)
+    def count(name, *modules):
+        original = getattr(encoding, name)
 
         def encode(*arguments):
             calls.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(base, name, encode)
+        for module in modules:
+            monkeypatch.setattr(module, name, encode)
 
     original = Learner.loss
 
@@ -273,8 +273,8 @@ def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
         calls.append("step")
         return original(self, micro_step)
 
-    count("encode_images")
-    count("encode_prompts")
+    count("encode_images", learner)
+    count("encode_prompts", learner, data_latents)
     monkeypatch.setattr(Learner, "loss", look)
     run(config, random_flip=True)
     samples = find_samples(Path(config.instance_data_dir), config.instance_prompt)
@@ -330,7 +330,7 @@ def test_10_a_kill_just_after_the_adapter_was_saved_costs_no_other_file(config, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(kohya, "convert", kill)
+        patch.setattr(loop, "convert", kill)
         run(config)
     output = Path(config.output_dir)
     saved = (output / WEIGHTS_NAME).read_bytes()

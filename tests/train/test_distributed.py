@@ -267,7 +267,7 @@ def test_the_scripts_accumulation_counts_not_the_launchers(config, tmp_path, mon
         ),
         ("USE_FSDP", "FSDP splits weights .* whole rows .* use data parallelism"),
         ("USE_MEGATRON_LM", "Megatron-LM splits weights"),
-        ("USE_PARALLELISM_CONFIG", "sequence parallelism splits weights"),
+        ("USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism splits weights"),
     ],
 )
 def test_what_cannot_train_is_refused(config, monkeypatch, variable, told):
