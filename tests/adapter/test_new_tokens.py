@@ -23,6 +23,7 @@ from flatlora_diffusion.adapter.new_tokens import (
 )
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.data import latents as data_latents
 from flatlora_diffusion.data.images import Framing, Sample, find_samples
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.draw.pipeline import Drawing, draw, draw_with, load_adapter, load_pipeline
@@ -30,10 +31,10 @@ from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.output.record import _digest, is_complete
-from flatlora_diffusion.sdxl import encoding
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS, add_lora, enable_gradient_checkpointing
+from flatlora_diffusion.train import learner as train_learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.loop import Run
@@ -245,9 +246,10 @@ def test_captions_of_images_get_the_tokens_and_those_of_class_images_do_not(pivo
 def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monkeypatch, changes):
     calls = []
     original = encode_prompts
-    monkeypatch.setattr(
-        encoding, "encode_prompts", lambda *args: calls.append(len(args[2])) or original(*args)
-    )
+    for module in (train_learner, data_latents):
+        monkeypatch.setattr(
+            module, "encode_prompts", lambda *args: calls.append(len(args[2])) or original(*args)
+        )
     config = dataclasses.replace(config, flat_sigma=0.5, checkpointing_steps=1, heldout_steps=1, **changes)
     done = Run(config, samples_of(config), heldout_samples=samples_of(config))
     done.train()

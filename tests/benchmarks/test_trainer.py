@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from benchmarks import arms, bases, reference, trainer
-from flatlora_diffusion.common.signals import StopRequest
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.data.latents import Batch
+from flatlora_diffusion.data.latents import Batch, LatentCache
 from flatlora_diffusion.output.names import SUMMARY
+from flatlora_diffusion.train import arms as train_arms
 from flatlora_diffusion.train.arms import train
-from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.callbacks import Callback
 
 STEPS = 3
 
@@ -72,27 +71,33 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
     expected = seen.copy()
     seen.clear()
 
-    run = Run(config, samples)
-    run._prepare(resuming=False)
-    adapter = adapter_of(run.learner.base.unet)
-    for name, parameter in adapter.items():
-        parameter.data.copy_(start[name])
-    cache = run.learner.latents
-    means = torch.stack([variants[0][0].mean for variants in cache._variants])
-    batches = []
-    for latents, noise, timesteps in drawn.copy():
-        distances = (latents[:, None] - means).abs().amax(dim=(2, 3, 4))
+    shown, adapter, told = drawn.copy(), {}, []
+
+    def batch(self, positions):
+        """What the script has drawn, in the place of the trainer's own draws."""
+        latents, noise, timesteps = shown[positions[0] // config.train_batch_size]
+        images = list(self.fixed_batches([0]))
+        distances = (latents[:, None] - torch.cat([image.latents for image in images])).abs()
+        distances = distances.amax(dim=(2, 3, 4))
         assert distances.amin(dim=1).max() < 1e-5, "the latents are those of the training images"
         members = distances.argmin(dim=1).tolist()
-        time_ids = torch.stack([cache._variants[index][0][1] for index in members])
-        captions_shown = [samples[index].caption for index in members]
-        batches.append(Batch(captions_shown, latents, noise, timesteps, time_ids))
-    run.learner.latents = SimpleNamespace(
-        batch=lambda positions: batches[positions[0] // config.train_batch_size]
-    )
-    for step, loss in enumerate(losses):
-        assert run._optimizer_step(step, StopRequest())[0] == pytest.approx(loss, rel=1e-5)
-        run.state.advance(loss)
+        time_ids = torch.cat([images[index].time_ids for index in members])
+        return Batch([samples[index].caption for index in members], latents, noise, timesteps, time_ids)
+
+    class Watch(Callback):
+        def on_train_begin(self, run):
+            adapter.update(adapter_of(run.models["unet"]))
+            for name, parameter in adapter.items():
+                parameter.data.copy_(start[name])
+
+        def on_step_end(self, run):
+            told.append(run.loss)
+
+    monkeypatch.setattr(LatentCache, "batch", batch)
+    if not captions:
+        monkeypatch.setattr(train_arms, "find_samples", lambda *_: samples)
+    train(config, callbacks=[Watch()])
+    assert told == pytest.approx(losses, rel=1e-5)
     for one, other in zip(seen, expected, strict=True):
         for mine, theirs in zip(one, other, strict=True):
             torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-5)

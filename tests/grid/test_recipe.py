@@ -87,8 +87,11 @@ def test_subjects_are_named_once_and_skipped_where_they_should_be(monkeypatch) -
         entry(6, "1F916", "ROBOT FACE", twitter=False),
     ]
     words = {"🐶": ["dog_face", "dog", "pet", "a1"], "❤️": ["red_heart", "love", "heart"]}
+    monkeypatch.setattr(micro_data, "fetch", lambda package, raw: package)
     monkeypatch.setattr(
-        micro_data, "_read_json", lambda package, member, raw: words if package == "keywords" else emojis
+        micro_data,
+        "read_members",
+        lambda package, members: {"json": json.dumps(words if package == "keywords" else emojis)},
     )
     assert micro_data.read_subjects(Path()) == [
         Subject("2764-fe0f", ("red heart", "heavy black heart", "heart"), ("love",)),
