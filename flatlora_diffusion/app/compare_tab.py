@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import gradio as gr
 from PIL import Image
 
-from flatlora_diffusion.app.engine import BASE, Drawn, Job
+from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget, zipped
 from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, from_link
 from flatlora_diffusion.app.site import (
@@ -31,6 +31,7 @@ from flatlora_diffusion.app.site import (
 from flatlora_diffusion.app.widgets import connect_stop, drawing_fields, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.draw.difference import difference
 from flatlora_diffusion.draw.pipeline import Drawing
+from flatlora_diffusion.draw.stamp import BASE
 
 
 @dataclass(frozen=True)

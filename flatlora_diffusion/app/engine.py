@@ -19,9 +19,7 @@ from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_adapter, native_side, sketches
 from flatlora_diffusion.draw.samplers import sampler_name
-from flatlora_diffusion.draw.stamp import Stamp, versions
-
-BASE = "base"
+from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
 
 SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
 

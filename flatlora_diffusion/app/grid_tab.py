@@ -10,12 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.app.engine import BASE, Drawn, Job
+from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import zipped
 from flatlora_diffusion.app.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_scale, refusal
 from flatlora_diffusion.app.widgets import connect_stop, drawing_fields, progress, scrolled_to
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.stamp import Stamp, png, sidecar
+from flatlora_diffusion.draw.stamp import BASE, Stamp, png, sidecar
 from flatlora_diffusion.grid.draw import sheet_png
 from flatlora_diffusion.grid.plan import Cell, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe

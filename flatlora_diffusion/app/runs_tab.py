@@ -15,9 +15,10 @@ from PIL import Image
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.images import open_image
+from flatlora_diffusion.output.names import ARMS
 from flatlora_diffusion.output.reading import SMOOTHING, Curve, RunFolder
 
-METHOD_COLOURS = {"LoRA": "#d97706", "Flat-LoRA": "#3b82f6"}
+METHOD_COLOURS = dict(zip(ARMS, ("#d97706", "#3b82f6"), strict=True))
 """Method -> its colour in every plot: orange and blue stay apart for the colour-blind too."""
 
 OTHER_COLOURS = ("#be4bb4", "#0f9488", "#8b6f5c", "#7c7cf0")

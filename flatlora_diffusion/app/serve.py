@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.app.engine import BASE, Studio
+from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.presets import DEMO, presets
 from flatlora_diffusion.app.site import Site
@@ -20,7 +20,8 @@ from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.common.devices import DTYPES, default_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_pipeline
-from flatlora_diffusion.draw.stamp import base_name
+from flatlora_diffusion.draw.stamp import BASE, base_name
+from flatlora_diffusion.output.names import ARMS
 from flatlora_diffusion.output.reading import RunFolder, find_runs
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def serve(given: argparse.Namespace) -> None:
 def demo_folder(project: Path) -> Path:
     """Where the adapters of `make demo` are, else those that come with the project."""
     for folder in (project / "demo-output", project / "assets" / "adapters"):
-        if all((folder / arm / WEIGHTS_NAME).is_file() for arm in ("lora", "flat_lora")):
+        if all((folder / arm / WEIGHTS_NAME).is_file() for arm in ARMS.values()):
             return folder
     raise UserError(f"no adapters in {folder}: restore that folder, or give --run DIR or --adapter NAME=PATH")
 

@@ -16,6 +16,7 @@ def option(
     *,
     rules: tuple[Rule, ...] = (),
     secret: bool = False,
+    decides: bool = True,
 ) -> Any:
     """A field of the configuration.
 
@@ -25,12 +26,15 @@ def option(
         choices: The values that it may have.
         rules: That a value must keep to, unless it is None.
         secret: It is never written anywhere.
+        decides: Runs that differ in it may end in different adapters. The data counts by its content, the
+            steps where a schedule stretches over them: not by the settings that name or count them.
     """
     metadata = {
         "help": help,
         "choices": tuple(choices) if choices else None,
         "rules": rules,
         "secret": secret,
+        "decides": decides,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)

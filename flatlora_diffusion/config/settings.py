@@ -24,6 +24,9 @@ from flatlora_diffusion.config.options import (
     option,
 )
 
+PLAIN, FLAT = "LoRA", "Flat-LoRA"
+"""The methods: what a run, its adapter and its pictures are called by."""
+
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
@@ -57,28 +60,36 @@ class TrainConfig:
     )
 
     # The data.
-    instance_data_dir: str | None = option(None, "Folder with the training images; or give dataset_name.")
+    instance_data_dir: str | None = option(
+        None, "Folder with the training images; or give dataset_name.", decides=False
+    )
     dataset_name: str | None = option(
         None,
         "Dataset of the Hugging Face Hub with the training images in its train split, or a local folder that "
         "the datasets library reads (parquet files, images with metadata.jsonl or metadata.csv, ...).",
+        decides=False,
     )
-    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
+    dataset_config_name: str | None = option(
+        None, "Configuration of the dataset, where it has several.", decides=False
+    )
     cache_dir: str | None = option(
-        None, "Folder for what the datasets library downloads and converts. Default: its own."
+        None, "Folder for what the datasets library downloads and converts. Default: its own.", decides=False
     )
-    image_column: str = option("image", "Column of the dataset that holds the images.")
+    image_column: str = option("image", "Column of the dataset that holds the images.", decides=False)
     caption_column: str | None = option(
         None,
         "Column of the dataset that holds the captions; without it instance_prompt is the caption of all. "
         "For a folder of images: the key of the captions in metadata.jsonl, which is text by default.",
+        decides=False,
     )
     instance_prompt: str = option(
         REQUIRED,
         "Prompt of every image that has no caption of its own. Captions of a folder come from metadata.jsonl "
         "(file_name, text) or from .txt files beside the images. Captions may say {instance_prompt}.",
     )
-    repeats: int = option(1, "How often an epoch passes over the training images.", rules=(POSITIVE,))
+    repeats: int = option(
+        1, "How often an epoch passes over the training images.", rules=(POSITIVE,), decides=False
+    )
     resolution: int = option(
         1024,
         "Images are resized to this many pixels on their shorter side, and cropped.",
@@ -109,27 +120,32 @@ class TrainConfig:
         False, "Add the loss of class images, so that the class stays what it was."
     )
     class_data_dir: str | None = option(
-        None, "Folder of class images; the base draws those that are missing."
+        None, "Folder of class images; the base draws those that are missing.", decides=False
     )
     class_prompt: str | None = option(None, "Prompt of the class images.")
     prior_loss_weight: float = option(1.0, "Weight of the class images' loss.", rules=(NOT_NEGATIVE,))
-    num_class_images: int = option(100, "How many class images there should be.", rules=(POSITIVE,))
-    sample_batch_size: int = option(4, "Class images drawn at once.", rules=(POSITIVE,))
+    num_class_images: int = option(
+        100, "How many class images there should be.", rules=(POSITIVE,), decides=False
+    )
+    sample_batch_size: int = option(4, "Class images drawn at once.", rules=(POSITIVE,), decides=False)
     prior_generation_precision: str | None = option(
         None,
         "Precision in which class images are drawn. Default: fp16 on a GPU, else fp32.",
         ("no", "fp32", "fp16", "bf16"),
+        decides=False,
     )
 
     # Held-out images.
     heldout_data_dir: str | None = option(
-        None, "Folder of images that are not trained; their loss is logged at fixed timesteps and noise."
+        None,
+        "Folder of images that are not trained; their loss is logged at fixed timesteps and noise.",
+        decides=False,
     )
     heldout_split: str | None = option(
-        None, "Split of the dataset, such as validation, to be held out in place of a folder."
+        None, "Split of the dataset, such as validation, to be held out in place of a folder.", decides=False
     )
     heldout_steps: int = option(
-        50, "Measure the held-out loss every so many steps, and at the end.", rules=(POSITIVE,)
+        50, "Measure the held-out loss every so many steps, and at the end.", rules=(POSITIVE,), decides=False
     )
 
     # The adapter.
@@ -174,6 +190,7 @@ class TrainConfig:
         1.0,
         "After this fraction of the steps the text encoders' LoRA is trained no further.",
         rules=(FRACTION,),
+        decides=False,
     )
 
     # Pivotal tuning.
@@ -181,7 +198,10 @@ class TrainConfig:
         False, "Train the embeddings of new tokens in both text encoders (textual inversion) with the LoRA."
     )
     train_text_encoder_ti_frac: float = option(
-        0.5, "After this fraction of the steps the new tokens are trained no further.", rules=(FRACTION,)
+        0.5,
+        "After this fraction of the steps the new tokens are trained no further.",
+        rules=(FRACTION,),
+        decides=False,
     )
     token_abstraction: str = option(
         "TOK",
@@ -203,6 +223,7 @@ class TrainConfig:
         False,
         "Train plain LoRA and then Flat-LoRA from the same initial adapter, data order, timesteps and noise, "
         "into lora/ and flat_lora/ under the output folder, and draw both beside the base.",
+        decides=False,
     )
 
     # The objective.
@@ -221,9 +242,9 @@ class TrainConfig:
     train_batch_size: int = option(4, "Images a step, on each device.", rules=(POSITIVE,))
     gradient_accumulation_steps: int = option(1, "Micro-batches an optimizer step.", rules=(POSITIVE,))
     num_train_epochs: int = option(
-        1, "Passes over the images; max_train_steps overrides it.", rules=(POSITIVE,)
+        1, "Passes over the images; max_train_steps overrides it.", rules=(POSITIVE,), decides=False
     )
-    max_train_steps: int | None = option(None, "Optimizer steps in all.", rules=(POSITIVE,))
+    max_train_steps: int | None = option(None, "Optimizer steps in all.", rules=(POSITIVE,), decides=False)
     learning_rate: float = option(1e-4, "Initial learning rate, after warm-up.", rules=LEARNING_RATE)
     text_encoder_lr: float = option(5e-6, "Learning rate of the text encoders.", rules=LEARNING_RATE)
     scale_lr: bool = option(
@@ -264,7 +285,7 @@ class TrainConfig:
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", rules=(NOT_NEGATIVE,))
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", rules=(POSITIVE,))
     gradient_checkpointing: bool = option(
-        False, "Compute activations again in the backward pass to save memory."
+        False, "Compute activations again in the backward pass to save memory.", decides=False
     )
     mixed_precision: str | None = option(
         None, "Precision of the frozen base; LoRA parameters are always float32.", ("no", "fp16", "bf16")
@@ -273,44 +294,67 @@ class TrainConfig:
     seed: int = option(0, "Decides everything random: runs can always be repeated.", rules=(NOT_NEGATIVE,))
 
     # Output, checkpoints, tracking.
-    output_dir: str = option("lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.")
-    output_kohya_format: bool = option(False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.")
-    checkpointing_steps: int = option(500, "Write a checkpoint every so many steps.", rules=(POSITIVE,))
+    output_dir: str = option(
+        "lora-dreambooth-model", "Folder for the adapter, the checkpoints and the logs.", decides=False
+    )
+    output_kohya_format: bool = option(
+        False, "Write the adapter for ComfyUI, A1111 and kohya's scripts too.", decides=False
+    )
+    checkpointing_steps: int = option(
+        500, "Write a checkpoint every so many steps.", rules=(POSITIVE,), decides=False
+    )
     checkpoints_total_limit: int | None = option(
-        None, "Keep only so many checkpoints, the newest.", rules=(POSITIVE,)
+        None, "Keep only so many checkpoints, the newest.", rules=(POSITIVE,), decides=False
     )
     resume_from_checkpoint: str | None = option(
-        None, '"latest", the name of a checkpoint in the output folder (checkpoint-500), or the path of one.'
+        None,
+        '"latest", the name of a checkpoint in the output folder (checkpoint-500), or the path of one.',
+        decides=False,
     )
-    logging_dir: str = option("logs", "Folder for the tracker's logs, inside the output folder.")
-    report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.")
+    logging_dir: str = option(
+        "logs", "Folder for the tracker's logs, inside the output folder.", decides=False
+    )
+    report_to: str | None = option("tensorboard", "Tracker that accelerate knows, or none.", decides=False)
 
     # The hub.
     push_to_hub: bool = option(
-        False, "Upload the output folder, but for checkpoints and logs, to the Hugging Face Hub at the end."
+        False,
+        "Upload the output folder, but for checkpoints and logs, to the Hugging Face Hub at the end.",
+        decides=False,
     )
     hub_token: str | None = option(
-        None, "Token for the upload; it is written nowhere. Default: that of `hf auth login`.", secret=True
+        None,
+        "Token for the upload; it is written nowhere. Default: that of `hf auth login`.",
+        secret=True,
+        decides=False,
     )
     hub_model_id: str | None = option(
-        None, "Repository on the hub, NAME or OWNER/NAME. Default: the name of the output folder."
+        None,
+        "Repository on the hub, NAME or OWNER/NAME. Default: the name of the output folder.",
+        decides=False,
     )
 
     # Validation.
     validation_prompt: tuple[str, ...] | None = option(
-        None, "One or more prompts to draw during and after training."
+        None, "One or more prompts to draw during and after training.", decides=False
     )
     num_validation_images: int = option(
-        4, "Pictures of each validation prompt, with seeds counted from --seed.", rules=(POSITIVE,)
+        4,
+        "Pictures of each validation prompt, with seeds counted from --seed.",
+        rules=(POSITIVE,),
+        decides=False,
     )
     validation_epochs: int = option(
-        50, "Draw the validation prompts every so many epochs; 0: only after training.", rules=(NOT_NEGATIVE,)
+        50,
+        "Draw the validation prompts every so many epochs; 0: only after training.",
+        rules=(NOT_NEGATIVE,),
+        decides=False,
     )
     validation_inference_steps: int = option(
-        50, "Denoising steps of a validation picture.", rules=(POSITIVE,)
+        50, "Denoising steps of a validation picture.", rules=(POSITIVE,), decides=False
     )
     validation_guidance_scale: float = option(
-        5.0, "Classifier-free guidance of a validation picture.", rules=(NOT_NEGATIVE,)
+        5.0, "Classifier-free guidance of a validation picture.", rules=(NOT_NEGATIVE,), decides=False
     )
 
     def __post_init__(self) -> None:
@@ -337,6 +381,11 @@ class TrainConfig:
         """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
         secrets = {field.name for field in dataclasses.fields(self) if field.metadata["secret"]}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
+
+    @property
+    def method(self) -> str:
+        """`FLAT` where the weights get noise, else `PLAIN`."""
+        return FLAT if self.flat_sigma else PLAIN
 
     @property
     def second_text_encoder_lr(self) -> float:
@@ -427,7 +476,7 @@ def reject_contradictions(config: TrainConfig) -> None:
             f"--hub_token with --report_to {config.report_to}: wandb records the command line and would "
             "expose the token; log in with `hf auth login` and leave --hub_token out"
         )
-    if config.compare and config.flat_sigma == 0:
+    if config.compare and config.method == PLAIN:
         raise UserError(
             "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
         )

@@ -10,13 +10,16 @@ import dataclasses
 import io
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.packages import LIBRARIES, package_versions
+
+BASE = "base"
+"""What the base is called among the methods: in stamps, on sheets, as a folder."""
 
 CHUNK = "flatlora"
 A1111_CHUNK = "parameters"
@@ -37,7 +40,7 @@ class Stamp:
         guidance: Scale of classifier-free guidance.
         sampler: Its name.
         base: Name of the SDXL pipeline (`base_name`), never a path.
-        method: Label of the column, such as `Flat-LoRA`.
+        method: Label of the column: `BASE`, or an adapter's, such as `Flat-LoRA`.
         adapter_sha256: Of the adapter's file, in hex; None for the base.
         scale: Factor on the adapter; None for the base.
         dtype: Precision, such as `fp32`.
@@ -77,8 +80,7 @@ def base_name(base: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a picture."""
-    names = ("torch", "diffusers", "transformers", "peft")
-    return {name: version(name) for name in ("flatlora_diffusion", *names)}
+    return package_versions("flatlora_diffusion", *LIBRARIES)
 
 
 def parameters(stamp: Stamp) -> str:

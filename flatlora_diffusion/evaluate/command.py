@@ -24,7 +24,8 @@ from flatlora_diffusion.common.extras import import_extra
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, Sample, find_samples
-from flatlora_diffusion.evaluate.evaluation import BASE, PARTS, Evaluation, Plan
+from flatlora_diffusion.draw.stamp import BASE
+from flatlora_diffusion.evaluate.evaluation import PARTS, Evaluation, Plan
 from flatlora_diffusion.evaluate.plots import write_plots
 from flatlora_diffusion.evaluate.tables import markdown
 

@@ -22,7 +22,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.data.images import Sample, open_image
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch
 from flatlora_diffusion.draw.samplers import sampler_name
-from flatlora_diffusion.draw.stamp import Stamp, base_name, png, read, versions
+from flatlora_diffusion.draw.stamp import BASE, Stamp, base_name, png, read, versions
 from flatlora_diffusion.evaluate.likeness import (
     Likeness,
     drift,
@@ -61,7 +61,7 @@ class Drawer:
         self._drawing = drawing
         self._batch_size = batch_size
         self._hashes = {name: facts.sha256 for name, facts in adapters.items()}
-        slugs = unique_slugs(["base", *adapters])
+        slugs = unique_slugs([BASE, *adapters])
         self._folders = {name: folder / slug for name, slug in zip([None, *adapters], slugs, strict=True)}
         names = {dtype: name for name, dtype in DTYPES.items()}
         self._shared = {
@@ -105,7 +105,7 @@ class Drawer:
         found = [_stored(file, own) for file, own in zip(files, stamps, strict=True)]
         missing = found.count(None)
         with tqdm(
-            total=missing, desc=f"drawing {adapter or 'base'}", unit="picture", disable=not missing
+            total=missing, desc=f"drawing {adapter or BASE}", unit="picture", disable=not missing
         ) as bar:
             for start in range(0, len(pictures), self._batch_size):
                 batch = range(start, min(start + self._batch_size, len(pictures)))
@@ -124,7 +124,7 @@ class Drawer:
         return Stamp(
             prompt=prompt,
             seed=seed,
-            method=adapter or "base",
+            method=adapter or BASE,
             adapter_sha256=adapter and self._hashes[adapter],
             scale=None if adapter is None else scale,
             **self._shared,

@@ -23,7 +23,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
 from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline, native_side
-from flatlora_diffusion.draw.stamp import versions
+from flatlora_diffusion.draw.stamp import BASE, versions
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention, fingerprint
 from flatlora_diffusion.evaluate.flatness import (
@@ -40,7 +40,6 @@ from flatlora_diffusion.sdxl.base import check_scheduler
 REPORT = "evaluation.json"
 PICTURES = "pictures"
 MEASURED = "measured"
-BASE = "base"
 PARTS = ("losses", "drawn", "flatness", "tradeoff", "sharpness")
 
 BANDS = 4

@@ -16,6 +16,7 @@ from flatlora_diffusion.data.datasets import dataset_captions
 from flatlora_diffusion.data.images import CAPTION_KEY, PROMPT_PLACEHOLDER, complete_caption, find_samples
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.samplers import SAMPLERS
+from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.plan import AXES, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.sheet.command import add_measures, expanded
@@ -155,7 +156,7 @@ def _methods(given: Sequence[tuple[str, Path, float]], no_base: bool) -> tuple[d
     # PEFT takes no dots in its names.
     names = {label: f"adapter_{number}" for number, label in enumerate(paths, start=1)}
     labels = [label for label, _, _ in given]
-    methods = [] if no_base else [Method("base")]
+    methods = [] if no_base else [Method(BASE)]
     for label, _, scale in given:
         shown = label if scale == 1 and labels.count(label) == 1 else f"{label} x {scale:g}"
         methods.append(Method(shown, names[label], scale))

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_NAME, FACTS_KEY, replace_words
 from flatlora_diffusion.common.files import write_atomically
-from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.output.gallery import validation_drawing
 from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
 from flatlora_diffusion.sheet.files import MANIFEST
@@ -189,7 +189,7 @@ def _metadata(
 
 
 def _is_flat(facts: dict[str, dict[str, Any]]) -> bool:
-    return any(known["flat_sigma"] for known in facts.values())
+    return any(known["method"] == FLAT for known in facts.values())
 
 
 def _pictures(exhibit: Exhibit | None) -> list[str]:
@@ -290,9 +290,9 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
     """The settings that somebody would ask for."""
     known = list(facts.values())[-1]
     methods = [
-        f"Flat-LoRA, sigma {each['flat_sigma']:g} ({each['flat_schedule']}, {each['flat_noise']})"
-        if each["flat_sigma"]
-        else "LoRA"
+        f"{FLAT}, sigma {each['flat_sigma']:g} ({each['flat_schedule']}, {each['flat_noise']})"
+        if each["method"] == FLAT
+        else PLAIN
         for each in facts.values()
     ]
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"

@@ -19,14 +19,13 @@ from PIL import Image
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
-from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.draw.pipeline import Drawing, save_picture
+from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.names import numbered_steps, step_name
 from flatlora_diffusion.sheet.files import MANIFEST, Sheet, SheetRow, draw_sheet
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"
 
 
 def validation_drawing(config: TrainConfig) -> Drawing:
@@ -45,8 +44,8 @@ def footer(config: TrainConfig, images: int) -> str:
     trained = ""
     if images:
         trained = f", {images} training images, rank {config.rank}, learning rate {config.learning_rate:g}"
-        if config.flat_sigma:
-            trained += f", Flat-LoRA sigma {config.flat_sigma:g} ({config.flat_schedule})"
+        if config.method == FLAT:
+            trained += f", {FLAT} sigma {config.flat_sigma:g} ({config.flat_schedule})"
     drawing = validation_drawing(config)
     base = Path(config.pretrained_model_name_or_path).name
     return f"{base}{trained}; {drawing.steps} denoising steps, guidance {drawing.guidance:g}"

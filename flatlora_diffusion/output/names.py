@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from flatlora_diffusion.config.settings import FLAT, PLAIN
+
 FOLDER = "validation"
 
 
@@ -26,5 +28,5 @@ SUMMARY = "summary.json"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
 
 
-ARMS = {"LoRA": "lora", "Flat-LoRA": "flat_lora"}
-"""Label of each arm of a comparison -> its folder, as `train` names it."""
+ARMS = {PLAIN: "lora", FLAT: "flat_lora"}
+"""Method of each arm of a comparison, in the order of training -> its folder."""

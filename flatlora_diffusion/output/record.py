@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import resource
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,24 @@ from torch import nn
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.new_tokens import read_embeddings
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.common.packages import LIBRARIES, package_versions
+from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.sdxl.lora import ADAPTER
-
-# Settings that change neither the adapter nor the way to it, only where and what is reported. The data counts
-# by its content, the steps where a schedule stretches over them.
-_WITHOUT_EFFECT = {
-    *("instance_data_dir", "compare", "gradient_checkpointing", "max_train_steps", "num_train_epochs"),
-    *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-    *("logging_dir", "report_to", "validation_prompt", "num_validation_images", "validation_epochs"),
-    *("validation_inference_steps", "validation_guidance_scale", "repeats"),
-    *("class_data_dir", "num_class_images", "sample_batch_size", "prior_generation_precision"),
-    *("heldout_data_dir", "heldout_split", "heldout_steps", "output_kohya_format"),
-    *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
-    *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
-    *("push_to_hub", "hub_token", "hub_model_id"),
-}
-
-
-def method(config: TrainConfig) -> str:
-    """`Flat-LoRA` or `LoRA`."""
-    return "Flat-LoRA" if config.flat_sigma else "LoRA"
 
 
 def deciding_settings(
     config: TrainConfig, total_steps: int, data_digest: str, accelerator: Accelerator
 ) -> dict[str, Any]:
     """All that decides the adapter, by name: two runs that agree in it end in the same adapter."""
-    settings = {k: v for k, v in config.settings().items() if k not in _WITHOUT_EFFECT}
+    deciding = {field.name for field in dataclasses.fields(config) if field.metadata["decides"]}
+    settings = {name: value for name, value in config.settings().items() if name in deciding}
     settings |= {
         "lora_alpha": config.alpha,
         "mixed_precision": accelerator.mixed_precision,
         "images and captions": data_digest,
         "processes": accelerator.num_processes,
     }
-    noise_stretches = config.flat_sigma > 0 and config.flat_schedule != "constant"
+    noise_stretches = config.method == FLAT and config.flat_schedule != "constant"
     if noise_stretches or config.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = total_steps  # else a longer run may continue a shorter one
     text_encoder_steps = config.text_encoder_steps(total_steps)
@@ -71,7 +54,7 @@ def facts(
     """What the adapter's file says of its making: the same for every run that ends in the same adapter."""
     targets = {name: sorted(model.peft_config[ADAPTER].target_modules) for name, model in trained.items()}
     return {
-        "method": method(config),
+        "method": config.method,
         "base": config.pretrained_model_name_or_path,
         "instance_prompt": config.instance_prompt,
         "rank": config.rank,
@@ -85,7 +68,7 @@ def facts(
         "seed": config.seed,
         "steps": step,
         "settings_sha256": _digest(settings),
-        "versions": versions(config),
+        "versions": _versions(config),
         **({"quantize_base": config.quantize_base} if config.quantize_base else {}),
     }
 
@@ -127,7 +110,7 @@ def summary(
     on_gpu = accelerator.device.type == "cuda"
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "method": method(config),
+        "method": config.method,
         "settings": config.settings(),
         "images": images,
         "steps": len(losses),
@@ -138,18 +121,17 @@ def summary(
         "peak_memory_of": "GPU" if on_gpu else "process",
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
-        "versions": versions(config),
+        "versions": _versions(config),
         "losses": list(losses),
         "heldout_losses": heldout,
     }
 
 
-def versions(config: TrainConfig) -> dict[str, str]:
+def _versions(config: TrainConfig) -> dict[str, str]:
     """Versions of the packages that decide the result."""
-    names = ["diffusers", "transformers", "peft", "accelerate"]
-    if config.quantize_base or config.use_8bit_adam:
-        names.append("bitsandbytes")
-    return {"torch": torch.__version__} | {name: version(name) for name in names}
+    extra = ["bitsandbytes"] if config.quantize_base or config.use_8bit_adam else []
+    known = package_versions(*LIBRARIES, "accelerate", *extra)
+    return known | {"torch": torch.__version__}  # with its build, such as +cu128
 
 
 def _digest(settings: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from flatlora_diffusion.common.devices import DTYPES, release
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, composite, open_image
+from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
@@ -22,7 +23,6 @@ from flatlora_diffusion.output.card import Exhibit, Making, comparison_exhibit, 
 from flatlora_diffusion.output.gallery import SideBySide, footer, validation_drawing, validation_seeds
 from flatlora_diffusion.output.hub import upload
 from flatlora_diffusion.output.names import COMPARISON
-from flatlora_diffusion.output.record import method
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def present(
         UserError: One of them failed.
         RunInterruptedError: Ctrl-C.
     """
-    adapters = {method(arm): Path(arm.output_dir) for arm in arms}
+    adapters = {arm.method: Path(arm.output_dir) for arm in arms}
     saved = (
         f"what was trained is in {' and '.join(map(str, adapters.values()))}; "
         "with --resume_from_checkpoint latest the same command does only what follows training"
@@ -71,7 +71,7 @@ def present(
     making = Making(len(samples), state.num_processes, state.mixed_precision)
     if config.compare:
         for arm in arms:
-            attempt(write_card, arm, {method(arm): Path(arm.output_dir)}, making)
+            attempt(write_card, arm, {arm.method: Path(arm.output_dir)}, making)
     attempt(write_card, config, adapters, making, exhibit, repository)
     if repository:
         attempt(upload, config, repository)
@@ -85,7 +85,7 @@ def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[
     captions = list(dict.fromkeys(sample.caption for sample in samples))
     prompts = list(dict.fromkeys(config.validation_prompt or captions[:4]))
     names = {label: f"adapter_{number}" for number, label in enumerate(adapters, start=1)}
-    methods = [Method("base"), *(Method(label, name) for label, name in names.items())]
+    methods = [Method(BASE), *(Method(label, name) for label, name in names.items())]
     state = AcceleratorState()
     recipe = Recipe(
         base=config.pretrained_model_name_or_path,

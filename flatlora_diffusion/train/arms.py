@@ -16,13 +16,12 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from flatlora_diffusion.adapter.new_tokens import require_words
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.lock import check_writable, output_lock
-from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
 from flatlora_diffusion.data.images import CAPTION_KEY, Sample, find_samples, parse_background
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
-from flatlora_diffusion.output.names import FOLDER
-from flatlora_diffusion.output.record import method
+from flatlora_diffusion.output.names import ARMS, FOLDER
 from flatlora_diffusion.sdxl.base import check_base
 from flatlora_diffusion.sdxl.quantise import require_bitsandbytes
 from flatlora_diffusion.train import class_images
@@ -76,7 +75,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         repository = from_main(lambda: open_repository(config)) if config.push_to_hub else None
         side_by_side = _side_by_side(config, arms)
         for arm in arms:
-            logger.info("%s: %d images, into %s", method(arm), len(samples), arm.output_dir)
+            logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
             Run(arm, samples, class_samples, heldout_samples, side_by_side, together).train()
             release()
         if PartialState().is_main_process:
@@ -117,15 +116,13 @@ def _arms(config: TrainConfig) -> list[TrainConfig]:
     """The runs to do: with `compare` a plain one and one with noise, equal in everything else."""
     if not config.compare:
         return [config]
-    plain = dataclasses.replace(
-        config, compare=False, flat_sigma=0.0, output_dir=str(Path(config.output_dir, "lora"))
-    )
-    flat = dataclasses.replace(config, compare=False, output_dir=str(Path(config.output_dir, "flat_lora")))
-    return [plain, flat]
+    folders = {method: str(Path(config.output_dir, name)) for method, name in ARMS.items()}
+    flat = dataclasses.replace(config, compare=False, output_dir=folders[FLAT])
+    return [dataclasses.replace(flat, flat_sigma=0.0, output_dir=folders[PLAIN]), flat]
 
 
 def _side_by_side(config: TrainConfig, arms: list[TrainConfig]) -> SideBySide | None:
     if not config.compare:
         return None
-    galleries = {method(arm): Path(arm.output_dir, FOLDER) for arm in arms}
+    galleries = {arm.method: Path(arm.output_dir, FOLDER) for arm in arms}
     return SideBySide(Path(config.output_dir, FOLDER), galleries)

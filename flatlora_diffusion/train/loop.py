@@ -29,7 +29,7 @@ from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpo
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import without_token
 from flatlora_diffusion.output.names import FOLDER, KOHYA_NAME, SUMMARY
-from flatlora_diffusion.output.record import deciding_settings, is_complete, method, summary
+from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
@@ -150,7 +150,7 @@ class Run:
         )
         self.public = TrainingRun(
             config,
-            method(config),
+            config.method,
             self.output,
             self.accelerator,
             self.learner.trained,
@@ -172,7 +172,7 @@ class Run:
         progress = tqdm(
             total=self.total_steps,
             initial=start,
-            desc=method(self.config),
+            desc=self.config.method,
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )

@@ -16,9 +16,9 @@ from PIL import Image
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.draw.pipeline import draw
-from flatlora_diffusion.output.gallery import BASE, Gallery, SideBySide, validation_drawing, validation_seeds
+from flatlora_diffusion.draw.stamp import BASE
+from flatlora_diffusion.output.gallery import Gallery, SideBySide, validation_drawing, validation_seeds
 from flatlora_diffusion.output.names import step_name
-from flatlora_diffusion.output.record import method
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds
 from flatlora_diffusion.sdxl.lora import evaluating
 from flatlora_diffusion.train.learner import Learner
@@ -183,7 +183,7 @@ def report_validation(
     Raises:
         UserError: The disk is full or not writable.
     """
-    gallery.write(pictures, step_name(step), f"{method(config)} after step {step}")
+    gallery.write(pictures, step_name(step), f"{config.method} after step {step}")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(picture) for picture in pictures])

@@ -10,12 +10,12 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from flatlora_diffusion.app.engine import BASE, Drawn, Job, Studio
+from flatlora_diffusion.app.engine import Drawn, Job, Studio
 from flatlora_diffusion.app.grid_tab import MAX_PICTURES
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import MAX_PROMPT, Site
 from flatlora_diffusion.draw.pipeline import Drawing, load_pipeline
-from flatlora_diffusion.draw.stamp import read
+from flatlora_diffusion.draw.stamp import BASE, read
 from flatlora_diffusion.sheet.layout import contact_sheet
 from tests.browser import served
 

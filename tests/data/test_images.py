@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.data import images
+from flatlora_diffusion.data import images, latents
 from flatlora_diffusion.data.images import (
     IMAGE_SUFFIXES,
     Framing,
@@ -26,7 +26,6 @@ from flatlora_diffusion.data.images import (
     sample_index,
 )
 from flatlora_diffusion.data.latents import LatentCache, PromptCache
-from flatlora_diffusion.sdxl import encoding as sdxl_encoding
 from flatlora_diffusion.sdxl.encoding import Latents, encode_prompts
 from tests.conftest import build_text_encoders, build_tokenizer, global_rng_state
 
@@ -727,7 +726,7 @@ def test_prompts_are_encoded_once_and_stacked_in_order(monkeypatch):
         encoded.extend(prompts)
         return original(tokenizers, encoders, prompts)
 
-    monkeypatch.setattr(sdxl_encoding, "encode_prompts", encode)
+    monkeypatch.setattr(latents, "encode_prompts", encode)
     cache = PromptCache(tokenizers, encoders, ["an icon", "a fox", "an icon", ""])
     assert encoded == ["an icon", "a fox", ""]
     wanted = ["a fox", "", "an icon", "a fox"]

@@ -14,7 +14,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
-from flatlora_diffusion.evaluate import evaluation, flatness, plots
+from flatlora_diffusion.evaluate import evaluation, plots
 from flatlora_diffusion.evaluate.command import TABLES, evaluation_parser, main, read_plan
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.evaluation import REPORT, Evaluation
@@ -135,7 +135,7 @@ def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_ke
     def too_large(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr(flatness, "top_eigenvalue", too_large)
+    monkeypatch.setattr(evaluation, "top_eigenvalue", too_large)
     with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts$"):
         main(words(command | {"--parts": ["losses", "sharpness"]}))
     folder = images.Path(command["--output"][0])
@@ -184,7 +184,7 @@ def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, b
 
 
 def test_losses_that_are_not_finite_are_null(command, monkeypatch):
-    monkeypatch.setattr(flatness, "landscape_line", lambda *arguments: [[1.0, float("nan")]])
+    monkeypatch.setattr(evaluation, "landscape_line", lambda *arguments: [[1.0, float("nan")]])
     found = report_of(command | {"--parts": ["flatness"]})["methods"]["LoRA"]["flatness"]
     assert found["line"]["losses"] == [[1.0, None]]
 

@@ -120,6 +120,7 @@ def adapter() -> bytes:
     unet.requires_grad_(False)
     add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
     facts = {
+        "method": "Flat-LoRA",
         "flat_sigma": 0.25,
         "flat_schedule": "linear",
         "flat_noise": "table",
