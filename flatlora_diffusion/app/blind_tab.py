@@ -18,7 +18,8 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget
-from flatlora_diffusion.app.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_prompt
+from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
+from flatlora_diffusion.app.site import Site, check_prompt
 from flatlora_diffusion.app.tally import tally_html
 from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
 from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to

@@ -16,19 +16,10 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget, zipped
+from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SCALE, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, from_link
-from flatlora_diffusion.app.site import (
-    DRAWS,
-    MAX_PROMPT,
-    MAX_SCALE,
-    MAX_SEED,
-    PRIVATE,
-    Site,
-    check_prompt,
-    check_scale,
-    check_seed,
-)
-from flatlora_diffusion.app.widgets import connect_stop, drawing_fields, preset_prompts, progress, scrolled_to
+from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed
+from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.draw.difference import difference
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.stamp import BASE
@@ -96,7 +87,7 @@ class CompareTab:
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
         self.scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="Scale of the adapters")
         with gr.Accordion("More settings", open=False):
-            self._drawing = drawing_fields(site)
+            self._drawing = site.drawing_fields()
 
     def _build_results(self) -> None:
         methods, picture = list(self._methods), self._site.picture_class

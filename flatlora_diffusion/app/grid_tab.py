@@ -12,8 +12,9 @@ import gradio as gr
 
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import zipped
-from flatlora_diffusion.app.site import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE, Site, check_scale, refusal
-from flatlora_diffusion.app.widgets import connect_stop, drawing_fields, progress, scrolled_to
+from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
+from flatlora_diffusion.app.site import Site, check_scale, refusal
+from flatlora_diffusion.app.widgets import connect_stop, progress, scrolled_to
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.stamp import BASE, Stamp, png, sidecar
 from flatlora_diffusion.grid.draw import sheet_png
@@ -77,7 +78,7 @@ class GridTab:
         )
         self.layout = gr.Dropdown(list(_LAYOUTS), value=next(iter(_LAYOUTS)), label="Layout")
         with gr.Accordion("More settings", open=False):
-            self._drawing = drawing_fields(site)
+            self._drawing = site.drawing_fields()
 
     def _build_results(self) -> None:
         self.status = gr.HTML(progress("Press Draw the grid."), elem_id="grid-status")

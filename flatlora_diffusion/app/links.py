@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.app.site import MAX_PROMPT
+from flatlora_diffusion.app.limits import MAX_PROMPT
 
 # The address of the page becomes the link to what it shows.
 SHOW_LINK = """(query) => {

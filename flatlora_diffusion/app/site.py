@@ -14,6 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.files import forget
+from flatlora_diffusion.app.limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS
 from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.draw import stamp
 from flatlora_diffusion.draw.pipeline import Drawing
@@ -21,16 +22,6 @@ from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import sidecar
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.output.reading import RunFolder
-
-MAX_PROMPT = 1000
-MAX_SEED = 2**32 - 1
-MAX_STEPS = 100
-MAX_GUIDANCE = 20.0
-MAX_SCALE = 2.0
-
-# All that draws takes turns; who waits is told the place in the queue.
-DRAWS = {"concurrency_id": "pipeline", "concurrency_limit": 1}
-PRIVATE = {"api_visibility": "private"}
 
 _SMALL = 256  # pictures of at most so many pixels a side are enlarged without smoothing
 
@@ -77,6 +68,18 @@ class Site:
     def picture_class(self) -> list[str]:
         """CSS class of pictures."""
         return ["picture", "crisp"] if self.studio.native_side <= _SMALL else ["picture"]
+
+    def drawing_fields(self) -> list[gr.components.Component]:
+        """Fields in the current context for what `drawing` takes, in its order."""
+        sides = {"minimum": self.smallest_side, "maximum": self.largest_side, "step": 8}
+        return [
+            gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT),
+            gr.Slider(1, MAX_STEPS, self.steps, step=1, label="Denoising steps"),
+            gr.Slider(0, MAX_GUIDANCE, self.guidance, step=0.1, label="Guidance"),
+            gr.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler"),
+            gr.Slider(value=self.studio.native_side, label="Width", **sides),
+            gr.Slider(value=self.studio.native_side, label="Height", **sides),
+        ]
 
     def drawing(
         self, negative_prompt: str, steps: int, guidance: float, sampler: str, width: int, height: int

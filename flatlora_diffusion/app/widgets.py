@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import gradio as gr
 from gradio.events import Dependency
 
-from flatlora_diffusion.app.site import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, PRIVATE, Site
-from flatlora_diffusion.draw.samplers import SAMPLERS
+from flatlora_diffusion.app.limits import PRIVATE
 
 
 def progress(told: str, fraction: float | None = None) -> str:
@@ -43,16 +42,3 @@ def scrolled_to(element: str) -> str:
         setTimeout(show, 200);
         return given;
     }}"""
-
-
-def drawing_fields(site: Site) -> list[gr.components.Component]:
-    """Fields in the current context for what `Site.drawing` takes, in its order."""
-    sides = {"minimum": site.smallest_side, "maximum": site.largest_side, "step": 8}
-    return [
-        gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT),
-        gr.Slider(1, MAX_STEPS, site.steps, step=1, label="Denoising steps"),
-        gr.Slider(0, MAX_GUIDANCE, site.guidance, step=0.1, label="Guidance"),
-        gr.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler"),
-        gr.Slider(value=site.studio.native_side, label="Width", **sides),
-        gr.Slider(value=site.studio.native_side, label="Height", **sides),
-    ]

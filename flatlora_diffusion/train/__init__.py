@@ -5,17 +5,28 @@ package whenever something inside it is imported. So the module can be called, w
 `flatlora_diffusion.train(config)` trains.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.config.settings import TrainConfig
+    from flatlora_diffusion.train.callbacks import Callback
+
+
+def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
+    """Train as configured: see `flatlora_diffusion.train.arms.train`, which a first call imports."""
+    from flatlora_diffusion.train.arms import train
+
+    train(config, callbacks)
 
 
 class _Trainer(ModuleType):
-    def __call__(self, *arguments: Any, **named: Any) -> None:
-        """Train: see `flatlora_diffusion.train.arms.train`."""
-        from flatlora_diffusion.train.arms import train
-
-        train(*arguments, **named)
+    def __call__(self, config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
+        train(config, callbacks)
 
 
 sys.modules[__name__].__class__ = _Trainer

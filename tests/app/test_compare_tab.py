@@ -15,8 +15,9 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.limits import MAX_PROMPT
 from flatlora_diffusion.app.page import build, launch_settings
-from flatlora_diffusion.app.site import MAX_PROMPT, Site
+from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.draw.stamp import read, sidecar
 from tests.browser import served

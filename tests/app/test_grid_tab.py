@@ -12,8 +12,9 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job, Studio
 from flatlora_diffusion.app.grid_tab import MAX_PICTURES
+from flatlora_diffusion.app.limits import MAX_PROMPT
 from flatlora_diffusion.app.page import build, launch_settings
-from flatlora_diffusion.app.site import MAX_PROMPT, Site
+from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.draw.pipeline import Drawing, load_pipeline
 from flatlora_diffusion.draw.stamp import BASE, read
 from flatlora_diffusion.sheet.layout import contact_sheet

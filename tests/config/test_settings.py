@@ -542,6 +542,22 @@ def test_the_package_exports_what_it_names():
     import flatlora_diffusion
 
     for name in flatlora_diffusion.__all__:
-        assert getattr(flatlora_diffusion, name).__name__ == name
+        public = getattr(flatlora_diffusion, name)
+        assert callable(public) and public.__name__.split(".")[-1] == name
     with pytest.raises(AttributeError, match="no attribute 'FlatLora'"):
         flatlora_diffusion.FlatLora  # noqa: B018
+
+
+def test_what_scripts_import_from_the_wings_goes_on_working():
+    from flatlora_diffusion import config, grid, stamp, train
+
+    assert config.TrainConfig is TrainConfig
+    assert grid.draw_grid.__module__ == grid.draw_cells.__module__ == "flatlora_diffusion.grid.draw"
+    assert stamp.read.__module__ == "flatlora_diffusion.draw.stamp"
+    with pytest.raises(AttributeError, match="no attribute 'draws'"):
+        grid.draws  # noqa: B018
+    for call in (train, train.train):  # the wing, and the function in it
+        with pytest.raises(UserError, match="no such folder"):
+            call(
+                TrainConfig(pretrained_model_name_or_path="/gone", instance_data_dir="-", instance_prompt="a")
+            )

@@ -1,7 +1,8 @@
 """What a version before the wings has left behind is read, drawn again and trained on as by that version.
 
-`written_before/` was written by commit a072312, the last one with a flat package: a comparison of 4 steps on the
-tiny base of `tests/conftest.py`, its three icons, and the checkpoint after the second step of its Flat-LoRA.
+`written_before/` was written by commit a072312, the last one with a flat package: a comparison of 4 steps on
+the tiny base of `tests/conftest.py`, its three icons, and the checkpoint after the second step of its
+Flat-LoRA.
 """
 
 import shutil

@@ -23,10 +23,12 @@ from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.output import record
 from flatlora_diffusion.output.checkpoint import find_checkpoint
+from flatlora_diffusion.sdxl import initialise as initialising
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_prompts
 from flatlora_diffusion.sdxl.initialise import LORA_GA_SAMPLES, check, initialise, subtract_initial_update
 from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, TEXT_ENCODERS, add_lora
+from flatlora_diffusion.train import learner as learners
 from flatlora_diffusion.train.learner import Learner
 from tests.conftest import (
     UNET_TARGETS,
@@ -369,7 +371,7 @@ def learner(config: TrainConfig, **changes) -> Learner:
 @pytest.mark.parametrize("kind", ["eva", "lora_ga"])
 def test_every_process_and_arm_starts_the_same(config, monkeypatch, kind):
     config = dataclasses.replace(config, init_lora_weights=kind, lora_layers=("to_q",))
-    monkeypatch.setattr(initialise, "LORA_GA_SAMPLES", 4)
+    monkeypatch.setattr(initialising, "LORA_GA_SAMPLES", 4)
     first = adapter_tensors(learner(config).trained)
     monkeypatch.setattr(Accelerator, "process_index", property(lambda self: 1))
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
@@ -410,7 +412,7 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, mon
     def fail(*arguments, **settings):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(initialise, "initialise", fail)
+    monkeypatch.setattr(learners, "initialise", fail)
     assert_equal(run(config, resume_from_checkpoint="latest"), undisturbed)
     settings = json.loads((tmp_path / "resumed" / "checkpoint-3" / "state.json").read_text())["settings"]
     assert settings["init_lora_weights"] == "pissa"
@@ -465,7 +467,7 @@ def test_gradients_in_fp16_are_refused():
 def test_gradients_that_are_not_finite_are_refused(monkeypatch):
     models = build_models()
     models["unet"].conv_out.weight.data[0, 0, 0, 0] = float("nan")
-    monkeypatch.setattr(initialise, "LORA_GA_SAMPLES", 1)
+    monkeypatch.setattr(initialising, "LORA_GA_SAMPLES", 1)
     with pytest.raises(UserError, match=r"lora_ga: the gradient of \S+_proj isn't finite"):
         start("lora_ga", models)
 
@@ -473,6 +475,6 @@ def test_gradients_that_are_not_finite_are_refused(monkeypatch):
 def test_eva_needs_inputs_enough(monkeypatch):
     with pytest.raises(UserError, match=r"time_emb_proj has 2 inputs in a batch, and --rank 4 takes 8"):
         start("eva", unet_targets=["to_q", "time_emb_proj"])
-    monkeypatch.setattr(initialise, "EVA_PASSES", 2)
+    monkeypatch.setattr(initialising, "EVA_PASSES", 2)
     with pytest.raises(UserError, match="have not settled after 2 batches"):
         start("eva")
