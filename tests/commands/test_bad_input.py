@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.adapter.kohya import main as convert
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.grid.command import main as draw_grids
 from flatlora_diffusion.output.checkpoint import OPTIMIZER_NAME, find_checkpoint
-from flatlora_diffusion.sdxl import loss as sdxl_loss
-from flatlora_diffusion.train import afterwards, validation
+from flatlora_diffusion.sheet.command import main as lay_out
+from flatlora_diffusion.train import afterwards, learner, validation
 from flatlora_diffusion.train.arms import train
 
 ROOT = Path(__file__).parents[2]
@@ -73,25 +75,29 @@ class World:
         return [str(word).replace("ROOT", str(self.root)) for word in words]
 
     def run(self, *changes):
-        """Exit code and the lines on stderr of the command, run in this process."""
+        """Exit code and the lines on stderr of the training command, run in this process."""
+        return self.run_words(*self.flags(*changes))
+
+    def run_words(self, *words):
+        """The same of the training command with these words alone, or of the command `-m MODULE`."""
+        words = self.words(*words)
+        command = lambda: train(parse_train_config(words))  # noqa: E731
+        if words[:1] == ["-m"]:
+            main = {"grid": draw_grids, "kohya": convert, "sheet": lay_out}[words[1].rpartition(".")[2]]
+            command = lambda: main(words[2:])  # noqa: E731
         self._capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run_command(lambda: train(parse_train_config(self.flags(*changes))))
-        stderr = self._capfd.readouterr().err.replace("\r", "\n")
-        return stop.value.code, [line for line in stderr.splitlines() if line.strip()]
+            run_command(command)
+        return stop.value.code, lines_of(self._capfd.readouterr().err)
 
-    def run_script(self, *changes):
-        """The same with the real script in a process of its own."""
-        return self.run_process(*self.flags(*changes))
-
-    def run_process(self, *words, prepare=None):
-        """Exit code and the lines on stderr of the script with these words, or of `-m MODULE`."""
-        done = self.launcher.run(*self.words(*words), prepare=prepare)
-        return done.code, [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    def run_process(self, *words):
+        """The same in a process of its own."""
+        done = self.launcher.run(*self.words(*words))
+        return done.code, lines_of(done.stderr)
 
     def train(self, *changes):
         """Let the script leave something that a later run meets."""
-        code, lines = self.run_script(*changes)
+        code, lines = self.run(*changes)
         assert code == 0, lines
 
     def write(self, path, content):
@@ -123,6 +129,10 @@ class World:
             else "folder"
             for path in sorted(self.root.rglob("*"))
         }
+
+
+def lines_of(stderr):
+    return [line for line in stderr.replace("\r", "\n").splitlines() if line.strip()]
 
 
 @pytest.fixture
@@ -517,9 +527,9 @@ INCOMPLETE = {
         for name, case in (IMAGES | CLASSES | BASES | FLAGS | CONFIGS | OUTPUTS).items()
     ],
 )
-def test_bad_input_to_the_script(world, damage, flags, fragment):
+def test_bad_input_to_the_trainer(world, damage, flags, fragment):
     damage(world)
-    assert_refused(world, lambda: world.run_script(*flags), fragment)
+    assert_refused(world, lambda: world.run(*flags), fragment)
 
 
 @pytest.mark.parametrize(
@@ -528,30 +538,36 @@ def test_bad_input_to_the_script(world, damage, flags, fragment):
 )
 def test_bad_input_to_another_command(world, damage, words, fragment):
     damage(world)
+    assert_refused(world, lambda: world.run_words(*words), fragment)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["nothing given", "adapter missing", "conversion of nothing", "sheet of nothing"],
+)
+def test_a_process_ends_alike(world, case):
+    """Its exit code and its stderr are those that the tests above see from within."""
+    damage, words, fragment = (TOOLS | INCOMPLETE)[case]
+    damage(world)
     assert_refused(world, lambda: world.run_process(*words), fragment)
-
-
-def without(package):
-    """Let a process be as if a package were not installed."""
-    sys.modules[package] = None
 
 
 @pytest.mark.parametrize(
     ("package", "flags"),
     [("bitsandbytes", ["--use_8bit_adam"]), ("prodigyopt", ["--optimizer", "prodigy"])],
 )
-def test_a_package_that_is_not_installed(world, package, flags):
-    def run():
-        return world.run_process(*world.flags(*flags), prepare=functools.partial(without, package))
-
-    assert_refused(world, run, f"{' '.join(flags)} needs the package {package}: pip install")
+def test_a_package_that_is_not_installed(world, monkeypatch, package, flags):
+    monkeypatch.setitem(sys.modules, package, None)  # imports of it fail
+    assert_refused(
+        world, lambda: world.run(*flags), f"{' '.join(flags)} needs the package {package}: pip install"
+    )
 
 
 def test_what_an_earlier_run_left_stays(world):
     world.output.mkdir()
     save_file({"unet": torch.zeros(1)}, world.output / WEIGHTS_NAME)
     world.cut(UNET_WEIGHTS)
-    assert_refused(world, world.run_script, "base: unet: cannot be loaded")
+    assert_refused(world, world.run, "base: unet: cannot be loaded")
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]], ids=["again", "resumed"])
@@ -575,7 +591,7 @@ def test_the_command_as_users_type_it(world):
 
 def test_a_compared_run_refuses_alike(world):
     world.cut(UNET_WEIGHTS)
-    assert_refused(world, lambda: world.run_script("--compare"), "base: unet: cannot be loaded")
+    assert_refused(world, lambda: world.run("--compare"), "base: unet: cannot be loaded")
 
 
 # Disks.
@@ -608,7 +624,7 @@ def test_an_output_folder_on_a_disk_that_is_read_only(world, mount, name):
     mount("ro,size=64k")
     assert_refused(
         world,
-        lambda: world.run_script("--output_dir", f"ROOT/{name}"),
+        lambda: world.run("--output_dir", f"ROOT/{name}"),
         "disk cannot be written to; give another folder",
     )
 
@@ -617,7 +633,7 @@ def test_an_output_folder_on_a_disk_that_is_read_only(world, mount, name):
 def test_an_output_folder_without_permission(world):
     world.output.mkdir()
     world.output.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    assert_refused(world, world.run_script, "out cannot be written to; give another folder")
+    assert_refused(world, world.run, "out cannot be written to; give another folder")
 
 
 FULL = ["--checkpointing_steps", 1, "--max_train_steps", 60, "--output_dir", "ROOT/disk"]
@@ -709,9 +725,7 @@ def test_a_learning_rate_that_is_far_too_high(world):
 
 
 def test_a_learning_rate_that_no_float_holds(world):
-    assert_refused(
-        world, lambda: world.run_script("--learning_rate", 1e300), "--learning_rate 1e+300: must be"
-    )
+    assert_refused(world, lambda: world.run("--learning_rate", 1e300), "--learning_rate 1e+300: must be")
 
 
 def test_a_base_with_a_nan_in_it(world):
@@ -725,13 +739,13 @@ def test_a_base_with_a_nan_in_it(world):
 
 def diverging(monkeypatch, at_call, spoil):
     """From one call on, the loss is spoilt."""
-    calls, original = itertools.count(1), sdxl_loss.diffusion_losses
+    calls, original = itertools.count(1), learner.diffusion_losses
 
     def diffusion_losses(*arguments):
         loss = original(*arguments)
         return spoil(loss) if next(calls) >= at_call else loss
 
-    monkeypatch.setattr(sdxl_loss, "diffusion_losses", diffusion_losses)
+    monkeypatch.setattr(learner, "diffusion_losses", diffusion_losses)
 
 
 def test_a_loss_that_diverges_late_leaves_the_checkpoint(world, monkeypatch):
