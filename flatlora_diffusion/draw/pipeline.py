@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from flatlora_diffusion.adapter.check import AdapterFacts, check_adapter, check_loaded
@@ -30,7 +29,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
-from flatlora_diffusion.sdxl.base import check_base, load_vae
+from flatlora_diffusion.sdxl.base import load_base
 
 logger = logging.getLogger(__name__)
 
@@ -63,33 +62,21 @@ OnStep = Callable[[int, Tensor], None]
 def load_pipeline(
     base: str,
     *,
+    flag: str = "--base",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
 ) -> StableDiffusionXLPipeline:
-    """An SDXL pipeline from a folder or the hub, safetensors only, without progress bars.
+    """The pipeline of an SDXL base, all of it in one precision; see `load_base`.
 
     Raises:
         UserError: It is missing, damaged or not SDXL.
     """
-    check_base(base)
-    parts = {} if vae is None else {"vae": load_vae(vae).to(dtype)}
-    try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            base,
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-            add_watermarker=False,
-            **parts,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{base}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    loaded = load_base(base, flag=flag, dtype=dtype, vae=vae, revision=revision, variant=variant)
+    loaded.vae.to(dtype)
+    return loaded.pipeline().to(device)
 
 
 def native_side(pipeline: StableDiffusionXLPipeline) -> int:

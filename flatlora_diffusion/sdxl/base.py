@@ -1,4 +1,4 @@
-"""Everything about Stable Diffusion XL: loading and checking a base, latents, prompts, LoRA, the loss."""
+"""The one loader of SDXL bases, for training and for drawing: what is missing or damaged is refused."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
+BASE_FLAG = "--pretrained_model_name_or_path"  # of the trainer; other commands have another
+
 
 @dataclass
 class Base:
-    """The parts of an SDXL pipeline that training needs, all frozen.
+    """The parts of an SDXL pipeline, all frozen.
 
     Attributes:
         tokenizers: Of both text encoders.
@@ -47,16 +49,37 @@ class Base:
     sampler: SchedulerMixin
     zeros_for_empty_prompt: bool
 
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """The pipeline of these very parts, those that are still in memory, without progress bars."""
+        text_encoder, text_encoder_2 = self.text_encoders or (None, None)
+        pipeline = StableDiffusionXLPipeline(
+            vae=self.vae,
+            unet=self.unet,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
+            scheduler=self.sampler,
+            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-def check_base(name: str) -> None:
+
+def check_base(name: str, flag: str = BASE_FLAG) -> None:
     """Refuse what isn't an SDXL pipeline in the diffusers format with safetensors, before anything is loaded.
 
     A name that is no local path is taken for a repository of the hub and checked when it is loaded.
 
+    Args:
+        name: Folder or hub name of the pipeline.
+        flag: How the user named it, for errors.
+
     Raises:
         UserError: Says what was met and what to give instead.
     """
-    flag = f"--pretrained_model_name_or_path {name}"
+    flag = f"{flag} {name}"
     path = Path(name)
     if path.is_file():
         raise UserError(
@@ -94,6 +117,7 @@ def _check_kind(flag: str, kind: str) -> None:
 def load_base(
     name: str,
     *,
+    flag: str = BASE_FLAG,
     dtype: torch.dtype = torch.float32,
     vae: str | None = None,
     revision: str | None = None,
@@ -103,6 +127,7 @@ def load_base(
 
     Args:
         name: Folder or hub name of the pipeline.
+        flag: How the user named it, for errors.
         dtype: Precision of the UNet and the text encoders; the VAE is always in float32.
         vae: Folder or hub name of a VAE to use in place of the pipeline's.
         revision: Revision on the hub.
@@ -111,8 +136,8 @@ def load_base(
     Raises:
         UserError: Something is missing, damaged or not SDXL.
     """
-    check_base(name)
-    flag = f"--pretrained_model_name_or_path {name}"
+    check_base(name, flag)
+    flag = f"{flag} {name}"
     index = _load(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
     _check_kind(flag, index.get("_class_name", "repository without a pipeline"))
 
@@ -121,10 +146,8 @@ def load_base(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
 
-    scheduler = str((index.get("scheduler") or [None, None])[1])
-    check_scheduler(flag, scheduler)
     weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
-    sampler = getattr(diffusers, scheduler, None)
+    sampler = getattr(diffusers, str((index.get("scheduler") or [None, None])[1]), None)
     if sampler is None:
         raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
     precise = {**weights, "dtype": torch.float32}
@@ -152,16 +175,17 @@ def load_base(
     return base
 
 
-def check_scheduler(flag: str, scheduler: str) -> None:
-    """Refuse bases whose loss isn't the one that `diffusion_losses` takes.
+def check_scheduler(flag: str, sampler: SchedulerMixin) -> None:
+    """Refuse bases whose loss isn't the one that `diffusion_losses` takes; pictures can be drawn with them.
 
     Args:
         flag: Names the base.
-        scheduler: Class of its scheduler.
+        sampler: Its scheduler.
 
     Raises:
         UserError: It is one for EDM-style training or flow matching.
     """
+    scheduler = type(sampler).__name__
     for kind, name in (("EDM", "EDM-style"), ("FlowMatch", "flow-matching")):  # Playground v2.5, say
         if kind in scheduler:
             raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")

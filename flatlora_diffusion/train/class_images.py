@@ -16,6 +16,7 @@ from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import Sample, find_samples, image_files, open_image
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline, save_picture
+from flatlora_diffusion.sdxl.base import BASE_FLAG
 from flatlora_diffusion.train.processes import from_main
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     )
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
+        flag=BASE_FLAG,
         device=device,
         dtype=DTYPES[precision],
         vae=config.pretrained_vae_model_name_or_path,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from flatlora_diffusion.common.devices import release
@@ -131,18 +130,7 @@ def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] 
 
 def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
     base, prompts, accelerator = learner.base, learner.prompts, learner.accelerator
-    pipeline = StableDiffusionXLPipeline(
-        vae=base.vae,
-        unet=base.unet,
-        text_encoder=base.text_encoders[0] if base.text_encoders else None,
-        text_encoder_2=base.text_encoders[1] if base.text_encoders else None,
-        tokenizer=base.tokenizers[0],
-        tokenizer_2=base.tokenizers[1],
-        scheduler=base.sampler,
-        force_zeros_for_empty_prompt=base.zeros_for_empty_prompt,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = base.pipeline()
     drawing = validation_drawing(config)
 
     def conditions(prompt: str) -> dict[str, Any]:

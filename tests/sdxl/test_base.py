@@ -1,0 +1,104 @@
+"""The one loader of bases: what it gives, and what it refuses in all that load one."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from flatlora_diffusion.app.flags import parse_app_arguments
+from flatlora_diffusion.app.serve import serve
+from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.pipeline import load_pipeline
+from flatlora_diffusion.evaluate.command import main as evaluate
+from flatlora_diffusion.grid.command import main as grid
+from flatlora_diffusion.train.arms import train
+
+MODELS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+
+
+@pytest.mark.parametrize("vae", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_drawing_has_the_pipeline_that_diffusers_loads(dtype, vae, base_path):
+    own = {"vae": str(base_path / "vae")} if vae else {}
+    ours = load_pipeline(str(base_path), dtype=dtype, **own)
+    theirs = StableDiffusionXLPipeline.from_pretrained(base_path, dtype=dtype, add_watermarker=False)
+    assert {k: v for k, v in ours.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.config.items() if k[0] != "_"
+    }
+    assert ours.scheduler.config == theirs.scheduler.config
+    assert type(ours.scheduler) is type(theirs.scheduler)
+    for name in MODELS:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        assert not one.training
+        tensors, expected = one.state_dict(), other.state_dict()
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            assert tensor.dtype == expected[key].dtype
+            assert torch.equal(tensor, expected[key])
+
+
+def a_weight_gone(part):
+    def damage(base: Path) -> str:
+        file = base / part / f"{MODELS[part]}.safetensors"
+        tensors = load_file(file)
+        del tensors[(gone := sorted(tensors)[-1])]
+        save_file(tensors, file, metadata={"format": "pt"})
+        return rf"{part}: 1 weights are missing from its files \({gone}, \.\.\.\)"
+
+    return damage
+
+
+def another_unet(base: Path) -> str:
+    file = base / "unet" / "config.json"
+    settings = json.loads(file.read_text()) | {"addition_embed_type": None}
+    file.write_text(json.dumps(settings))
+    return "its UNet takes no text and time embedding, so it isn't SDXL's"
+
+
+def no_vocabulary(base: Path) -> str:
+    (base / "tokenizer_2" / "tokenizer.json").unlink()
+    return "tokenizer_2"
+
+
+DAMAGE = {
+    **{f"a weight of the {part} gone": a_weight_gone(part) for part in MODELS},
+    "another UNet": another_unet,
+    "no vocabulary": no_vocabulary,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_base_that_lacks_something_is_refused_by_all(
+    name, base_path, written_adapters, icons, config, tmp_path
+):
+    base = Path(shutil.copytree(base_path, tmp_path / "base"))
+    told = DAMAGE[name](base)
+    adapter = ("--base", str(base), "--adapter", f"a={written_adapters['LoRA']}", "--device", "cpu")
+    votes = ("--votes", str(tmp_path / "votes"))
+    prompt = ("--prompt", "a icon", "--output", str(tmp_path / "grid"))
+    pictures = ("--heldout", str(icons), "--instance_prompt", "a icon", "--output", str(tmp_path / "values"))
+    ways = {
+        "--pretrained_model_name_or_path": [
+            lambda: train(dataclasses.replace(config, pretrained_model_name_or_path=str(base)))
+        ],
+        "--base": [
+            lambda: serve(parse_app_arguments([*adapter, *votes])),
+            lambda: grid([*adapter, *prompt]),
+            lambda: evaluate([*adapter, *pictures]),
+        ],
+    }
+    for flag, starts in ways.items():
+        for start in starts:
+            with pytest.raises(UserError, match=f"^{flag} {base}: {told}") as refused:
+                start()
+            assert "\n" not in str(refused.value)
