@@ -35,7 +35,7 @@ def presets(adapters: Mapping[str, AdapterFacts], runs: Mapping[str, RunFolder])
         runs: Label -> training run.
     """
     trained = [facts.facts.get("instance_prompt") for facts in adapters.values()]
-    drawn = [prompt for run in runs.values() for prompt in run.settings().get("validation_prompt") or ()]
+    drawn = [prompt for run in runs.values() for prompt in run.read().settings.get("validation_prompt") or ()]
     groups = {"Prompts of validation": drawn, "Prompts of training": trained}
     return {
         heading: list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))

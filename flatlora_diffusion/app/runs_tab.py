@@ -15,8 +15,9 @@ from PIL import Image
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.images import open_image
+from flatlora_diffusion.output.history import Curve
 from flatlora_diffusion.output.names import ARMS
-from flatlora_diffusion.output.reading import SMOOTHING, Curve, RunFolder
+from flatlora_diffusion.output.reading import SMOOTHING, Reading, RunFolder
 
 METHOD_COLOURS = dict(zip(ARMS, ("#d97706", "#3b82f6"), strict=True))
 """Method -> its colour in every plot: orange and blue stay apart for the colour-blind too."""
@@ -87,15 +88,15 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
     settings = gr.HTML(css_template=TABLE_CSS, padding=False)
 
     def show(labels: list[str], smoothed: bool, wanted: list[int]) -> list[Any]:
-        shown = {label: runs[label] for label in runs if label in labels}
-        curves = {label: run.smoothed() if smoothed else run.losses() for label, run in shown.items()}
+        shown = {label: run.read() for label, run in runs.items() if label in labels}
+        curves = {label: run.smoothed if smoothed else run.losses for label, run in shown.items()}
         sheets = validation_sheets(shown)
         drawn = sorted({step for _, step, _ in sheets if step is not None})
         wanted = [step for step in wanted if step in drawn]
         pictures, unreadable = open_sheets(sheets, set(wanted or drawn[-_NEWEST:]))
         heading = f"Training loss, {'smoothed' if smoothed else 'as it was'}"
-        sigmas = {label: run.sigmas() for label, run in shown.items()}
-        heldout_losses = {label: run.heldout() for label, run in shown.items()}
+        sigmas = {label: run.sigmas for label, run in shown.items()}
+        heldout_losses = {label: run.heldout for label, run in shown.items()}
         return [
             _gaps_text(shown, unreadable),
             *_curves("loss", curves, "losses", colours, label=heading),
@@ -104,8 +105,8 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
             gr.Dropdown(drawn, value=wanted, visible=len(drawn) > _NEWEST),
             gr.Gallery(pictures, visible=bool(pictures)),
             "" if pictures else "There are no validation pictures." if shown else "",
-            facts_table({label: run.facts() for label, run in shown.items()}),
-            settings_table({label: run.settings() for label, run in shown.items()}),
+            facts_table({label: run.facts for label, run in shown.items()}),
+            settings_table({label: run.settings for label, run in shown.items()}),
         ]
 
     outputs = [
@@ -120,16 +121,17 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
 
 def run_record(run: RunFolder) -> dict[str, Any]:
     """All that is known of a run, as JSON; without paths."""
+    found = run.read()
     return {
         "label": run.label,
-        "losses": run.losses(),
-        "smoothed_losses": run.smoothed(),
-        "sigmas": run.sigmas(),
-        "heldout_losses": run.heldout(),
-        "validation_steps": [step for step, _ in run.validation()],
-        "settings": run.settings(),
-        "facts": run.facts(),
-        "gaps": run.gaps(),
+        "losses": found.losses,
+        "smoothed_losses": found.smoothed,
+        "sigmas": found.sigmas,
+        "heldout_losses": found.heldout,
+        "validation_steps": [step for step, _ in found.validation],
+        "settings": found.settings,
+        "facts": found.facts,
+        "gaps": found.gaps,
     }
 
 
@@ -138,7 +140,7 @@ def run_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
     colours = {label: METHOD_COLOURS[label] for label in runs if label in METHOD_COLOURS}
     others = 0
     for label, run in runs.items():
-        colour = METHOD_COLOURS.get(run.facts().get("method", ""))
+        colour = METHOD_COLOURS.get(run.read().facts.get("method", ""))
         if label not in colours and (colour is None or colour in colours.values()):
             colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
             others += 1
@@ -146,23 +148,23 @@ def run_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
     return colours
 
 
-def validation_sheets(runs: Mapping[str, RunFolder]) -> list[tuple[str, int | None, Path]]:
+def validation_sheets(runs: Mapping[str, Reading]) -> list[tuple[str, int | None, Path]]:
     """Whose it is, the step and the file of every sheet, in the order of steps.
 
     Those after training have None for a step, and come last. Sheets that runs share come once.
     """
     sheets: dict[Path, tuple[str, int | None]] = {}
-    for label, run in runs.items():
-        sheets |= {path: (label, step) for step, path in run.validation()}
-    comparisons = {run.comparison for run in runs.values()} - {None}
-    for run in runs.values():
-        whose = run.label
-        if run.comparison is not None:
-            which = f"{run.comparison.resolve().name}: " if len(comparisons) > 1 else ""
+    for label, found in runs.items():
+        sheets |= {path: (label, step) for step, path in found.validation}
+    comparisons = {found.run.comparison for found in runs.values()} - {None}
+    for found in runs.values():
+        whose, comparison = found.run.label, found.run.comparison
+        if comparison is not None:
+            which = f"{comparison.resolve().name}: " if len(comparisons) > 1 else ""
             whose = f"{which}side by side"
-        sheets |= {path: (whose, step) for step, path in run.side_by_side()}
-        if picture := run.final_comparison():
-            sheets[picture] = (whose, None)
+        sheets |= {path: (whose, step) for step, path in found.side_by_side}
+        if found.final_comparison:
+            sheets[found.final_comparison] = (whose, None)
     ordered = sorted(sheets.items(), key=lambda sheet: math.inf if sheet[1][1] is None else sheet[1][1])
     return [(whose, step, path) for path, (whose, step) in ordered]
 
@@ -228,8 +230,8 @@ def _curves(
     return [gr.LinePlot(frame, visible=bool(rows), **changes), f"<p>{' '.join(sentences)}</p>"]
 
 
-def _gaps_text(runs: dict[str, RunFolder], unreadable: list[str]) -> Any:
-    lines = [f"{label}: {gap}" for label, run in runs.items() for gap in run.gaps()] + unreadable
+def _gaps_text(runs: dict[str, Reading], unreadable: list[str]) -> Any:
+    lines = [f"{label}: {gap}" for label, run in runs.items() for gap in run.gaps] + unreadable
     if not runs:
         lines = ["Choose at least one training run."]
     return gr.Markdown("\n".join(f"- {line}" for line in lines), visible=bool(lines))

@@ -45,7 +45,7 @@ def facts_table(facts: Mapping[str, Mapping[str, Any]]) -> str:
     """The facts of each run: those that differ between runs first.
 
     Args:
-        facts: Label -> what `RunFolder.facts` gives.
+        facts: Label -> `Reading.facts`.
     """
     rows = {
         title: {label: _shown_fact(name, known) for label, known in facts.items()}
@@ -59,7 +59,7 @@ def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """The settings of each run: those that differ between runs first, the defaults of all folded up.
 
     Args:
-        settings: Label -> what `RunFolder.settings` gives.
+        settings: Label -> `Reading.settings`.
     """
     names = list(dict.fromkeys(name for known in settings.values() for name in known))
     given, defaults = {}, {}

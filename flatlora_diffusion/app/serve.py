@@ -102,8 +102,8 @@ def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Path]) -> dict[
     """All adapters by their labels, those of finished runs first."""
     adapters = {}
     for label, run in runs.items():
-        if run.adapter:
-            adapters[label] = run.adapter
+        if adapter := run.read().adapter:
+            adapters[label] = adapter
         else:
             logger.warning("%s has no adapter yet: its curves are shown alone", label)
     for label, path in given.items():
@@ -115,7 +115,8 @@ def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Path]) -> dict[
 
 def _base(runs: Mapping[str, RunFolder]) -> str:
     """The base that the adapters of training runs were trained on, else the demo base."""
-    bases = {read_facts(run.adapter).get("base") for run in runs.values() if run.adapter} - {None}
+    adapters = [run.read().adapter for run in runs.values()]
+    bases = {read_facts(adapter).get("base") for adapter in adapters if adapter} - {None}
     if len(bases) > 1:
         raise UserError(f"the runs have different bases ({', '.join(sorted(bases))}); show them one by one")
     return bases.pop() if bases else str(DEMO_BASE)

@@ -67,7 +67,10 @@ def test_without_runs_it_says_what_to_do():
 
 
 def test_sheets_come_by_step_and_shared_ones_once(runs):
-    assert [(whose, step) for whose, step, _ in validation_sheets(runs)] == [
+    assert [
+        (whose, step)
+        for whose, step, _ in validation_sheets({label: run.read() for label, run in runs.items()})
+    ] == [
         *((whose, step) for step in (2, 4, 6) for whose in ("LoRA", "Flat-LoRA", "side by side")),
         ("side by side", None),
     ]
@@ -79,7 +82,8 @@ def test_only_pixels_of_the_chosen_sheets_leave(comparison, clean_copy):
     text = PngInfo()
     text.add_text("base", "/home/somebody/base")
     Image.new("RGB", (3000, 1500)).save(folder / "flat_lora" / "validation" / "step-000004.png", pnginfo=text)
-    shown, unreadable = open_sheets(validation_sheets(find_runs(folder)), {4})
+    runs = {label: run.read() for label, run in find_runs(folder).items()}
+    shown, unreadable = open_sheets(validation_sheets(runs), {4})
     assert [caption for _, caption in shown] == [
         "Flat-LoRA, step 4",
         "Side by side, step 4",

@@ -40,25 +40,25 @@ def values(curve) -> list[float]:
 
 
 def test_the_arms_of_a_comparison(comparison):
-    runs = find_runs(comparison)
+    runs = {label: run.read() for label, run in find_runs(comparison).items()}
     assert list(runs) == ["LoRA", "Flat-LoRA"]
     for (label, run), name in zip(runs.items(), ("lora", "flat_lora"), strict=True):
         summary = summary_of(comparison / name)
-        assert run.gaps() == []
+        assert run.gaps == []
         assert run.finished
-        assert run.losses() == list(enumerate(summary["losses"], start=1))
-        assert len(run.losses()) == STEPS
-        assert run.heldout() == [(int(step), loss) for step, loss in summary["heldout_losses"].items()]
-        assert [step for step, _ in run.heldout()] == [2, 4, 6]
-        assert [(step, path.name) for step, path in run.validation()] == [
+        assert run.losses == list(enumerate(summary["losses"], start=1))
+        assert len(run.losses) == STEPS
+        assert run.heldout == [(int(step), loss) for step, loss in summary["heldout_losses"].items()]
+        assert [step for step, _ in run.heldout] == [2, 4, 6]
+        assert [(step, path.name) for step, path in run.validation] == [
             (step, f"step-00000{step}.png") for step in (2, 4, 6)
         ]
-        assert {path.parents[1] for _, path in run.validation()} == {comparison / name}
-        assert [path for _, path in run.side_by_side()] == [
+        assert {path.parents[1] for _, path in run.validation} == {comparison / name}
+        assert [path for _, path in run.side_by_side] == [
             comparison / "validation" / f"step-00000{step}.png" for step in (2, 4, 6)
         ]
-        assert run.final_comparison() == comparison / "comparison.png"
-        facts = run.facts()
+        assert run.final_comparison == comparison / "comparison.png"
+        facts = run.facts
         assert facts["state"] == "finished"
         assert facts["method"] == label
         assert (facts["rank"], facts["alpha"], facts["steps"], facts["images"]) == (4, 4, STEPS, 4)
@@ -66,13 +66,13 @@ def test_the_arms_of_a_comparison(comparison):
         assert facts["sha256"] == hashlib.sha256(run.adapter.read_bytes()).hexdigest()
         assert facts["median_seconds_a_step"] == summary["median_seconds_a_step"]
         assert facts["versions"]["torch"] == torch.__version__
-    assert values(runs["LoRA"].sigmas()) == [0.0] * STEPS
-    assert values(runs["Flat-LoRA"].sigmas()) == pytest.approx(cosine(STEPS, STEPS, SIGMA))
+    assert values(runs["LoRA"].sigmas) == [0.0] * STEPS
+    assert values(runs["Flat-LoRA"].sigmas) == pytest.approx(cosine(STEPS, STEPS, SIGMA))
 
 
 def test_given_settings_come_first_and_no_folder_is_named(comparison):
-    run = find_runs(comparison)["Flat-LoRA"]
-    settings = run.settings()
+    run = find_runs(comparison)["Flat-LoRA"].read()
+    settings = run.settings
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     assert settings.keys() == defaults.keys() - {"hub_token"}
     differ = [settings[name] != defaults[name] for name in settings]
@@ -84,7 +84,15 @@ def test_given_settings_come_first_and_no_folder_is_named(comparison):
     assert settings["heldout_data_dir"] == "heldout"
     assert settings["output_dir"] == "flat_lora"
     assert settings["pretrained_model_name_or_path"] == "tiny-sdxl"
-    assert "/" not in json.dumps([settings, run.facts(), run.gaps()]).replace("</b>", "")
+    assert "/" not in json.dumps([settings, run.facts, run.gaps]).replace("</b>", "")
+
+
+def test_a_checkpoint_to_resume_from_is_given_without_its_folder(comparison, clean_copy):
+    folder = clean_copy(comparison / "lora")
+    settings = summary_of(folder)["settings"] | {"resume_from_checkpoint": "/home/me/out/checkpoint-2"}
+    change_summary(folder, settings=settings)
+    (run,) = find_runs(folder).values()
+    assert run.read().settings["resume_from_checkpoint"] == "checkpoint-2"
 
 
 def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch):
@@ -100,41 +108,41 @@ def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch)
     stop_after(config, 4)
     (run,) = find_runs(Path(config.output_dir)).values()
     assert run.label == "run"
-    assert run.adapter is None
-    assert not run.finished
-    assert run.gaps() == []
-    assert [step for step, _ in run.losses()] == [1, 2, 3, 4]
-    assert run.losses() == [(step, loss) for step, (_, loss) in sorted(logged.items())]
-    assert run.sigmas() == [(step, sigma) for step, (sigma, _) in sorted(logged.items())]
-    facts = run.facts()
+    assert run.read().adapter is None
+    assert not run.read().finished
+    assert run.read().gaps == []
+    assert [step for step, _ in run.read().losses] == [1, 2, 3, 4]
+    assert run.read().losses == [(step, loss) for step, (_, loss) in sorted(logged.items())]
+    assert run.read().sigmas == [(step, sigma) for step, (sigma, _) in sorted(logged.items())]
+    facts = run.read().facts
     assert (facts["state"], facts["steps"], facts["total_steps"]) == ("unfinished", 4, 6)
     assert (facts["method"], facts["rank"]) == ("Flat-LoRA", 4)
     assert "sha256" not in facts
-    assert run.settings()["learning_rate"] == 1e-3
-    assert run.settings()["lora_alpha"] is None
+    assert run.read().settings["learning_rate"] == 1e-3
+    assert run.read().settings["lora_alpha"] is None
 
     newest = Path(config.output_dir) / "checkpoint-4" / "state.json"
     newest.write_text(newest.read_text().replace('"step": 4', '"step": 5'))
-    assert run.losses() == [(step, loss) for step, (_, loss) in sorted(logged.items())][:3]
-    assert run.gaps() == ["checkpoint-4: state.json has changed since it was written"]
+    assert run.read().losses == [(step, loss) for step, (_, loss) in sorted(logged.items())][:3]
+    assert run.read().gaps == ["checkpoint-4: state.json has changed since it was written"]
 
 
 def test_a_run_that_goes_on_after_its_end_is_unfinished_again(config):
     short = dataclasses.replace(config, flat_schedule="constant", max_train_steps=2, checkpointing_steps=2)
     train(short)
     (run,) = find_runs(Path(config.output_dir)).values()
-    assert run.finished
+    assert run.read().finished
     longer = dataclasses.replace(short, max_train_steps=8, resume_from_checkpoint="latest")
     stop_after(longer, 3)
-    assert not run.finished
-    assert run.adapter is None
-    assert len(run.losses()) == 3
-    assert values(run.sigmas()) == [0.1] * 3
+    assert not run.read().finished
+    assert run.read().adapter is None
+    assert len(run.read().losses) == 3
+    assert values(run.read().sigmas) == [0.1] * 3
     # The checkpoint of a longer run that had the folder before is older than the summary.
     state = Path(config.output_dir) / "checkpoint-3" / "state.json"
     os.utime(state, ns=(0, (Path(config.output_dir) / "summary.json").stat().st_mtime_ns - 1))
-    assert run.finished
-    assert len(run.losses()) == 2
+    assert run.read().finished
+    assert len(run.read().losses) == 2
 
 
 def test_a_comparison_in_progress_shows_the_arm_that_has_not_begun(comparison, tmp_path):
@@ -145,14 +153,14 @@ def test_a_comparison_in_progress_shows_the_arm_that_has_not_begun(comparison, t
     ):
         runs = find_runs(tmp_path / "out")
         assert list(runs) == ["LoRA", "Flat-LoRA"]
-        assert runs["LoRA"].gaps() == [
+        assert runs["LoRA"].read().gaps == [
             "no sound checkpoint yet, from which the losses of a run in progress are read"
         ]
         shutil.copytree(comparison / "lora", tmp_path / "out/lora", dirs_exist_ok=True)
-        assert len(runs["LoRA"].losses()) == STEPS
-        assert (runs["Flat-LoRA"].losses(), runs["Flat-LoRA"].sigmas()) == ([], [])
+        assert len(runs["LoRA"].read().losses) == STEPS
+        assert (runs["Flat-LoRA"].read().losses, runs["Flat-LoRA"].read().sigmas) == ([], [])
         shutil.rmtree(tmp_path / "out/lora")
-        assert runs["LoRA"].gaps() == ["the folder has gone"]
+        assert runs["LoRA"].read().gaps == ["the folder has gone"]
 
 
 def test_a_run_beside_a_comparison_keeps_its_own_label(comparison, clean_copy):
@@ -222,24 +230,23 @@ def test_damage_is_a_gap(name, comparison, clean_copy):
     folder = clean_copy(comparison / "flat_lora")
     whole = summary_of(folder)
     damage(folder)
-    (run,) = find_runs(folder).values()
-    assert run.gaps() == gaps
-    assert values(run.losses()) == whole["losses"][:losses]
+    (run,) = (run.read() for run in find_runs(folder).values())
+    assert run.gaps == gaps
+    assert values(run.losses) == whole["losses"][:losses]
     assert run.finished == finished
-    assert all(math.isfinite(value) for value in values(run.heldout()))
+    assert all(math.isfinite(value) for value in values(run.heldout))
     # However much is missing, the schedule's length is known from what is left.
-    assert values(run.sigmas()) == pytest.approx(cosine(losses or STEPS, STEPS, SIGMA))
-    assert run.settings()["flat_sigma"] == SIGMA
-    assert run.facts()["method"] == "Flat-LoRA"
-    run.smoothed(), run.validation(), run.side_by_side(), run.final_comparison()
+    assert values(run.sigmas) == pytest.approx(cosine(losses or STEPS, STEPS, SIGMA))
+    assert run.settings["flat_sigma"] == SIGMA
+    assert run.facts["method"] == "Flat-LoRA"
 
 
 def test_an_adapter_of_another_trainer(adapters):
-    (run,) = find_runs(adapters["LoRA"].parent).values()
+    (run,) = (run.read() for run in find_runs(adapters["LoRA"].parent).values())
     assert run.adapter == adapters["LoRA"]
-    assert run.facts().keys() == {"state", "sha256"}
-    assert (run.losses(), run.sigmas(), run.settings()) == ([], [], {})
-    assert f"{WEIGHTS_NAME} says nothing of its making: it is not of this trainer" in run.gaps()
+    assert run.facts.keys() == {"state", "sha256"}
+    assert (run.losses, run.sigmas, run.settings) == ([], [], {})
+    assert f"{WEIGHTS_NAME} says nothing of its making: it is not of this trainer" in run.gaps
 
 
 @pytest.mark.parametrize(
@@ -260,10 +267,10 @@ def test_an_adapter_of_another_trainer(adapters):
 )
 def test_a_header_may_say_anything(facts, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS_NAME, metadata={"flat_lora": json.dumps(facts)})
-    (run,) = find_runs(tmp_path).values()
-    assert run.sigmas() == []
-    assert run.facts()["state"] == "finished"
-    assert run.gaps()
+    (run,) = (run.read() for run in find_runs(tmp_path).values())
+    assert run.sigmas == []
+    assert run.facts["state"] == "finished"
+    assert run.gaps
 
 
 @pytest.mark.parametrize(
@@ -292,6 +299,6 @@ def test_the_exponential_mean_is_a_weighted_mean():
 
 
 def test_smoothing_keeps_the_steps(comparison):
-    run = find_runs(comparison)["LoRA"]
-    assert [step for step, _ in run.smoothed()] == [step for step, _ in run.losses()]
-    assert values(run.smoothed()) == exponential_mean(values(run.losses()), 0.95)
+    run = find_runs(comparison)["LoRA"].read()
+    assert [step for step, _ in run.smoothed] == [step for step, _ in run.losses]
+    assert values(run.smoothed) == exponential_mean(values(run.losses), 0.95)
