@@ -50,9 +50,9 @@ class _Pair:
     """A pair and its key, which stay on the server.
 
     Attributes:
-        prompt: Of both pictures.
-        seed: Of both.
-        drawing: Of both.
+        prompt: What both pictures show.
+        seed: Of the initial noise that both begin with.
+        drawing: How both are drawn.
         sides: Left and right.
         vote: Held by the one vote that the pair gets: clicks and forged requests may come at once.
     """

@@ -17,7 +17,14 @@ from torch import Tensor
 from flatlora_diffusion.adapter.check import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_adapter, native_side, sketches
+from flatlora_diffusion.draw.pipeline import (
+    Drawing,
+    adapter_names,
+    draw_batch,
+    load_adapter,
+    native_side,
+    sketches,
+)
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
 
@@ -92,22 +99,19 @@ class Studio:
         if BASE in adapters:
             raise UserError(f"an adapter is called {BASE}, as the base is; give it another name")
         self.base = base
+        names = adapter_names(adapters)
         self.adapters: dict[str, AdapterFacts] = {
-            label: load_adapter(pipeline, _key(index), path)
-            for index, (label, path) in enumerate(adapters.items())
+            label: load_adapter(pipeline, names[label], path) for label, path in adapters.items()
         }
         self._pipeline = pipeline
-        self._keys: dict[str, str | None] = {
-            BASE: None,
-            **{label: _key(index) for index, label in enumerate(adapters)},
-        }
+        self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The base and the adapters' labels."""
-        return tuple(self._keys)
+        return tuple(self._names)
 
     @property
     def native_side(self) -> int:
@@ -199,7 +203,7 @@ class Studio:
             started = time.perf_counter()
             pictures = draw_batch(
                 self._pipeline,
-                self._keys[job.method],
+                self._names[job.method],
                 job.pictures,
                 job.drawing,
                 scale=job.scale,
@@ -211,8 +215,3 @@ class Studio:
 
 class _StoppedError(Exception):
     """Nobody waits for the pictures any longer."""
-
-
-def _key(index: int) -> str:
-    """Name of an adapter in the pipeline, whose names may not have every character that labels have."""
-    return f"adapter_{index}"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.data.images import open_image
+from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.output.history import Curve
 from flatlora_diffusion.output.names import ARMS
 from flatlora_diffusion.output.reading import SMOOTHING, Reading, RunFolder

@@ -7,17 +7,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.presets import DEMO, presets
 from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.votes import VoteFile
-from flatlora_diffusion.common.devices import DTYPES, default_device
+from flatlora_diffusion.common.command import hide_progress_bars
+from flatlora_diffusion.common.devices import DTYPES, checked_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.draw.stamp import BASE, base_name
@@ -40,16 +37,14 @@ def serve(given: argparse.Namespace) -> None:
     Raises:
         UserError: A flag names something that is missing, damaged, or doesn't fit the base.
     """
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # they take the weights of an adapter for missing ones
+    hide_progress_bars()
     if not given.votes.parent.is_dir():
         raise UserError(f"--votes {given.votes}: there is no folder {given.votes.parent}; make it")
     folders = given.run or ([] if given.adapter else [demo_folder(PROJECT)])
     runs = _runs(folders)
     adapters = _adapters(runs, dict(given.adapter))
     base = given.base or _base(runs if given.run else {})
-    device = _device(given.device)
+    device = checked_device(given.device)
     pipeline = load_pipeline(base, device=device, dtype=DTYPES[given.dtype])
     studio = Studio(pipeline, base_name(base), adapters)
     is_demo = Path(base).is_dir() and Path(base).samefile(DEMO_BASE)
@@ -120,13 +115,3 @@ def _base(runs: Mapping[str, RunFolder]) -> str:
     if len(bases) > 1:
         raise UserError(f"the runs have different bases ({', '.join(sorted(bases))}); show them one by one")
     return bases.pop() if bases else str(DEMO_BASE)
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return default_device()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name

@@ -92,6 +92,16 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def hide_progress_bars() -> None:
+    """Let diffusers and transformers load models without progress bars."""
+    # Inside: command lines are parsed before anything slow is imported.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` where a known name is near, else nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -6,6 +6,8 @@ import gc
 
 import torch
 
+from flatlora_diffusion.common.errors import UserError
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,3 +23,18 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(name: str | None) -> str:
+    """The device of the flag --device, or where it isn't given the default one.
+
+    Raises:
+        UserError: This machine has no such device.
+    """
+    if name is None:
+        return default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name

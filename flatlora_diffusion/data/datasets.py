@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
-from flatlora_diffusion.data.images import EmbeddedImage, Sample, complete_caption, open_image
+from flatlora_diffusion.common.pictures import open_image
+from flatlora_diffusion.data.images import EmbeddedImage, Sample, complete_caption
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.common.seeds import keyed_generator
 from flatlora_diffusion.data.buckets import bucket_sizes, nearest_size
 
@@ -149,22 +149,6 @@ def digest(samples: list[Sample]) -> str:
         sha.update(json.dumps([sample.path.name, sample.caption]).encode())
         sha.update(hashlib.sha256(sample.path.read_bytes()).digest())
     return sha.hexdigest()
-
-
-def open_image(path: Path | EmbeddedImage) -> Image.Image:
-    """An image, decoded in full and turned as its EXIF data says.
-
-    Raises:
-        UserError: The file is missing, truncated or no image.
-    """
-    try:
-        with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow names the address of bytes of which it doesn't know the format.
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from error
 
 
 def parse_background(colour: str) -> tuple[int, int, int] | None:

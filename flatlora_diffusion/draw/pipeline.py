@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from flatlora_diffusion.adapter.new_tokens import (
     replace_words,
 )
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
@@ -40,7 +38,7 @@ class Drawing:
 
     Attributes:
         width: In pixels, a multiple of 8.
-        height: The same.
+        height: In pixels, a multiple of 8.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
         negative_prompt: What guidance steers away from.
@@ -130,6 +128,11 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: doesn't fit this base ({reason[:300]})") from error
     return adapter
+
+
+def adapter_names(labels: Iterable[str]) -> dict[str, str]:
+    """Label -> a name to load its adapter under: one without dots, and none that a module has for its own."""
+    return {label: f"adapter_{number}" for number, label in enumerate(labels, start=1)}
 
 
 def activate(pipeline: StableDiffusionXLPipeline, adapter: str | None, scale: float = 1.0) -> None:
@@ -291,14 +294,3 @@ def sketches(pipeline: StableDiffusionXLPipeline, latents: Tensor, longest: int 
 def _to_pictures(pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> list[Image.Image]:
     """Pixels (N, 3, height, width) in [-1, 1] as pictures; what isn't a number is black."""
     return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all.
-
-    Raises:
-        UserError: The disk is full or not writable.
-    """
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    write_atomically(path, content.getvalue())

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.packages import LIBRARIES, package_versions
+from flatlora_diffusion.common.pictures import png_bytes
 
 BASE = "base"
 """What the base is called among the methods: in stamps, on sheets, as a folder."""
@@ -116,9 +117,7 @@ def png(picture: Image.Image, stamp: Stamp) -> bytes:
     info = PngInfo()
     info.add_text(A1111_CHUNK, parameters(stamp))  # an iTXt chunk where Latin-1 doesn't have the signs
     info.add_text(CHUNK, json.dumps(dataclasses.asdict(stamp)))
-    content = io.BytesIO()
-    picture.save(content, "PNG", pnginfo=info)
-    return content.getvalue()
+    return png_bytes(picture, info)
 
 
 def sidecar(stamp: Stamp) -> bytes:

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
-from flatlora_diffusion.common.command import OneLineParser, invoked_as, parse_adapter
-from flatlora_diffusion.common.devices import DTYPES, default_device
+from flatlora_diffusion.common.command import OneLineParser, hide_progress_bars, invoked_as, parse_adapter
+from flatlora_diffusion.common.devices import DTYPES, checked_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
 from flatlora_diffusion.common.files import write_atomically
@@ -163,7 +161,7 @@ def read_plan(given: dict[str, Any]) -> Plan:
         base=given["base"],
         adapters=adapters,
         prompts=given.get("prompt", ()),
-        device=given.get("device") or default_device(),
+        device=checked_device(given.get("device")),
         **samples,
         **{name: given[name] for name in names if name in given},
     )
@@ -181,13 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = vars(evaluation_parser().parse_all(sys.argv[1:] if arguments is None else list(arguments)))
     plan = read_plan(given)
-    try:
-        torch.empty(0, device=plan.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {plan.device}: {str(error).splitlines()[0]}") from error
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # they take the weights of an adapter for missing ones
+    hide_progress_bars()
     folder = given.get("output", Path("evaluation"))
     try:
         report = evaluate(plan, folder)

@@ -19,7 +19,8 @@ from flatlora_diffusion.adapter.check import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
-from flatlora_diffusion.data.images import Sample, open_image
+from flatlora_diffusion.common.pictures import open_image
+from flatlora_diffusion.data.images import Sample
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import BASE, Stamp, base_name, png, read, versions

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from flatlora_diffusion.adapter.check import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES, release
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
 from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline, native_side
@@ -114,7 +114,8 @@ class Evaluation:
         self.facts: dict[str, AdapterFacts] = {}
         slugs = unique_slugs(label.replace(".", "-") for label in plan.adapters)  # PEFT takes no dots
         for slug, (label, path) in zip(slugs, plan.adapters.items(), strict=True):
-            self.names[label] = name = f"adapter_{slug}"  # some words are names of a module's own
+            # Not `adapter_names`: kept pictures are in folders of this name, whatever others are measured.
+            self.names[label] = name = f"adapter_{slug}"
             self.facts[name] = load_adapter(self.pipeline, name, path)
         self.resolution = plan.resolution or native_side(self.pipeline)
         self.report: dict[str, Any] = {
@@ -246,15 +247,15 @@ class Evaluation:
     def _set(self, samples: Sequence[Sample], count: int) -> DenoisingSet | None:
         return DenoisingSet(self.pipeline, samples, self.resolution, count) if samples else None
 
-    @cached_property
+    @functools.cached_property
     def _heldout(self) -> DenoisingSet:
         return self._set(self.plan.heldout, HELDOUT_TIMESTEPS)
 
-    @cached_property
+    @functools.cached_property
     def _training(self) -> DenoisingSet | None:
         return self._set(self.plan.training, HELDOUT_TIMESTEPS)
 
-    @cached_property
+    @functools.cached_property
     def _retained(self) -> DenoisingSet | None:
         return self._set(self._retention_samples, HELDOUT_TIMESTEPS)
 
@@ -262,39 +263,39 @@ class Evaluation:
     def _shown(self) -> Sequence[Sample]:
         return self.plan.training or self.plan.heldout
 
-    @cached_property
+    @functools.cached_property
     def _flat_set(self) -> DenoisingSet:
         """What the loss surface is of: training pictures, or held-out ones where those aren't given."""
         return self._set(self._shown[:FLATNESS_PICTURES], TIMESTEPS)
 
-    @cached_property
+    @functools.cached_property
     def _curved_set(self) -> DenoisingSet:
         """What the Hessian is of: some of the same, since it takes long."""
         return self._set(self._shown[:CURVED_PICTURES], TIMESTEPS)
 
-    @cached_property
+    @functools.cached_property
     def _layers(self) -> list[str]:
         """The layers that any of the adapters changes: the same ones are perturbed in all."""
         return adapted_layers(self.pipeline.unet, self.facts)
 
-    @cached_property
+    @functools.cached_property
     def _drawer(self) -> Drawer:
         drawing = Drawing(self.resolution, self.resolution, self.plan.steps, self.plan.guidance)
         return Drawer(self.pipeline, self.plan.base, self.facts, drawing, self.folder / PICTURES)
 
-    @cached_property
+    @functools.cached_property
     def _personalisation(self) -> Personalisation:
         return Personalisation(self._drawer, self.likeness, self.plan.heldout, self.plan.training)
 
-    @cached_property
+    @functools.cached_property
     def _kept_drawings(self) -> Retention:
         return Retention(self._drawer, self.likeness, self._trigger_free)
 
-    @cached_property
+    @functools.cached_property
     def _trigger_free(self) -> list[str]:
         return list(self.plan.prompts) or [sample.caption for sample in self.plan.retention]
 
-    @cached_property
+    @functools.cached_property
     def _retention_samples(self) -> list[Sample]:
         """Pictures of the base's own styles: those given, or what it draws for the prompts."""
         if self.plan.retention or not self.plan.prompts:
@@ -302,9 +303,8 @@ class Evaluation:
         pictures = self._drawer.draw([(prompt, seed) for seed, prompt in enumerate(self.plan.prompts)])
         samples = []
         for prompt, picture in zip(self.plan.prompts, pictures, strict=True):
-            content = io.BytesIO()
-            picture.save(content, "PNG")
-            image = EmbeddedImage(prompt, f"the base's picture of {prompt!r}", content.getvalue)
+            content = functools.partial(png_bytes, picture)
+            image = EmbeddedImage(prompt, f"the base's picture of {prompt!r}", content)
             samples.append(Sample(image, prompt))
         return samples
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.images import composite
+from flatlora_diffusion.draw.difference import difference
 
 BATCH = 32
 _WHITE = (255, 255, 255)
@@ -172,12 +172,6 @@ def pixel_drift(pictures: Sequence[Image.Image], base: Sequence[Image.Image]) ->
     Raises:
         ValueError: There are more of one, or two have different sizes.
     """
-    differences = [_difference(one, other) for one, other in zip(pictures, base, strict=True)]
-    return float(np.mean(differences))
-
-
-def _difference(one: Image.Image, other: Image.Image) -> float:
-    if one.size != other.size:
-        raise ValueError(f"{one.size} and {other.size}: pictures of different sizes")
-    first, second = (np.asarray(composite(picture, _WHITE), dtype=np.float64) for picture in (one, other))
-    return float(np.abs(first - second).mean() / 255)
+    pairs = zip(pictures, base, strict=True)
+    found = [difference(composite(one, _WHITE), composite(other, _WHITE)) for one, other in pairs]
+    return sum(each.mean_percent for each in found) / (100 * len(found))

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from flatlora_diffusion.flat.noise import Draw, NoiseSource, with_noise
-from flatlora_diffusion.flat.quantised import QuantisedWeight, is_of_bitsandbytes, is_quantised
+from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes, is_quantized
 from flatlora_diffusion.flat.row_norms import merged_row_norms, row_norms_squared
 
 _DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
@@ -107,7 +107,7 @@ class PerturbedLayer:
         self.layer = layer
         self.base: nn.Module = layer.get_base_layer()
         self._reject_unsupported()
-        self._quantised = QuantisedWeight(self.base) if is_of_bitsandbytes(self.base) else None
+        self._quantized = QuantizedWeight(self.base) if is_of_bitsandbytes(self.base) else None
         self._weight_norms: tuple[tuple, Tensor] | None = None
         self._row_norms: tuple[list, Tensor] | None = None
         self._draw: tuple[tuple, Draw] | None = None
@@ -123,7 +123,7 @@ class PerturbedLayer:
     @property
     def shape(self) -> tuple[int, int]:
         """Filters m, and inputs n of each: a convolution counts as (m, in * kernel)."""
-        shape = (self._quantised or self.base.weight).shape
+        shape = (self._quantized or self.base.weight).shape
         return shape[0], shape[1:].numel()
 
     def active_adapters(self) -> list[str]:
@@ -173,7 +173,7 @@ class PerturbedLayer:
         request = (sigma, source, key)
         if self._draw is None or self._draw[0] != request:
             inputs = self.shape[1]
-            dtype = (self._quantised or self.base.weight).dtype
+            dtype = (self._quantized or self.base.weight).dtype
             row_std = (self.row_norms * (sigma / inputs**0.5)).to(dtype)
             self._draw = request, source.draw(key, row_std, inputs)
         return self._draw[1]
@@ -183,9 +183,9 @@ class PerturbedLayer:
 
         def forward(x: Tensor) -> Tensor:
             bias = self.base.bias
-            if self._quantised is None:
+            if self._quantized is None:
                 return self._noisy_forward(x, bias, draw)
-            dtype = self._quantised.compute_dtype(x)
+            dtype = self._quantized.compute_dtype(x)
             bias = None if bias is None else bias.to(dtype)
             return self._noisy_forward(x.to(dtype), bias, draw).to(x.dtype)
 
@@ -217,10 +217,10 @@ class PerturbedLayer:
 
     def _read(self, stored: Tensor) -> Tensor:
         """W from the tensor that holds it."""
-        return stored if self._quantised is None else self._quantised.dequantised()
+        return stored if self._quantized is None else self._quantized.dequantized()
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._quantised is not None:
+        if self._quantized is not None:
             weight = weight.to(x.dtype)
         if isinstance(self.base, nn.Linear):
             return F.linear(x, weight, bias)
@@ -273,13 +273,13 @@ class PerturbedLayer:
 
     def _reject_unsupported(self) -> None:
         layer, base = self.layer, self.base
-        quantised = is_of_bitsandbytes(base)
+        quantized = is_of_bitsandbytes(base)
         known = isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear))
         if not known and type(layer).__module__ != _PEFT_ON_BITSANDBYTES:
             problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
-        elif quantised and not is_quantised(base):
+        elif quantized and not is_quantized(base):
             problem = f"a {type(base).__qualname__} whose weight isn't quantised (yet: .to(device) does it)"
-        elif not quantised and type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        elif not quantized and type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             problem = f"a base layer of type {type(base).__qualname__}"
         elif getattr(layer, "fan_in_fan_out", False):
             problem = "fan_in_fan_out=True"
@@ -287,7 +287,7 @@ class PerturbedLayer:
             problem = "a base weight that is offloaded (on the meta device)"
         elif base.weight.requires_grad:
             problem = "a base weight that is trained too (requires_grad=True)"
-        elif not quantised and not base.weight.is_floating_point():
+        elif not quantized and not base.weight.is_floating_point():
             problem = f"a base weight of dtype {base.weight.dtype}"
         elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
             problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from flatlora_diffusion.common.devices import DTYPES, default_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.draw import stamp
 from flatlora_diffusion.draw.pipeline import Drawing, OnStep, draw_batch, load_adapter, load_pipeline
 from flatlora_diffusion.draw.samplers import sampler_name
@@ -26,7 +26,7 @@ from flatlora_diffusion.grid.plan import Cell, Grid
 from flatlora_diffusion.grid.recipe import Recipe, differences
 from flatlora_diffusion.sheet.files import MANIFEST, Sheet, draw_sheet, read_manifest
 
-SHEET = "sheet.png"
+SHEET_NAME = "sheet.png"
 
 OnPicture = Callable[[int, int, Cell, Image.Image], None]
 """Called with each picture: how many there are with it, how many there will be, what it is, and itself."""
@@ -144,9 +144,9 @@ def draw_grid(
                 progress.update()
                 if on_picture is not None:
                     on_picture(number, len(stamps), cell, picture)
-        picture = draw_sheet(folder)
-        write_atomically(sheet or folder / SHEET, sheet_png(recipe, picture, sampler, hashes))
-    return picture
+        laid_out = draw_sheet(folder)
+        write_atomically(sheet or folder / SHEET_NAME, sheet_png(recipe, laid_out, sampler, hashes))
+    return laid_out
 
 
 def _stamp(
@@ -204,7 +204,7 @@ def _check_folder(flag: str, folder: Path, recipe: Recipe, manifest: Mapping[str
         if found:
             raise UserError(f"{flag} {folder}: has a grid with other {', '.join(found)}; give another folder")
         return
-    for name in (SHEET, *(cell.file for batch in recipe.grid.batches(1) for cell in batch)):
+    for name in (SHEET_NAME, *(cell.file for batch in recipe.grid.batches(1) for cell in batch)):
         if (folder / name).exists():
             raise UserError(f"{flag} {folder}: has a {name} of something else; give another folder")
 
@@ -249,6 +249,4 @@ def sheet_png(recipe: Recipe, sheet: Image.Image, sampler: str, hashes: Mapping[
     )
     info = PngInfo()
     info.add_text(A1111_CHUNK, "\n".join(lines))
-    content = io.BytesIO()
-    sheet.save(content, "PNG", pnginfo=info)
-    return content.getvalue()
+    return png_bytes(sheet, info)

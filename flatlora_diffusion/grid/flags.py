@@ -14,7 +14,7 @@ from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.datasets import dataset_captions
 from flatlora_diffusion.data.images import CAPTION_KEY, PROMPT_PLACEHOLDER, complete_caption, find_samples
-from flatlora_diffusion.draw.pipeline import Drawing
+from flatlora_diffusion.draw.pipeline import Drawing, adapter_names
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.plan import AXES, Grid, Method
@@ -153,8 +153,7 @@ def _methods(given: Sequence[tuple[str, Path, float]], no_base: bool) -> tuple[d
             raise UserError(
                 f"--adapter {label}={path}: {label} is {paths[label]} already; give it another name"
             )
-    # PEFT takes no dots in its names.
-    names = {label: f"adapter_{number}" for number, label in enumerate(paths, start=1)}
+    names = adapter_names(paths)
     labels = [label for label, _, _ in given]
     methods = [] if no_base else [Method(BASE)]
     for label, _, scale in given:

@@ -176,7 +176,7 @@ class Grid:
 
 
 def unique_slugs(texts: Iterable[str]) -> list[str]:
-    """The texts in a-z and 0-9, short; where nothing is left, or another has the same, with their place."""
+    """The texts in a-z, 0-9, dots and underscores, short; a number tells apart those that come out alike."""
     slugs: list[str] = []
     for number, text in enumerate(texts):
         slug = re.sub(r"[^a-z0-9.]+", "_", text.lower())[:_LONGEST_SLUG].strip("_.")

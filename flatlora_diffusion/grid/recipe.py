@@ -41,7 +41,7 @@ class Recipe:
         footer: Small print in place of the legend, which says what all pictures share.
         strip: Files of the training pictures.
         cell_size: As for `contact_sheet`.
-        margin: The same.
+        margin: As for `contact_sheet`.
         sha256: Name of an adapter -> what its file must have, where that is known.
 
     Raises:
@@ -137,7 +137,7 @@ class Recipe:
         """
         try:
             self.sheet(Path(), self.drawing.sampler).size((self.drawing.width, self.drawing.height))
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             raise UserError(f"nothing was drawn: {error}") from error
 
     def manifest(
@@ -240,7 +240,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
     Args:
         one: As read from JSON.
-        other: The same.
+        other: As read from JSON.
 
     Returns:
         Names of settings; all pictures are the same where there are none.

@@ -19,8 +19,9 @@ from PIL import Image
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
+from flatlora_diffusion.common.pictures import save_picture
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
-from flatlora_diffusion.draw.pipeline import Drawing, save_picture
+from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.names import numbered_steps, step_name
 from flatlora_diffusion.sheet.files import MANIFEST, Sheet, SheetRow, draw_sheet
@@ -163,7 +164,7 @@ class SideBySide:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             picture = together.draw()
-        except ValueError as error:  # too many pictures
+        except (ValueError, UserError) as error:  # too many pictures, or one has gone
             logger.warning("no sheet of step %d side by side: %s", step, error)
             return
         save_picture(picture, self.folder / f"{step_name(step)}.png")

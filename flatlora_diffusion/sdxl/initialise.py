@@ -64,11 +64,11 @@ def check(models: dict[str, nn.Module], kind: str, rank: int) -> None:
                 f"{flag}: {name} is too small for --rank {rank}; give a rank of at most "
                 f"{size * rank // directions}, or take gaussian"
             )
-        quantised = type(base.weight) is not nn.Parameter
-        if kind == "lora_ga" and (quantised or base.weight.dtype not in (torch.float32, torch.bfloat16)):
+        quantized = type(base.weight) is not nn.Parameter
+        if kind == "lora_ga" and (quantized or base.weight.dtype not in (torch.float32, torch.bfloat16)):
             raise UserError(
                 f"{flag}: it needs gradients of the base, and {name} is "
-                f"{'quantised' if quantised else base.weight.dtype}, which has none or loses small ones; "
+                f"{'quantised' if quantized else base.weight.dtype}, which has none or loses small ones; "
                 "use a base in bf16, or pissa"
             )
 

@@ -7,28 +7,16 @@ python -m flatlora_diffusion.sheet a.png b.png c.png d.png --columns base LoRA -
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from flatlora_diffusion.common.command import OneLineParser, invoked_as
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.pictures import save_picture
 from flatlora_diffusion.sheet.files import MANIFEST, STRIP_LABEL, Sheet, SheetRow
 
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    """Write under another name first: an interrupted run leaves the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def expanded(paths: Sequence[Path]) -> list[Path]:
@@ -145,6 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"the folder {options.output.parent} of --output does not exist; create it first"
             )
-        _save_png(_sheet_from_arguments(options).draw(), options.output)
+        save_picture(_sheet_from_arguments(options).draw(), options.output)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

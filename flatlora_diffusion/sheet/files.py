@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.sheet.layout import Label, Size, contact_sheet, sheet_size
 
 MANIFEST = "manifest.json"
@@ -37,7 +38,7 @@ class Sheet:
         strip: Files of the training pictures.
         strip_label: Heading of the training pictures.
         cell_size: As for `contact_sheet`.
-        margin: The same.
+        margin: As for `contact_sheet`.
     """
 
     columns: Sequence[Label]
@@ -102,19 +103,21 @@ class Sheet:
             open_file: File -> its picture, where pictures are at hand that needn't be on disk.
 
         Raises:
-            ValueError: A file is missing or no picture, or the sheet is refused by `contact_sheet`.
+            UserError: A file is missing or no picture.
+            ValueError: The sheet is refused by `contact_sheet`.
         """
-        cells = [[(open_file or _open)(file) for file in row.images] for row in self.rows]
-        return contact_sheet(cells, strip=[_open(file) for file in self.strip], **self._settings())
+        cells = [[(open_file or open_image)(file) for file in row.images] for row in self.rows]
+        return contact_sheet(cells, strip=[open_image(file) for file in self.strip], **self._settings())
 
     def size(self, picture: Size) -> Size:
         """Width and height of the sheet once its pictures are there, all of the size `picture`.
 
         Raises:
-            ValueError: A file of the strip is missing or no picture, or `contact_sheet` would raise one.
+            UserError: A file of the strip is missing or no picture.
+            ValueError: `contact_sheet` would raise one.
         """
         cells = [[picture for _ in row.images] for row in self.rows]
-        return sheet_size(cells, strip=[_open(file).size for file in self.strip], **self._settings())
+        return sheet_size(cells, strip=[open_image(file).size for file in self.strip], **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -155,7 +158,7 @@ def draw_sheet(folder: Path) -> Image.Image:
     """
     try:
         return Sheet.load(folder).draw()
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"{folder} has the pictures, but no sheet can be made of them: {error}") from error
 
 
@@ -177,13 +180,3 @@ def _are_labels(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"the picture {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {path} cannot be read: {error}") from error

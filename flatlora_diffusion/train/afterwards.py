@@ -13,8 +13,10 @@ from accelerate.state import AcceleratorState
 
 from flatlora_diffusion.common.devices import DTYPES, release
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import EmbeddedImage, Sample, composite, open_image
+from flatlora_diffusion.data.images import EmbeddedImage, Sample, composite
+from flatlora_diffusion.draw.pipeline import adapter_names
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
@@ -84,7 +86,7 @@ def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[
     output = Path(config.output_dir)
     captions = list(dict.fromkeys(sample.caption for sample in samples))
     prompts = list(dict.fromkeys(config.validation_prompt or captions[:4]))
-    names = {label: f"adapter_{number}" for number, label in enumerate(adapters, start=1)}
+    names = adapter_names(adapters)
     methods = [Method(BASE), *(Method(label, name) for label, name in names.items())]
     state = AcceleratorState()
     recipe = Recipe(
@@ -112,5 +114,5 @@ def _picture_file(image: Path | EmbeddedImage, folder: Path) -> Path:
         return image
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{image.name}.png"
-    composite(open_image(image), (255, 255, 255)).save(file)
+    save_picture(composite(open_image(image), (255, 255, 255)), file)
     return file

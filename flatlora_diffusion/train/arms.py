@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
-from diffusers.utils.logging import disable_progress_bar
-from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from flatlora_diffusion.adapter.new_tokens import require_words
+from flatlora_diffusion.common.command import hide_progress_bars
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
@@ -23,7 +22,7 @@ from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
 from flatlora_diffusion.output.names import ARMS, FOLDER
 from flatlora_diffusion.sdxl.base import check_base
-from flatlora_diffusion.sdxl.quantise import require_bitsandbytes
+from flatlora_diffusion.sdxl.quantize import require_bitsandbytes
 from flatlora_diffusion.train import class_images
 from flatlora_diffusion.train.afterwards import present
 from flatlora_diffusion.train.callbacks import Callback, Callbacks
@@ -50,8 +49,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
     """
     together = Callbacks(callbacks)
-    disable_progress_bar()
-    disable_transformers_progress_bar()
+    hide_progress_bars()
     join_processes()
     samples = _training_samples(config)
     if config.train_text_encoder_ti:

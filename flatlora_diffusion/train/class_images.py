@@ -12,10 +12,11 @@ from tqdm import tqdm
 from flatlora_diffusion.common.devices import DTYPES, release
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import check_writable
+from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import Sample, find_samples, image_files, open_image
-from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline, save_picture
+from flatlora_diffusion.data.images import Sample, find_samples, image_files
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline
 from flatlora_diffusion.sdxl.base import BASE_FLAG
 from flatlora_diffusion.train.processes import from_main
 

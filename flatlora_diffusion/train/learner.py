@@ -35,7 +35,7 @@ from flatlora_diffusion.sdxl.lora import (
     evaluating,
 )
 from flatlora_diffusion.sdxl.loss import diffusion_losses
-from flatlora_diffusion.sdxl.quantise import quantise
+from flatlora_diffusion.sdxl.quantize import quantize
 
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -235,7 +235,7 @@ class Learner:
     def _add_adapters(self, resuming: bool) -> None:
         config = self.config
         if config.quantize_base:
-            quantise(self.base.unet, config.quantize_base, self.accelerator.device)
+            quantize(self.base.unet, config.quantize_base, self.accelerator.device)
             release()
         add_lora(
             self.trained,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.common.seeds import keyed_generator
 from flatlora_diffusion.data import images, latents
 from flatlora_diffusion.data.images import (
@@ -21,7 +22,6 @@ from flatlora_diffusion.data.images import (
     Sample,
     composite,
     find_samples,
-    open_image,
     parse_background,
     sample_index,
 )

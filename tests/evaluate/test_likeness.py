@@ -79,7 +79,7 @@ def test_drift_of_pixels():
     half = grey(0)
     half.paste((255, 0, 0), (0, 0, 2, 2))  # one of three channels of half of the pixels
     assert pixel_drift([half], [grey(0)]) == pytest.approx(1 / 6)
-    with pytest.raises(ValueError, match="different sizes"):
+    with pytest.raises(ValueError, match="have no difference; give two of one size"):
         pixel_drift([grey(0)], [grey(0, (2, 4))])
 
 

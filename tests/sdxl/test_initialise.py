@@ -272,7 +272,7 @@ def test_the_frozen_adapter_has_no_dropout():
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_is_left_as_it_is(kind, bits):
+def test_a_quantized_base_is_left_as_it_is(kind, bits):
     bnb = pytest.importorskip("bitsandbytes")
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -106,7 +106,10 @@ def test_command_line_with_pictures_and_with_a_folder(folder):
     ("arguments", "message"),
     [
         (["base-0.png", "missing.png", "--columns", "a", "b"], "missing.png does not exist"),
-        (["base-0.png", "broken.png", "--columns", "a", "b"], "broken.png cannot be read"),
+        (
+            ["base-0.png", "broken.png", "--columns", "a", "b"],
+            "broken.png: cannot be read as an image",
+        ),
         (["base-0.png", "--columns", "a", "b"], "1 pictures do not fill rows of 2 columns"),
         (["base-0.png", "--columns", "a", "--rows", "b", "c"], "--rows has 2 labels for 1 rows"),
         (["base-0.png"], "--columns is missing"),

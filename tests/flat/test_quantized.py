@@ -25,9 +25,9 @@ from flatlora_diffusion import FlatLoRA
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.flat import layer as flat_layer
-from flatlora_diffusion.flat.quantised import QuantisedWeight
+from flatlora_diffusion.flat.quantized import QuantizedWeight
 from flatlora_diffusion.sdxl import lora
-from flatlora_diffusion.sdxl.quantise import quantise
+from flatlora_diffusion.sdxl.quantize import quantize
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from tests.conftest import (
@@ -51,13 +51,13 @@ for_both_kinds = pytest.mark.parametrize("kind", KINDS)
 TOLERANCE = {"4bit": 1e-6, "8bit": 3e-5}
 
 
-def is_quantised(module):
+def is_quantized(module):
     return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def quantised_unet(kind, targets=UNET_TARGETS, dtype=torch.float32, **config):
+def quantized_unet(kind, targets=UNET_TARGETS, dtype=torch.float32, **config):
     unet = build_unet().to(dtype).requires_grad_(False)
-    quantise(unet, kind, CPU)
+    quantize(unet, kind, CPU)
     add_lora(unet, targets, **config)
     return unet.train()
 
@@ -76,7 +76,7 @@ def stored(model):
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state.as_dict(packed=True)
             tensors |= {f"{name}.weight.{key}": value for key, value in state.items()}
-        elif is_quantised(module):
+        elif is_quantized(module):
             tensors[f"{name}.SCB"] = scale(module)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -85,7 +85,7 @@ def scale(layer):
     return layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
 
 
-def dequantised(layer):
+def dequantized(layer):
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer.weight.data.float() * scale(layer)[:, None] / 127
@@ -99,8 +99,8 @@ def twin_of(model, twin, flat=None):
             if "lora_" in name:
                 parameter.copy_(trained[name])
         for name, module in model.named_modules():
-            if is_quantised(module):
-                twin.get_submodule(name).weight.data = dequantised(module).to(next(twin.parameters()).dtype)
+            if is_quantized(module):
+                twin.get_submodule(name).weight.data = dequantized(module).to(next(twin.parameters()).dtype)
         for name in flat.layers if flat else ():
             weight = twin.get_submodule(name).get_base_layer().weight
             weight += flat.epsilon(name).view_as(weight)
@@ -139,13 +139,13 @@ def test_the_base_has_the_bits_that_diffusers_gives_it(kind, dtype, tmp_path, mo
         device_map={"": "cpu"},
     )
     actual = build_unet().to(dtype)
-    quantise(actual, kind, CPU)
+    quantize(actual, kind, CPU)
     assert_equal(stored(actual), stored(expected))
-    assert sum(map(is_quantised, actual.modules())) == 60
+    assert sum(map(is_quantized, actual.modules())) == 60
     for name, module in expected.named_modules():
-        if kind == "4bit" and is_quantised(module):
+        if kind == "4bit" and is_quantized(module):
             assert actual.get_submodule(name).compute_dtype == module.compute_dtype
-        elif is_quantised(module):
+        elif is_quantized(module):
             assert actual.get_submodule(name).state.threshold == module.state.threshold
     inputs = inputs_in(dtype)
     for mode in (True, False):
@@ -157,7 +157,7 @@ def test_the_base_has_the_bits_that_diffusers_gives_it(kind, dtype, tmp_path, mo
 @for_both_kinds
 def test_adapters_start_as_those_of_the_plain_base(kind):
     models = [build_unet().requires_grad_(False) for _ in range(2)]
-    quantise(models[0], kind, CPU)
+    quantize(models[0], kind, CPU)
     for model in models:
         lora.add_lora({"unet": model}, rank=4, alpha=4, seed=1)
     actual, expected = (
@@ -174,8 +174,8 @@ def test_adapters_start_as_those_of_the_plain_base(kind):
 @pytest.mark.parametrize(
     ("targets", "noise"), [(UNET_TARGETS, "gaussian"), (EVERYWHERE, "table")], ids=["attention", "all layers"]
 )
-def test_equals_a_twin_with_dequantised_weights_and_materialised_noise(kind, noise, targets):
-    unet = quantised_unet(kind, targets)
+def test_equals_a_twin_with_dequantized_weights_and_materialised_noise(kind, noise, targets):
+    unet = quantized_unet(kind, targets)
     plain = outcome(unet, run_unet)
     flat = attach(unet, noise=noise)
     actual = outcome(unet, run_unet)
@@ -187,7 +187,7 @@ def test_equals_a_twin_with_dequantised_weights_and_materialised_noise(kind, noi
 @for_both_kinds
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_sees_the_same_noise(kind, reentrant):
-    unet = quantised_unet(kind)
+    unet = quantized_unet(kind)
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
     flat = attach(unet)
     actual = outcome(unet, run_unet)
@@ -196,7 +196,7 @@ def test_gradient_checkpointing_sees_the_same_noise(kind, reentrant):
 
 @for_both_kinds
 def test_half_precision_under_autocast(kind):
-    unet = quantised_unet(kind, dtype=torch.bfloat16)
+    unet = quantized_unet(kind, dtype=torch.bfloat16)
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -234,7 +234,7 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
 ):
     m, n = 96, 80
     model = torch.nn.Sequential(torch.nn.Linear(n, m)).to(base_dtype).requires_grad_(False)
-    quantise(model, kind, CPU)
+    quantize(model, kind, CPU)
     model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), model)  # B is zero
     flat = attach(model)
     base = model[0].base_layer
@@ -256,7 +256,7 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(QuantisedWeight, "dequantised")
+    watch(QuantizedWeight, "dequantized")
     watch(flat_layer, "with_noise")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = model(x)
@@ -267,7 +267,7 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
     output.backward(upstream)
 
     compute = base_dtype if kind == "4bit" else input_dtype
-    noisy = dequantised(base).to(base_dtype if kind == "4bit" else torch.float32) + flat.epsilon("0")
+    noisy = dequantized(base).to(base_dtype if kind == "4bit" else torch.float32) + flat.epsilon("0")
     noisy = noisy.to(compute)
     expected = torch.nn.functional.linear(x.to(compute), noisy, base.bias.to(compute)).to(input_dtype)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
@@ -276,14 +276,14 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
 
 @for_both_kinds
 @pytest.mark.parametrize("rank", [1, 16])
-def test_row_std_is_that_of_the_dequantised_merged_weight(kind, rank):
-    unet = quantised_unet(kind, r=rank, lora_alpha=3)
+def test_row_std_is_that_of_the_dequantized_merged_weight(kind, rank):
+    unet = quantized_unet(kind, r=rank, lora_alpha=3)
     add_lora(unet, ["to_q"], seed=5, adapter_name="second", r=7, lora_alpha=3)
     unet.set_adapters(["default", "second"], [0.7, 1.3])
     flat = attach(unet.train())
     for name, layer in flat.layers.items():
         active = [a for a in layer.active_adapters if a in layer.lora_A]
-        weight = dequantised(layer.get_base_layer()) + sum(layer.get_delta_weight(a) for a in active)
+        weight = dequantized(layer.get_base_layer()) + sum(layer.get_delta_weight(a) for a in active)
         expected = SIGMA * weight.norm(dim=1) / weight.shape[1] ** 0.5
         assert flat.row_std(name).dtype == torch.float32
         torch.testing.assert_close(flat.row_std(name), expected.detach(), rtol=1e-5, atol=0)
@@ -291,8 +291,8 @@ def test_row_std_is_that_of_the_dequantised_merged_weight(kind, rank):
 
 
 @for_both_kinds
-def test_dora_equals_the_merged_dequantised_model_plus_epsilon(kind):
-    unet = quantised_unet(kind, use_dora=True)
+def test_dora_equals_the_merged_dequantized_model_plus_epsilon(kind):
+    unet = quantized_unet(kind, use_dora=True)
     for name, parameter in unet.named_parameters():
         if "lora_magnitude" in name:
             parameter.data *= 1.5
@@ -316,11 +316,11 @@ def test_transformers_bases_that_are_loaded_in_4_bits(tmp_path):
     llama().save_pretrained(tmp_path)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
-    quantisation = TransformersBitsAndBytesConfig(
+    quantization = TransformersBitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     model = LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=quantisation, device_map={"": "cpu"}, dtype=torch.float32
+        tmp_path, quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32
     )
     model, plain = (get_peft_model(m.requires_grad_(False), config).train() for m in (model, plain))
     flat = attach(model)
@@ -333,14 +333,14 @@ def test_transformers_bases_that_are_loaded_in_4_bits(tmp_path):
 
 @for_both_kinds
 def test_without_noise_the_bits_are_those_of_plain_lora(kind):
-    plain_train = outcome(quantised_unet(kind), run_unet)
-    plain_eval = outcome(quantised_unet(kind).eval(), run_unet)
+    plain_train = outcome(quantized_unet(kind), run_unet)
+    plain_eval = outcome(quantized_unet(kind).eval(), run_unet)
 
     def assert_bits(actual, expected):
         assert torch.equal(actual[0], expected[0])
         assert_equal(actual[1], expected[1])
 
-    unet = quantised_unet(kind)
+    unet = quantized_unet(kind)
     flat = attach(unet, sigma=0.0)
     assert_bits(outcome(unet, run_unet), plain_train)
     flat.remove()
@@ -354,8 +354,8 @@ def test_without_noise_the_bits_are_those_of_plain_lora(kind):
 
 
 @for_both_kinds
-def test_the_quantised_base_and_the_global_rng_are_untouched(kind):
-    unet = quantised_unet(kind, EVERYWHERE)
+def test_the_quantized_base_and_the_global_rng_are_untouched(kind):
+    unet = quantized_unet(kind, EVERYWHERE)
     before, state = stored(unet), global_rng_state()
     flat = attach(unet)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-2)
@@ -372,19 +372,19 @@ def test_the_quantised_base_and_the_global_rng_are_untouched(kind):
 # What cannot be perturbed is named.
 
 
-def unquantised_4bit():
+def unquantized_4bit():
     return bnb.nn.Linear4bit(8, 8)
 
 
-def unquantised_8bit():
+def unquantized_8bit():
     return bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=True).requires_grad_(False)
 
 
 @pytest.mark.parametrize(
     ("build", "config", "message"),
     [
-        (unquantised_4bit, LoraConfig, "a Linear4bit whose weight isn't quantised"),
-        (unquantised_8bit, LoraConfig, "a Linear8bitLt whose weight isn't quantised"),
+        (unquantized_4bit, LoraConfig, "a Linear4bit whose weight isn't quantised"),
+        (unquantized_8bit, LoraConfig, "a Linear8bitLt whose weight isn't quantised"),
         (
             lambda: bnb.nn.Linear4bit(8, 8).to("cpu"),
             functools.partial(AdaLoraConfig, total_step=10),
@@ -402,7 +402,7 @@ def test_layers_that_cannot_be_perturbed_are_named(build, config, message):
 
 def test_weights_that_bitsandbytes_repacked_for_inference_are_named(monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
-    unet = quantised_unet("4bit")
+    unet = quantized_unet("4bit")
     flat = attach(unet)
     layer = next(iter(flat.layers.values())).get_base_layer()
     # What a pass in eval mode does on a processor with AVX512-BF16.
@@ -411,9 +411,9 @@ def test_weights_that_bitsandbytes_repacked_for_inference_are_named(monkeypatch)
     )
     with pytest.raises(ValueError, match="repacked the 4-bit weights for inference in eval"):
         run_unet(unet)
-    # `quantise` has seen to it that they never are.
+    # `quantize` has seen to it that they never are.
     assert bnb.nn.Linear4bit(8, 8).support_avx512bf16_for_cpu
-    assert not any(layer.support_avx512bf16_for_cpu for layer in unet.modules() if is_quantised(layer))
+    assert not any(layer.support_avx512bf16_for_cpu for layer in unet.modules() if is_quantized(layer))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ assert flat.epsilon("linear").any()
 
 
 @for_both_kinds
-def test_a_run_trains_on_a_quantised_base_and_goes_on_with_the_same_bits(config, icons, kind, tmp_path):
+def test_a_run_trains_on_a_quantized_base_and_goes_on_with_the_same_bits(config, icons, kind, tmp_path):
     bases = []
 
     class Watch(Callback):

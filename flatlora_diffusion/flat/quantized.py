@@ -13,7 +13,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 
-class QuantisedWeight:
+class QuantizedWeight:
     """The frozen weight of a layer of bitsandbytes, as the layer computes with it.
 
     Args:
@@ -30,11 +30,11 @@ class QuantisedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `dequantised` gives: for 4 bits the dtype that was quantised, for 8 bits float32."""
+        """Of what `dequantized` gives: for 4 bits the dtype that was quantised, for 8 bits float32."""
         state = getattr(self._base.weight, "quant_state", None)
         return torch.float32 if state is None else state.dtype
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The weight (m, n): a new tensor each time.
 
         Raises:
@@ -59,6 +59,6 @@ def is_of_bitsandbytes(base: nn.Module) -> bool:
     return bnb is not None and isinstance(base, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def is_quantised(base: nn.Module) -> bool:
+def is_quantized(base: nn.Module) -> bool:
     """Whether a layer of bitsandbytes holds a quantised weight: it gets one when it is moved to a device."""
     return getattr(base.weight, "quant_state", None) is not None or base.weight.dtype == torch.int8

@@ -19,7 +19,7 @@ def require_bitsandbytes(kind: str) -> Any:
     return import_extra("bitsandbytes", f"--quantize_base {kind}")
 
 
-def quantise(model: nn.Module, kind: str, device: torch.device) -> None:
+def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
     """Put layers of bitsandbytes in the place of all linear layers of a frozen model, one after the other.
 
     They hold the very bits that `from_pretrained(quantization_config=BitsAndBytesConfig(...))` of diffusers
@@ -39,9 +39,9 @@ def quantise(model: nn.Module, kind: str, device: torch.device) -> None:
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
-                quantised = make(bnb, linear, device)
-                quantised.bias = linear.bias
-                setattr(parent, name, quantised.requires_grad_(False).train(linear.training))
+                quantized = make(bnb, linear, device)
+                quantized.bias = linear.bias
+                setattr(parent, name, quantized.requires_grad_(False).train(linear.training))
     setattr(model, f"is_loaded_in_{kind}", True)  # PEFT goes by it
 
 
