@@ -6,18 +6,16 @@ All measures take unit features, as `Likeness` gives them: (N, features), one ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
 from flatlora_diffusion.data.images import composite
 from flatlora_diffusion.draw.difference import difference
 
@@ -40,26 +38,17 @@ class Likeness:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
-        _check_clip(name)
-        try:
-            kind = CLIPConfig.get_config_dict(name)[0].get("model_type")
-            if kind != CLIPConfig.model_type:
-                raise UserError(f"{name}: {f'a {kind}' if kind else 'some model'}, not a CLIP; {_ADVICE}")
-            processor = CLIPProcessor.from_pretrained(name)
-            model, report = CLIPModel.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
-            *(SafetensorError, StrictDataclassError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name}: cannot be loaded as a CLIP ({reason[:300]})") from error
-        if report["missing_keys"]:  # transformers would go on with random values in their place
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{name}: {len(missing)} weights are missing from its files ({missing[0]}, ...)")
-        if len(processor.tokenizer) <= len(processor.tokenizer.all_special_tokens):
-            raise UserError(f"{name}: it has no vocabulary (tokenizer.json, or vocab.json and merges.txt)")
+        folder = local_folder(name, name, _ADVICE)
+        if folder is not None:
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{name}: no config.json in it; {_ADVICE}")
+            check_weights(name, folder)
+        kind = load_whole(name, lambda: CLIPConfig.get_config_dict(name)[0].get("model_type"))
+        if kind != CLIPConfig.model_type:
+            raise UserError(f"{name}: {f'a {kind}' if kind else 'some model'}, not a CLIP; {_ADVICE}")
+        processor = load_whole(name, CLIPProcessor.from_pretrained, name)
+        model = load_whole(name, CLIPModel.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
+        check_vocabulary(name, processor.tokenizer)
         self._model = model.requires_grad_(False).eval().to(device)
         self._tokenizer, self._image_processor = processor.tokenizer, processor.image_processor
 
@@ -93,27 +82,6 @@ def _embed(embed: Callable[[Sequence[Item]], Tensor], items: Sequence[Item]) -> 
     with torch.no_grad():
         batches = [embed(items[start : start + BATCH]).cpu() for start in range(0, len(items), BATCH)]
     return F.normalize(torch.cat(batches), dim=-1)
-
-
-def _check_clip(name: str) -> None:
-    """Refuse what isn't a model saved as safetensors. A name that is no local path is one on the hub.
-
-    Raises:
-        UserError: Says what was met and what to give instead.
-    """
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"{name}: a single file; {_ADVICE}")
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-            raise UserError(f"{name}: no such folder; {_ADVICE}")
-        return
-    if not (path / "config.json").is_file():
-        raise UserError(f"{name}: no config.json in it; {_ADVICE}")
-    if not any(path.glob("*.safetensors")):
-        pickled = any(path.glob("*.bin"))
-        met = "only pickled weights (.bin), which can run code" if pickled else "no weights in it"
-        raise UserError(f"{name}: {met}; give a CLIP saved as safetensors")
 
 
 def paired_similarity(one: Tensor, other: Tensor) -> float:

@@ -19,7 +19,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.output.gallery import validation_drawing
 from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
-from flatlora_diffusion.sheet.files import MANIFEST
+from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def comparison_exhibit(sheet: Path, folder: Path) -> Exhibit:
         sheet: In the folder of the card.
         folder: Where the single pictures and their manifest are.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder / MANIFEST)
     caption = f"{', '.join(manifest['columns'])}: the same prompt, seed and initial noise in every row."
     examples = [
         Example(f"{folder.name}/{row['images'][-1]}", row["prompt"], row["seed"]) for row in manifest["rows"]

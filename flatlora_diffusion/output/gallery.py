@@ -24,7 +24,7 @@ from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.names import numbered_steps, step_name
-from flatlora_diffusion.sheet.files import MANIFEST, Sheet, SheetRow, draw_sheet
+from flatlora_diffusion.sheet.files import MANIFEST, Sheet, SheetRow, draw_sheet, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,6 @@ def _comparable(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not drawn, or not by a run
+        return read_manifest(folder / MANIFEST)
+    except ValueError:  # not drawn, or not by a run
         return {}
-    return content if isinstance(content, dict) else {}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,11 +15,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
 BASE_FLAG = "--pretrained_model_name_or_path"  # of the trainer; other commands have another
@@ -80,15 +78,13 @@ def check_base(name: str, flag: str = BASE_FLAG) -> None:
         UserError: Says what was met and what to give instead.
     """
     flag = f"{flag} {name}"
-    path = Path(name)
-    if path.is_file():
-        raise UserError(
-            f"{flag}: a single file; give a folder in the diffusers format "
-            "(StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one)"
-        )
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-            raise UserError(f"{flag}: no such folder")
+    path = local_folder(
+        flag,
+        name,
+        "give a folder in the diffusers format "
+        "(StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one)",
+    )
+    if path is None:
         return
     index = path / "model_index.json"
     if not index.is_file():
@@ -99,14 +95,7 @@ def check_base(name: str, flag: str = BASE_FLAG) -> None:
         raise UserError(f"{index}: cannot be read ({error})") from error
     _check_kind(flag, kind)
     for part in ("unet", "vae", *TEXT_ENCODERS):
-        folder = path / part
-        if not any(folder.glob("*.safetensors")):
-            met = (
-                "only pickled weights (.bin), which can run code"
-                if any(folder.glob("*.bin"))
-                else "no weights"
-            )
-            raise UserError(f"{flag}: {met} in {part}/; give a base saved as safetensors")
+        check_weights(flag, path / part)
 
 
 def _check_kind(flag: str, kind: str) -> None:
@@ -138,11 +127,11 @@ def load_base(
     """
     check_base(name, flag)
     flag = f"{flag} {name}"
-    index = _load(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
+    index = load_whole(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
     _check_kind(flag, index.get("_class_name", "repository without a pipeline"))
 
     def part(kind: Any, folder: str, **settings: Any) -> Any:
-        return _load(
+        return load_whole(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
 
@@ -166,10 +155,7 @@ def load_base(
     if base.unet.config.addition_embed_type != "text_time":
         raise UserError(f"{flag}: its UNet takes no text and time embedding, so it isn't SDXL's")
     for tokenizer, folder in zip(base.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise UserError(
-                f"{flag}: {folder}/ has no vocabulary (tokenizer.json, or vocab.json and merges.txt)"
-            )
+        check_vocabulary(f"{flag}: {folder}", tokenizer)
     for model in (*base.text_encoders, base.vae, base.unet):
         model.requires_grad_(False)
     return base
@@ -198,19 +184,4 @@ def load_vae(name: str) -> AutoencoderKL:
         UserError: It is missing or damaged.
     """
     flag = f"--pretrained_vae_model_name_or_path {name}"
-    return _load(flag, AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
-
-
-def _load(what: str, load: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    """Call a loader of diffusers or transformers; its complaint becomes one line."""
-    try:
-        if "use_safetensors" not in settings:  # no weights: a tokenizer, a scheduler
-            return load(*arguments, **settings)
-        model, report = load(*arguments, **settings, output_loading_info=True)
-        if report["missing_keys"]:  # the libraries would go on with random values in their place
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{what}: {len(missing)} weights are missing from its files ({missing[0]}, ...)")
-        return model
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{what}: cannot be loaded ({reason[:300]})") from error
+    return load_whole(flag, AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
