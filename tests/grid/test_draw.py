@@ -13,7 +13,8 @@ from flatlora_diffusion.common.lock import output_lock
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.grid import draw
-from flatlora_diffusion.grid.draw import draw_cells, draw_grid, main
+from flatlora_diffusion.grid.command import main
+from flatlora_diffusion.grid.draw import draw_cells, draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.sheet.layout import contact_sheet
