@@ -72,7 +72,9 @@ def load_pipeline(
     Raises:
         UserError: It is missing, damaged or not SDXL.
     """
-    loaded = load_base(base, flag=flag, dtype=dtype, vae=vae, revision=revision, variant=variant)
+    loaded = load_base(
+        base, flag=flag, dtype=dtype, vae=vae, revision=revision, variant=variant, to_draw=True
+    )
     loaded.vae.to(dtype)
     return loaded.pipeline().to(device)
 

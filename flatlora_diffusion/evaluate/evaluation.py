@@ -109,7 +109,7 @@ class Evaluation:
         self.plan, self.folder = plan, folder
         self.likeness = Likeness(plan.clip, plan.device) if plan.clip and "drawn" in plan.parts else None
         self.pipeline = load_pipeline(plan.base, device=plan.device, dtype=DTYPES[plan.dtype])
-        check_scheduler(f"--base {plan.base}", self.pipeline.scheduler)
+        check_scheduler(f"--base {plan.base}", type(self.pipeline.scheduler).__name__)
         self.names: dict[str, str | None] = {BASE: None}
         self.facts: dict[str, AdapterFacts] = {}
         slugs = unique_slugs(label.replace(".", "-") for label in plan.adapters)  # PEFT takes no dots

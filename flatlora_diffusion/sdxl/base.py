@@ -111,6 +111,7 @@ def load_base(
     vae: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    to_draw: bool = False,
 ) -> Base:
     """Load an SDXL base from a folder or the hub, safetensors only.
 
@@ -121,6 +122,7 @@ def load_base(
         vae: Folder or hub name of a VAE to use in place of the pipeline's.
         revision: Revision on the hub.
         variant: Variant of the weight files.
+        to_draw: No loss will be taken with it, so it needn't pass `check_scheduler`.
 
     Raises:
         UserError: Something is missing, damaged or not SDXL.
@@ -135,8 +137,11 @@ def load_base(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
 
+    scheduler = str((index.get("scheduler") or [None, None])[1])
+    if not to_draw:
+        check_scheduler(flag, scheduler)
     weights = {"variant": variant, "use_safetensors": True, "dtype": dtype}
-    sampler = getattr(diffusers, str((index.get("scheduler") or [None, None])[1]), None)
+    sampler = getattr(diffusers, scheduler, None)
     if sampler is None:
         raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
     precise = {**weights, "dtype": torch.float32}
@@ -161,17 +166,16 @@ def load_base(
     return base
 
 
-def check_scheduler(flag: str, sampler: SchedulerMixin) -> None:
+def check_scheduler(flag: str, scheduler: str) -> None:
     """Refuse bases whose loss isn't the one that `diffusion_losses` takes; pictures can be drawn with them.
 
     Args:
         flag: Names the base.
-        sampler: Its scheduler.
+        scheduler: Class of its scheduler.
 
     Raises:
         UserError: It is one for EDM-style training or flow matching.
     """
-    scheduler = type(sampler).__name__
     for kind, name in (("EDM", "EDM-style"), ("FlowMatch", "flow-matching")):  # Playground v2.5, say
         if kind in scheduler:
             raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")

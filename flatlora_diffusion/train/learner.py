@@ -24,7 +24,7 @@ from flatlora_diffusion.data.latents import (
     PromptCache,
     fixed_timesteps,
 )
-from flatlora_diffusion.sdxl.base import BASE_FLAG, check_scheduler, load_base
+from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images, encode_prompts
 from flatlora_diffusion.sdxl.initialise import check, initialise, subtract_initial_update
 from flatlora_diffusion.sdxl.lora import (
@@ -96,7 +96,6 @@ class Learner:
             revision=config.revision,
             variant=config.variant,
         )
-        check_scheduler(f"{BASE_FLAG} {config.pretrained_model_name_or_path}", self.base.sampler)
         self.tokens: NewTokens | None = None
         if config.train_text_encoder_ti:
             base = self.base

@@ -220,7 +220,7 @@ CLASSES = {
     "class images of a base that is damaged": (
         lambda w: w.cut(UNET_WEIGHTS),
         PRIOR,
-        "base: cannot be loaded",
+        "base: unet: cannot be loaded",
     ),
     "held-out folder missing": (nothing, ["--heldout_data_dir", "ROOT/gone"], "gone: no such folder"),
     "held-out folder empty": (

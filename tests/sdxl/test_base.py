@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.app.flags import parse_app_arguments
@@ -16,6 +16,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
+from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.train.arms import train
 
 MODELS = {
@@ -102,3 +103,15 @@ def test_a_base_that_lacks_something_is_refused_by_all(
             with pytest.raises(UserError, match=f"^{flag} {base}: {told}") as refused:
                 start()
             assert "\n" not in str(refused.value)
+
+
+def test_bases_of_another_objective_are_only_drawn_with(base_path, tmp_path):
+    base = Path(shutil.copytree(base_path, tmp_path / "base"))
+    EDMEulerScheduler().save_pretrained(base / "scheduler")
+    index = base / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "EDMEulerScheduler"]})
+    )
+    assert type(load_pipeline(str(base)).scheduler) is EDMEulerScheduler
+    with pytest.raises(UserError, match="its scheduler is EDMEulerScheduler, and EDM-style training isn't"):
+        load_base(str(base))
