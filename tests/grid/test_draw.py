@@ -15,6 +15,7 @@ from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.grid import draw
 from flatlora_diffusion.grid.command import main
 from flatlora_diffusion.grid.draw import draw_cells, draw_grid
+from flatlora_diffusion.grid.flags import grid_parser, read_recipe
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.sheet.layout import contact_sheet
@@ -361,7 +362,7 @@ def test_a_folder_that_is_written_to_is_refused(words, tmp_path):
 
 
 def recipe_of(*words):
-    return draw.read_recipe(vars(draw.grid_parser().parse_all([*words, "--base", "b"])))
+    return read_recipe(vars(grid_parser().parse_all([*words, "--base", "b"])))
 
 
 def test_adapters_with_scales(tmp_path, monkeypatch):
