@@ -47,7 +47,7 @@ def serve(given: argparse.Namespace) -> None:
     device = checked_device(given.device)
     pipeline = load_pipeline(base, device=device, dtype=DTYPES[given.dtype])
     studio = Studio(pipeline, base_name(base), adapters)
-    is_demo = Path(base).is_dir() and Path(base).samefile(DEMO_BASE)
+    is_demo = Path(base).is_dir() and DEMO_BASE.is_dir() and Path(base).samefile(DEMO_BASE)
     site = Site(
         studio,
         presets=DEMO if is_demo else presets(studio.adapters, runs),
@@ -77,6 +77,11 @@ def demo_folder(project: Path) -> Path:
     for folder in (project / "demo-output", project / "assets" / "adapters"):
         if all((folder / arm / WEIGHTS_NAME).is_file() for arm in ARMS.values()):
             return folder
+    if not folder.parent.is_dir():  # an installed package comes without them
+        raise UserError(
+            f"nothing to show: the demo's adapters are only in the project's repository, and {folder} isn't "
+            "there; give --run DIR, or --base with --adapter NAME=PATH"
+        )
     raise UserError(f"no adapters in {folder}: restore that folder, or give --run DIR or --adapter NAME=PATH")
 
 
@@ -114,4 +119,9 @@ def _base(runs: Mapping[str, RunFolder]) -> str:
     bases = {read_facts(adapter).get("base") for adapter in adapters if adapter} - {None}
     if len(bases) > 1:
         raise UserError(f"the runs have different bases ({', '.join(sorted(bases))}); show them one by one")
+    if not bases and not DEMO_BASE.is_dir():
+        raise UserError(
+            f"no --base: the demo base is only in the project's repository, and {DEMO_BASE} isn't there; "
+            "give --base FOLDER or the name of one on the hub"
+        )
     return bases.pop() if bases else str(DEMO_BASE)

@@ -105,6 +105,9 @@ def test_visitors_are_asked_for_the_password(launcher, base_path, adapters):
 
 
 def test_adapters_of_make_demo_come_before_those_of_the_project(tmp_path):
+    with pytest.raises(UserError, match=r"only in the project's repository.* give --run DIR, or --base with"):
+        demo_folder(tmp_path)
+    (tmp_path / "assets").mkdir()
     with pytest.raises(UserError, match=r"no adapters in .*assets/adapters: restore that folder"):
         demo_folder(tmp_path)
     for folder in ("assets/adapters", "demo-output"):
@@ -126,6 +129,13 @@ def test_runs_with_the_same_labels_are_told_apart(comparison, clean_copy):
 def test_the_base_is_that_of_the_runs(comparison, base_path):
     assert _base(find_runs(comparison)) == str(base_path)
     assert _base({}) == str(DEMO_BASE)
+
+
+def test_an_installed_package_has_no_base_of_its_own(comparison, base_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "DEMO_BASE", tmp_path / "assets" / "micro-sdxl")
+    assert _base(find_runs(comparison)) == str(base_path)
+    with pytest.raises(UserError, match=r"^no --base: the demo base is only in the project's repository"):
+        _base({})
 
 
 def test_prompts_of_a_run_are_presets(comparison):
