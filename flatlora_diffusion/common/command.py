@@ -7,7 +7,9 @@ import difflib
 import errno
 import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, NoReturn
 
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.signals import sigterm_interrupts
+from flatlora_diffusion.common.threads import share_processor
 
 # What a disk or a name may do to a run without any mistake of ours.
 _SURROUNDINGS = {
@@ -47,6 +50,11 @@ def invoked_as(script: str) -> str:
     return name if name.startswith("flatlora-") else script
 
 
+def shell_line(words: Sequence[str]) -> str:
+    """Words as a line to paste into the shell of the system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def parse_adapter(argument: str) -> tuple[str, Path]:
     """NAME=PATH of a command line."""
     name, separator, path = argument.partition("=")
@@ -65,6 +73,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
     # The libraries read these when they are imported, which the command does.
+    share_processor()
     for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(verbosity, "error")
     for noisy in ("httpx", "httpx2", "accelerate"):
