@@ -91,7 +91,7 @@ def work(
     name: str, config: TrainConfig, samples: Sequence[tuple[Path, str]], connection: Connection, log: Path
 ) -> None:
     """Train as the named arm does until the measuring process has enough, then tell it the peak memory."""
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
     steps = Steps(connection)
@@ -159,5 +159,7 @@ class Process:
         try:
             return self._connection.recv()
         except EOFError:
-            said = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
+            said = (
+                self._log.read_text(encoding="utf-8", errors="replace")[-2000:] if self._log.exists() else ""
+            )
             raise RuntimeError(f"the arm {self._name!r} failed:\n{said}") from None

@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from flatlora_diffusion.common.memory import peak_memory
 
 DEMO_BASE = Path(__file__).parents[1] / "assets" / "micro-sdxl"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -33,7 +34,7 @@ def processor() -> tuple[str, list[str]]:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine(), []
-    lines = [line.partition(":") for line in info.read_text().splitlines()]
+    lines = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()]
     fields = {key.strip(): value.strip() for key, _, value in lines}
     flags = fields.get("flags", "").split()
     return fields.get("model name", platform.machine()), [flag for flag in CPU_FLAGS if flag in flags]
@@ -76,10 +77,7 @@ def process_peak() -> int:
     """The most bytes this process has had in memory at once; on a GPU, in tensors since the last reset."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that started this one
-        return proc_bytes(status.read_text(), "VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return peak_memory()
 
 
 def positive(text: str) -> int:

@@ -182,7 +182,7 @@ def limit_memory() -> None:
     """Let this process have the memory that is free now: more is refused, and takes nobody else's."""
     free = Path("/proc/meminfo")
     if free.exists():
-        limit = proc_bytes(free.read_text(), "MemAvailable")
+        limit = proc_bytes(free.read_text(encoding="utf-8"), "MemAvailable")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 

@@ -161,7 +161,7 @@ def _logged(job: Job, work: Path, task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     file = log_file(job, work, task)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as log:
+    with file.open("w", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     run_command(lambda: _on_one_thread(job, work, task))
@@ -178,7 +178,7 @@ def _last_words(log: Path, process: BaseProcess) -> str:
     """Why a process ended: its signal, or the last line of its log."""
     if process.exitcode < 0:
         return f"ended by {signal.Signals(-process.exitcode).name} (see {log})"
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     said = next((line for line in reversed(lines) if line.strip()), f"exit code {process.exitcode}")
     return f"{said.removeprefix('error: ')} (see {log})"
 
@@ -198,11 +198,11 @@ def prepare(work: Path, arms: Sequence[Arm]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     source = ASSETS / "icons-3d"
-    lines = (source / "metadata.jsonl").read_text().splitlines()
+    lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     for name in FEW_ICONS:
         shutil.copy(source / name, unfinished)
     kept = [line for line in lines if json.loads(line)["file_name"] in FEW_ICONS]
-    (unfinished / "metadata.jsonl").write_text("\n".join(kept) + "\n")
+    (unfinished / "metadata.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
     unfinished.rename(few)
 
 

@@ -65,7 +65,7 @@ def write_icons(raw: Path, output: Path, styles: tuple[str, ...], names: tuple[s
             file_name = words.replace(" ", "_") + ".png"
             (output / file_name).write_bytes(to_png(pictures[codes[name]]))
             lines.append(json.dumps({"file_name": file_name, "text": caption(style, name)}))
-    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:

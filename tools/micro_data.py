@@ -281,13 +281,14 @@ def build(raw: Path, output: Path) -> None:
     has_3d = np.array([subject.code in pictures[NEW_STYLE] for subject in subjects])
     output.mkdir(parents=True, exist_ok=True)
     np.savez(output / "images.npz", has_3d=has_3d, **arrays)
-    (output / "subjects.json").write_text(json.dumps([vars(subject) for subject in subjects], indent=1))
+    rows = json.dumps([vars(subject) for subject in subjects], indent=1)
+    (output / "subjects.json").write_text(rows, encoding="utf-8")
     print(f"[data] {len(subjects)} subjects, {has_3d.sum()} of them in 3D", flush=True)
 
 
 def load_icons(work: Path) -> Icons:
     """Read what `build` wrote."""
-    rows = json.loads((work / "subjects.json").read_text())
+    rows = json.loads((work / "subjects.json").read_text(encoding="utf-8"))
     subjects = [Subject(row["code"], tuple(row["names"]), tuple(row["keywords"])) for row in rows]
     with np.load(work / "images.npz") as arrays:
         images = {style: torch.from_numpy(arrays[style]) for style in STYLES}

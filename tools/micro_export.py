@@ -80,7 +80,7 @@ def export(work: Path, assets: Path) -> None:
     shutil.copy(work / "sheet.png", pipeline / "sheet.png")
     for part in assemble_clip(work):
         part.save_pretrained(clip)
-    facts = json.loads((work / "scores.json").read_text())
+    facts = json.loads((work / "scores.json").read_text(encoding="utf-8"))
     facts |= {"pipeline_megabytes": folder_size(pipeline) / 1e6, "clip_megabytes": folder_size(clip) / 1e6}
     for partial in (pipeline, clip):
         output = partial.with_suffix("")

@@ -137,4 +137,4 @@ def score(work: Path) -> None:
     }
     for name, value in scores.items():
         print(f"[score] {name}: {value:.3f}" if isinstance(value, float) else f"[score] {name}: {value}")
-    (work / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (work / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -19,6 +18,8 @@ from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import sync_folder
@@ -139,7 +140,7 @@ class VoteFile:
         with self._errors("written"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+                lock_descriptor(file.fileno())  # until the file is closed
                 end = self._mend(file)
                 try:
                     if file.write(line) != len(line):
@@ -161,7 +162,7 @@ class VoteFile:
         with self._errors("read"):
             try:
                 with self._path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH)
+                    lock_descriptor(file.fileno())
                     content = file.read()
             except FileNotFoundError:
                 return []

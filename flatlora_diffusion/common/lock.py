@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.signals import signals_wait
@@ -38,8 +39,8 @@ def check_writable(flag: str, folder: Path) -> None:
 def output_lock(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Keep other runs out of an output folder, which is made where it doesn't exist.
 
-    The lock is the system's (flock) on the file `.flatlora.lock`: it ends with the process, whatever
-    ends that, so the file of a killed run locks nothing. On leaving, the file is removed, and so are the
+    The lock is the system's on the file `.flatlora.lock`: it ends with the process, whatever ends
+    that, so the file of a killed run locks nothing. On leaving, the file is removed, and so are the
     folders that were made and are still empty.
 
     Args:
@@ -58,9 +59,7 @@ def output_lock(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     finally:
         with signals_wait():
             if descriptor is not None:
-                with contextlib.suppress(OSError):  # while it is locked: nobody else can hold it
-                    (folder / LOCK_NAME).unlink()
-                os.close(descriptor)
+                _give_back(descriptor, folder / LOCK_NAME)
             for path in made:
                 with contextlib.suppress(OSError):  # something is in it
                     path.rmdir()
@@ -87,10 +86,9 @@ def _open_locked(path: Path) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(descriptor)
-            return None
+            if not lock_descriptor(descriptor, blocking=False):
+                os.close(descriptor)
+                return None
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): take care that no other run writes there", path, error.strerror
@@ -101,12 +99,23 @@ def _open_locked(path: Path) -> int | None:
         os.close(descriptor)  # the run that had it removed the file in between
     with contextlib.suppress(OSError):  # a full disk: the lock holds without it
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        # After the first byte, which Windows shows to nobody else while it is locked.
+        os.write(descriptor, f" process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
 
 
+def _give_back(descriptor: int, path: Path) -> None:
+    if os.name == "nt":  # no open file is removed there, nor one that the next run has opened since
+        os.close(descriptor)
+    with contextlib.suppress(OSError):  # elsewhere while it is locked: nobody else can hold it
+        path.unlink()
+    if os.name != "nt":
+        os.close(descriptor)
+
+
 def _holder(path: Path) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        if holder := path.read_text(encoding="utf-8"):
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
+        file.seek(1)
+        if holder := file.read().decode():
             return f" ({holder})"
     return ""

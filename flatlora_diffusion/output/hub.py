@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from huggingface_hub import create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx
 
+from flatlora_diffusion.common.command import shell_line
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output.card import CARD, is_ours
@@ -65,7 +65,7 @@ def upload(config: TrainConfig, repository: str) -> None:
         )
     except _FAILURES as error:
         excluded = [word for pattern in ignored for word in ("--exclude", pattern)]
-        command = shlex.join(["hf", "upload", repository, folder, ".", *excluded])
+        command = shell_line(["hf", "upload", repository, folder, ".", *excluded])
         raise UserError(
             f"the upload to {repository} failed ({_reason(error, config)}); upload by hand with: {command}"
         ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.new_tokens import read_embeddings
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.memory import peak_memory
 from flatlora_diffusion.common.packages import LIBRARIES, package_versions
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.sdxl.lora import ADAPTER
@@ -108,7 +108,6 @@ def summary(
     """
     last_tenth = losses[-max(1, len(losses) // 10) :]
     on_gpu = accelerator.device.type == "cuda"
-    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "method": config.method,
         "settings": config.settings(),
@@ -117,7 +116,7 @@ def summary(
         "mean_loss_of_last_tenth": sum(last_tenth) / len(last_tenth),
         "mean_update_norm": sum(update_norms) / len(update_norms),
         "median_seconds_a_step": statistics.median(seconds) if seconds else None,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else process_peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "peak_memory_of": "GPU" if on_gpu else "process",
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.adapter.kohya import convert
+from flatlora_diffusion.common.command import invoked_as, shell_line
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
@@ -263,9 +263,10 @@ class Run:
 
     def _stop(self, what: str, stop: StopRequest) -> NoReturn:
         resume = ["--resume_from_checkpoint", "latest"]
-        words = without_token(sys.argv)
-        command = shlex.join(words if words[-2:] == resume else [*words, *resume])
-        how = f"\n  python {command}"
+        installed = invoked_as("")
+        words = [installed or sys.argv[0], *without_token(sys.argv[1:])]
+        command = shell_line(words if words[-2:] == resume else [*words, *resume])
+        how = f"\n  {'' if installed else 'python '}{command}"
         if self.accelerator.num_processes > 1:  # the launcher's own words aren't known here
             how = f" the same launcher and\n  {command}"
         raise RunInterruptedError(
