@@ -1,5 +1,5 @@
 # make demo   set up, train LoRA and Flat-LoRA on 23 icons, draw them side by side
-# make test   set up, run all tests
+# make test   set up, run all tests; make test-fast: those that take two minutes
 # make app    set up, serve a page that compares the two
 # make quality  lint, formatting, types, layers of imports
 
@@ -8,13 +8,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test app quality
+.PHONY: demo test test-fast app quality
 
 demo: $(READY)
 	$(BIN)/python train_dreambooth_flat.py --config assets/demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not process and not browser and not distributed"
 
 app: $(READY)
 	$(BIN)/python app.py

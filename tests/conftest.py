@@ -59,6 +59,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they start: see the markers in `pyproject.toml`."""
+    for item in items:
+        for fixture, marker in (("launcher", "process"), ("open_page", "browser")):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
 def build_unet(seed: int = 0) -> UNet2DConditionModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -424,6 +424,7 @@ def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_
 # Several processes.
 
 
+@pytest.mark.distributed
 def test_two_processes_train_the_rows_that_one_trains_with_both_their_images(pivotal_config):
     config = dataclasses.replace(pivotal_config, flat_sigma=0.0, max_train_steps=2)
     run(config)

@@ -272,6 +272,7 @@ def test_an_error_of_a_callback_is_its_authors_and_leaves_nothing_behind(config,
     train(dataclasses.replace(config, resume_from_checkpoint="latest"))  # the folder is free, and sound
 
 
+@pytest.mark.distributed
 def test_every_process_calls_and_has_the_mean_gradient(config):
     config = dataclasses.replace(config, max_train_steps=2, checkpointing_steps=1, train_batch_size=1)
 

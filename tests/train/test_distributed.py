@@ -35,6 +35,8 @@ from tests.train.test_resume import command
 PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "assets" / "accelerate"
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture
 def config(config, icons, tmp_path) -> TrainConfig:
