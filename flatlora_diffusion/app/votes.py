@@ -14,7 +14,7 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class VoteFile:
             UserError: The file cannot be written, or is not one of votes.
         """
         if vote.time is None:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             vote = dataclasses.replace(vote, time=now)
         line = json.dumps(dataclasses.asdict(vote)).encode() + b"\n"
         with self._errors("written"):

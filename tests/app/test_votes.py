@@ -6,7 +6,7 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 
@@ -31,12 +31,12 @@ def test_votes_are_read_as_they_were_cast(path):
     file = VoteFile(path)
     assert file.votes() == [] and not path.parent.exists()
     timed = dataclasses.replace(VOTE, time="2026-01-02T03:04:05+00:00", prompt="line\nünïcode \u2028")
-    before = datetime.now(timezone.utc).replace(microsecond=0)
+    before = datetime.now(UTC).replace(microsecond=0)
     first, second = file.add(VOTE), file.add(timed)
     assert second == timed and dataclasses.replace(first, time=None) == VOTE
     cast = datetime.fromisoformat(first.time)
     assert cast.utcoffset().total_seconds() == 0
-    assert before <= cast <= datetime.now(timezone.utc)
+    assert before <= cast <= datetime.now(UTC)
     assert VoteFile(path).votes() == [first, timed]
     assert path.read_bytes().count(b"\n") == 2
 
