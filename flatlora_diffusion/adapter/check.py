@@ -27,6 +27,7 @@ from flatlora_diffusion.adapter.kohya_names import (
     split_diffusers_key,
 )
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.weights import weight_of
 
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # How many features of a prompt the UNet's cross-attention takes.
@@ -131,11 +132,13 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
     content = _read(pipeline, adapter.file)
     modules = _modules(pipeline)
     loaded = {
-        layer for layer, module in modules.items() if isinstance(module, LoraLayer) and name in module.lora_A
+        layer: module
+        for layer, module in modules.items()
+        if isinstance(module, LoraLayer) and name in module.lora_A
     }
-    for layer in sorted(loaded | content.layers.keys()):
+    for layer in sorted(loaded.keys() | content.layers.keys()):
         weights = content.layers.get(layer, {})
-        if layer in loaded and _arrived(modules[layer], name, weights, content.scales.get(layer, math.nan)):
+        if layer in loaded and _arrived(loaded[layer], name, weights, content.scales.get(layer, math.nan)):
             continue
         todo = "export it again"
         if content.in_kohya_format:
@@ -285,10 +288,13 @@ def _check_fit(pipeline: StableDiffusionXLPipeline, file: Path, content: _Conten
 def _shapes(base: nn.Module, weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes that the weights of a layer must have."""
     rank = len(weights["down"])
+    shapes: dict[str, tuple[int, ...]]
+    magnitudes: list[tuple[int, ...]]
     if isinstance(base, nn.Linear):
         shapes = {"down": (rank, base.in_features), "up": (base.out_features, rank)}
         magnitudes = [(base.out_features,), (base.out_features, 1)]
     else:
+        assert isinstance(base, nn.Conv2d), "_modules finds no other kind"
         shapes = {
             "down": (rank, base.in_channels, *base.kernel_size),
             "up": (base.out_channels, rank, 1, 1),
@@ -314,9 +320,9 @@ def _origin(pipeline: StableDiffusionXLPipeline, content: _Content) -> str:
 
 def _arrived(module: LoraLayer, name: str, weights: dict[str, Tensor], scale: float) -> bool:
     """Whether a layer has exactly these weights, in the precision in which it holds them, and this scale."""
-    held = {"down": module.lora_A[name].weight, "up": module.lora_B[name].weight}
+    held = {"down": weight_of(module.lora_A[name]), "up": weight_of(module.lora_B[name])}
     if name in module.lora_magnitude_vector:
-        held["magnitude"] = module.lora_magnitude_vector[name].weight
+        held["magnitude"] = weight_of(module.lora_magnitude_vector[name])
     same_scale = math.isclose(module.scaling[name], scale, rel_tol=1e-6)
     if held.keys() != weights.keys() - {"alpha"} or not same_scale:
         return False

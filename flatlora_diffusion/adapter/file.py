@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER
+from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, adaptable
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 LIVE_NAME = "pytorch_lora_weights_live.safetensors"  # not averaged, beside an average under the first name
@@ -36,7 +36,7 @@ def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     tensors = {}
     for part, model in models.items():
         own = _state(model, ADAPTER)
-        if FROZEN_ADAPTER in model.peft_config:
+        if FROZEN_ADAPTER in adaptable(model).peft_config:
             frozen = _state(model, FROZEN_ADAPTER)
             own = {key: torch.cat([own[key], frozen[key]], dim=_rank_dim(key)) for key in own}
         renamed = convert_state_dict_to_diffusers(own)
@@ -69,7 +69,7 @@ def load_adapter_tensors(models: dict[str, nn.Module], tensors: dict[str, Tensor
             if not hasattr(model, "text_model"):
                 own = {key.removeprefix("text_model."): tensor for key, tensor in own.items()}
         states = {ADAPTER: own}
-        if FROZEN_ADAPTER in model.peft_config:
+        if FROZEN_ADAPTER in adaptable(model).peft_config:
             halves = {key: tensor.chunk(2, dim=_rank_dim(key)) for key, tensor in own.items()}
             states = {
                 adapter: {key: pair[index] for key, pair in halves.items()}
@@ -93,8 +93,8 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
     """The adapters as one safetensors file, with what diffusers needs to load them and facts of the run."""
     lora_metadata = {}
     for part, model in models.items():
-        config = model.peft_config[ADAPTER].to_dict()
-        if FROZEN_ADAPTER in model.peft_config:  # twice the rank at the same scale
+        config = adaptable(model).peft_config[ADAPTER].to_dict()
+        if FROZEN_ADAPTER in adaptable(model).peft_config:  # twice the rank at the same scale
             config["r"] *= 2
             config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
         config["lora_dropout"] = 0.0  # of the training: diffusers would draw with it

@@ -109,7 +109,7 @@ def from_kohya(
     # By these names diffusers finds every layer; in the UNet it passes over `lora.down` beside `lora_A`.
     halves = dict.fromkeys(PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
     attention = all(re.search(r"\.to_([qkv]|out\.0)$", path) for part, path in layers if part == "unet")
-    halves["unet"] = ("lora.down", "lora.up") if attention else ("lora_A", "lora_B")
+    halves |= {"unet": ("lora.down", "lora.up") if attention else ("lora_A", "lora_B")}
     converted, configs = {}, {}
     scales: dict[str, dict[str, tuple[int, float]]] = {}
     for layer, weights in layers.items():
@@ -248,9 +248,10 @@ def rank_and_alpha(config: dict[str, Any] | None, path: str, rank: int) -> tuple
     names = (path, path.removeprefix("text_model."))  # with older and newer transformers
 
     def setting(default: Any, patterns: dict[str, Any] | None) -> Any:
-        for pattern in patterns or {}:
+        known = patterns or {}
+        for pattern in known:
             if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # as PEFT does
-                return patterns[pattern]
+                return known[pattern]
         return default
 
     try:

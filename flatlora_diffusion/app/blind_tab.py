@@ -152,7 +152,7 @@ class BlindTab:
         inputs = [self.one, self.other, self.pair]
         shown = [*self.pictures.values(), *self.captions.values(), *self.buttons.values(), self.tally]
         outputs = [self.status, self.pair, *shown]
-        how = {
+        how: dict[str, Any] = {
             "show_progress": "minimal",
             "show_progress_on": self.status,
             "trigger_mode": "once",
@@ -231,7 +231,7 @@ class BlindTab:
             else:
                 told = f"Drawing both: about {event.seconds_left:.0f} s left."
                 yield {self.status: progress(told, event.fraction)}
-        left, right = (_Shown(*of, site.new_folder()) for of in shuffled(*drawn))
+        left, right = (_Shown(method, picture, site.new_folder()) for method, picture in shuffled(*drawn))
         pair = _Pair(prompt, seed, drawing, (left, right))
         update: _Update = {
             self.status: progress("Which is better?"),

@@ -17,7 +17,7 @@ from PIL import Image
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget, zipped
 from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SCALE, MAX_SEED, PRIVATE
-from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, from_link
+from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, Field, from_link
 from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed
 from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.draw.difference import difference
@@ -146,7 +146,7 @@ class CompareTab:
         )
 
     @property
-    def _settings(self) -> list[gr.components.Component]:
+    def _settings(self) -> list[Field]:
         negative, steps, guidance, sampler, width, height = self._drawing
         return [self.prompt, negative, self.seed, steps, guidance, self.scale, sampler, width, height]
 

@@ -21,7 +21,10 @@ COMPARE_IF_LINKED = """() => {
 }"""
 
 
-def from_link(text: str | None, component: gr.components.Component, name: str) -> Any:
+Field = gr.Textbox | gr.Dropdown | gr.Slider | gr.Number
+
+
+def from_link(text: str | None, component: Field, name: str) -> Any:
     """A component's value from a link, or its own where the link names none or a bad one."""
     if text is None:
         return gr.skip()

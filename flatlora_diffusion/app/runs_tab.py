@@ -140,11 +140,13 @@ def run_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
     colours = {label: METHOD_COLOURS[label] for label in runs if label in METHOD_COLOURS}
     others = 0
     for label, run in runs.items():
+        if label in colours:
+            continue
         colour = METHOD_COLOURS.get(run.read().facts.get("method", ""))
-        if label not in colours and (colour is None or colour in colours.values()):
+        if colour is None or colour in colours.values():
             colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
             others += 1
-        colours.setdefault(label, colour)
+        colours[label] = colour
     return colours
 
 
@@ -209,7 +211,7 @@ def _plot(value: str, title: str, colours: dict[str, str]) -> tuple[gr.LinePlot,
 
 
 def _curves(
-    value: str, curves: dict[str, Curve], what: str, colours: dict[str, str], **changes: str
+    value: str, curves: dict[str, Curve], what: str, colours: dict[str, str], **changes: Any
 ) -> list[Any]:
     """The plot of these curves, and in words where they end and which run has none.
 

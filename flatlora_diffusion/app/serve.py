@@ -51,7 +51,7 @@ def serve(given: argparse.Namespace) -> None:
     site = Site(
         studio,
         presets=DEMO if is_demo else presets(studio.adapters, runs),
-        **({"guidance": DEMO_GUIDANCE} if is_demo else {}),
+        guidance=DEMO_GUIDANCE if is_demo else Site.guidance,
         runs=runs,
         votes=VoteFile(given.votes),
     )
@@ -116,7 +116,8 @@ def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Path]) -> dict[
 def _base(runs: Mapping[str, RunFolder]) -> str:
     """The base that the adapters of training runs were trained on, else the demo base."""
     adapters = [run.read().adapter for run in runs.values()]
-    bases = {read_facts(adapter).get("base") for adapter in adapters if adapter} - {None}
+    named = (read_facts(adapter).get("base") for adapter in adapters if adapter)
+    bases = {base for base in named if base is not None}
     if len(bases) > 1:
         raise UserError(f"the runs have different bases ({', '.join(sorted(bases))}); show them one by one")
     if not bases and not DEMO_BASE.is_dir():

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -69,9 +70,9 @@ class Site:
         """CSS class of pictures."""
         return ["picture", "crisp"] if self.studio.native_side <= _SMALL else ["picture"]
 
-    def drawing_fields(self) -> list[gr.components.Component]:
+    def drawing_fields(self) -> list[gr.Textbox | gr.Slider | gr.Dropdown]:
         """Fields in the current context for what `drawing` takes, in its order."""
-        sides = {"minimum": self.smallest_side, "maximum": self.largest_side, "step": 8}
+        sides: dict[str, Any] = {"minimum": self.smallest_side, "maximum": self.largest_side, "step": 8}
         return [
             gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT),
             gr.Slider(1, MAX_STEPS, self.steps, step=1, label="Denoising steps"),
@@ -185,7 +186,7 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
-def _require(name: str, value: float | None, least: float, most: float, step: int | None = None) -> None:
+def _require(name: str, value: Any, least: float, most: float, step: int | None = None) -> None:
     number = isinstance(value, (int, float)) and math.isfinite(value)
     if not number or not least <= value <= most or (step and value % step):
         kind = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")

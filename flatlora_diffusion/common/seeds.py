@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -15,10 +15,10 @@ def keyed_generator(*key: object) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(device: torch.device, key: int) -> Iterator[None]:
+def seeded(device: torch.device, key: int) -> Generator[None]:
     """The global RNG of the CPU and a device, seeded with a key inside the block; afterwards as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(key)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # pyright: ignore[reportUnknownMemberType]
+        torch.manual_seed(key)  # pyright: ignore[reportUnknownMemberType]
         yield
 
 

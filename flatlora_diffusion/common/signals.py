@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,7 +27,7 @@ class StopRequest:
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Generator[None]:
     """Within the block SIGTERM raises `KeyboardInterrupt(SIGTERM)`: what has begun is left in good order."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -44,7 +44,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request() -> Generator[StopRequest]:
     """Within the block, SIGINT and SIGTERM are noted instead of obeyed at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -59,7 +59,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
+def signals_wait() -> Generator[None]:
     """SIGINT and SIGTERM that come within the block take effect after it: it is done whole or not begun."""
     request = StopRequest()
     try:

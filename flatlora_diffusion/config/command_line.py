@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import yaml
 
@@ -59,19 +59,22 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         if given.pop(name, None) is not None:
             logger.info("--%s has no effect here: %s", name, reason)
     config_file = given.pop("config", None)
-    values = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values: dict[str, Any] = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
+    values = {
+        name: tuple(cast("list[str]", value)) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
     missing = [f.name for f in dataclasses.fields(TrainConfig) if _is_required(f) and f.name not in values]
     if missing:
         raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
     return TrainConfig(**values)
 
 
-def _is_required(field: dataclasses.Field) -> bool:
+def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING
 
 
-def _argument(field: dataclasses.Field) -> dict[str, Any]:
+def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
     kind, _ = field_kind(field)
     default = "required" if _is_required(field) else f"default: {field.default}"
     settings: dict[str, Any] = {
@@ -108,13 +111,14 @@ class _Switch(argparse.BooleanOptionalAction):
         option_string: str | None = None,
     ) -> None:
         """Store true or false."""
+        assert option_string is not None, "a flag always has one"
         word = "true" if values is None else values.lower()
         if word not in self.WORDS or (values is not None and option_string.startswith("--no-")):
             parser.error(f"{option_string} {values}: the word after it must be true or false")
         setattr(namespace, self.dest, self.WORDS[word] != option_string.startswith("--no-"))
 
 
-def _metavar(field: dataclasses.Field, kind: type) -> str:
+def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
     choices = field.metadata["choices"]
     return "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
 
@@ -123,25 +127,26 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror.lower()}") from error
+        raise UserError(f"--config {path}: {str(error.strerror).lower()}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold lines of the form `name: value`")
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for name in content:
+    settings = cast("dict[str, Any]", content)
+    for name in settings:
         if name not in fields:
             raise UserError(f"--config {path}: unknown setting {name}{nearest(str(name), fields)}")
-    return {name: _typed(path, fields[name], value) for name, value in content.items()}
+    return {name: _typed(path, fields[name], value) for name, value in settings.items()}
 
 
-def _typed(path: Path, field: dataclasses.Field, value: Any) -> Any:
+def _typed(path: Path, field: dataclasses.Field[Any], value: Any) -> Any:
     """The value of a configuration file as its field's type."""
     kind, optional = field_kind(field)
     if value is None and optional:
         return None
     if kind is tuple and isinstance(value, (str, list)):
-        return [value] if isinstance(value, str) else [str(item) for item in value]
+        return [value] if isinstance(value, str) else [str(item) for item in cast("list[object]", value)]
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a string
@@ -161,7 +166,7 @@ def _typed(path: Path, field: dataclasses.Field, value: Any) -> Any:
     raise UserError(f"--config {path}: {field.name} must be {names[kind]}, not {value!r}")
 
 
-def field_kind(field: dataclasses.Field) -> tuple[type, bool]:
+def field_kind(field: dataclasses.Field[Any]) -> tuple[type, bool]:
     """Type of a field without its `| None`, `tuple` for several strings, and whether None is allowed."""
     hint = _hints()[field.name]
     optional = isinstance(hint, types.UnionType)

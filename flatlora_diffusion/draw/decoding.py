@@ -12,7 +12,7 @@ def decoding_dtype(vae: AutoencoderKL) -> torch.dtype:
 
     SDXL's own does: it overflows in float16. Others are trusted in the precision of their weights.
     """
-    return torch.float32 if vae.config.force_upcast else vae.dtype
+    return torch.float32 if vae.config["force_upcast"] else vae.dtype
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -30,18 +30,18 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     config, own = vae.config, vae.dtype
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
         latents = latents.to(vae.device, decoding_dtype(vae))
-        if config.latents_mean is not None and config.latents_std is not None:
+        if config["latents_mean"] is not None and config["latents_std"] is not None:
             mean, std = (
                 torch.tensor(values).view(1, -1, 1, 1).to(latents)
-                for values in (config.latents_mean, config.latents_std)
+                for values in (config["latents_mean"], config["latents_std"])
             )
-            latents = latents * std / config.scaling_factor + mean
+            latents = latents * std / config["scaling_factor"] + mean
         else:
-            latents = latents / config.scaling_factor
+            latents = latents / config["scaling_factor"]
         try:
             # Not the models' own `to`, which warns of every change of precision.
             nn.Module.to(vae, latents.dtype)
-            return vae.decode(latents, return_dict=False)[0]
+            return vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
         finally:
             nn.Module.to(vae, own)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
+    ConfigMixin,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -18,7 +19,14 @@ from torch import Tensor
 
 DEFAULT = "default"  # the base's own
 
-_KINDS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+_Kind = (
+    type[EulerDiscreteScheduler]
+    | type[EulerAncestralDiscreteScheduler]
+    | type[DPMSolverMultistepScheduler]
+    | type[UniPCMultistepScheduler]
+    | type[DDIMScheduler]
+)
+_KINDS: dict[str, tuple[_Kind, dict[str, Any]]] = {
     "Euler": (EulerDiscreteScheduler, {}),
     "Euler a": (EulerAncestralDiscreteScheduler, {}),
     "DPM++ 2M": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
@@ -40,18 +48,23 @@ def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     Raises:
         ValueError: There is no such sampler.
     """
+    assert isinstance(own, ConfigMixin), "all schedulers have a configuration"
     if name == DEFAULT:
-        return type(own).from_config(own.config)
-    if name not in _KINDS:
+        fresh = type(own).from_config(own.config)
+    elif name in _KINDS:
+        kind, settings = _KINDS[name]
+        fresh = kind.from_config(own.config, **settings)
+    else:
         raise ValueError(f"sampler {name!r}: must be one of {', '.join(SAMPLERS)}")
-    kind, settings = _KINDS[name]
-    return kind.from_config(own.config, **settings)
+    assert isinstance(fresh, SchedulerMixin)
+    return fresh
 
 
 def sampler_name(name: str, own: SchedulerMixin) -> str:
     """The name that A1111 has for a sampler, or the class of a base's own that has none."""
     if name != DEFAULT:
         return name
+    assert isinstance(own, ConfigMixin), "all schedulers have a configuration"
     for known, (kind, settings) in _KINDS.items():
         if type(own) is kind and all(own.config.get(key) == value for key, value in settings.items()):
             return known
@@ -67,7 +80,8 @@ def tell_predictions(scheduler: SchedulerMixin, listener: Callable[[Tensor], Non
         scheduler: Changed in place.
         listener: Gets the latents (N, channels, height, width).
     """
-    step = scheduler.step
+    # Every scheduler has it, though their common class doesn't say so.
+    step = scheduler.step  # pyright: ignore[reportAttributeAccessIssue]
 
     @functools.wraps(step)  # pipelines look at its parameters
     def telling(*arguments: Any, return_dict: bool = True, **settings: Any) -> Any:
@@ -78,4 +92,4 @@ def tell_predictions(scheduler: SchedulerMixin, listener: Callable[[Tensor], Non
         listener(prediction)
         return output if return_dict else (output.prev_sample,)
 
-    scheduler.step = telling
+    scheduler.step = telling  # pyright: ignore[reportAttributeAccessIssue]

@@ -119,7 +119,7 @@ class Drawer:
                         write_atomically(files[index], png(picture, stamps[index]))
                         found[index] = picture
                         bar.update()
-        return found
+        return [picture for picture in found if picture is not None]  # now all of them
 
     def _stamp(self, prompt: str, seed: int, adapter: str | None, scale: float) -> Stamp:
         return Stamp(
@@ -179,10 +179,8 @@ class Personalisation:
     ) -> None:
         self._drawer, self._likeness = drawer, likeness
         self._wanted = [(sample.caption, seed) for seed, sample in enumerate(heldout)]
-        self._true, self._training = (
-            likeness.pictures([open_image(sample.path) for sample in samples]) if samples else None
-            for samples in (heldout, training)
-        )
+        self._true = _features(likeness, heldout)
+        self._training = _features(likeness, training) if training else None
 
     def measure(self, adapter: str | None = None, scale: float = 1.0) -> dict[str, Any]:
         """`clip_i`, and with training pictures `nearest_training` of the `drawn` and the `true` pictures.
@@ -202,6 +200,10 @@ class Personalisation:
                 "true": nearest_similarity(self._true, self._training),
             }
         return result
+
+
+def _features(likeness: Likeness, samples: Sequence[Sample]) -> Tensor:
+    return likeness.pictures([open_image(sample.path) for sample in samples])
 
 
 class Retention:

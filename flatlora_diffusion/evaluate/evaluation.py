@@ -244,8 +244,8 @@ class Evaluation:
         unet = merged_unet(self.pipeline, name, scale)
         return unet, embed(self.pipeline, name, [sample.caption for sample in samples])
 
-    def _set(self, samples: Sequence[Sample], count: int) -> DenoisingSet | None:
-        return DenoisingSet(self.pipeline, samples, self.resolution, count) if samples else None
+    def _set(self, samples: Sequence[Sample], count: int) -> DenoisingSet:
+        return DenoisingSet(self.pipeline, samples, self.resolution, count)
 
     @functools.cached_property
     def _heldout(self) -> DenoisingSet:
@@ -253,11 +253,11 @@ class Evaluation:
 
     @functools.cached_property
     def _training(self) -> DenoisingSet | None:
-        return self._set(self.plan.training, HELDOUT_TIMESTEPS)
+        return self._set(self.plan.training, HELDOUT_TIMESTEPS) if self.plan.training else None
 
     @functools.cached_property
     def _retained(self) -> DenoisingSet | None:
-        return self._set(self._retention_samples, HELDOUT_TIMESTEPS)
+        return self._set(self._retention_samples, HELDOUT_TIMESTEPS) if self._retention_samples else None
 
     @property
     def _shown(self) -> Sequence[Sample]:
@@ -285,10 +285,12 @@ class Evaluation:
 
     @functools.cached_property
     def _personalisation(self) -> Personalisation:
+        assert self.likeness is not None, "what is drawn is compared by a CLIP"
         return Personalisation(self._drawer, self.likeness, self.plan.heldout, self.plan.training)
 
     @functools.cached_property
     def _kept_drawings(self) -> Retention:
+        assert self.likeness is not None, "what is drawn is compared by a CLIP"
         return Retention(self._drawer, self.likeness, self._trigger_free)
 
     @functools.cached_property

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -89,10 +89,13 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **subplots: Any) 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(figure)  # measures texts, before anything is drawn
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, ConstrainedLayoutEngine), "figures are made under this project's style"
+    layout.set(w_pad=0.08, h_pad=0.08)
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 
@@ -145,7 +148,7 @@ def place_labels(
         drop: Leave out the labels that find no free place beside their points.
         text: For `Axes.annotate`.
     """
-    figure = axes.figure
+    figure = cast("Figure", axes.figure)  # nothing here has figures in figures
     figure.draw_without_rendering()  # the layout decides where the points are
     point = figure.dpi / 72
     anchors = axes.transData.transform(np.reshape(points, (-1, 2)))
@@ -198,6 +201,7 @@ def place_labels(
     for label, offset, half, overlap in zip(labels, offsets, halves, overlaps, strict=True):
         label.set_position(tuple(offset / point))
         is_near = bool(np.all(np.abs(offset) < half + 10 * point))
+        assert label.arrow_patch is not None  # it was made with `arrowprops`
         label.arrow_patch.set_visible(not is_near)
         if drop and (not is_near or overlap > 0.15 * np.prod(2 * half)):
             label.remove()

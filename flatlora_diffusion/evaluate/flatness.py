@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlora_diffusion.common.seeds import keyed_generator
+from flatlora_diffusion.common.weights import weight_of
 from flatlora_diffusion.evaluate.merged import replaced, row_norms
 
 Loss = Callable[[nn.Module], float]
@@ -120,7 +121,7 @@ def _direction(unet: nn.Module, layers: Sequence[str], seed: int, index: int) ->
 
 def filter_normalised(unet: nn.Module, layer: str, seed: int, index: int) -> Tensor:
     """A random direction of a layer's weight whose filters are as long as the weight's own."""
-    weight = unet.get_submodule(layer).weight
+    weight = weight_of(unet.get_submodule(layer))
     normals = _normals(weight, seed, "direction", index, layer)
     lengths = row_norms(normals)
     return (normals * (row_norms(weight) / lengths)).to(weight.dtype)
@@ -160,7 +161,7 @@ def top_eigenvalue(
     """
     if not layers:
         raise ValueError("no layers whose weights count")
-    weights = [unet.get_submodule(name).weight for name in layers]
+    weights = [weight_of(unet.get_submodule(name)) for name in layers]
 
     def product(vector: list[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(weight) for weight in weights]
@@ -168,7 +169,8 @@ def top_eigenvalue(
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for part in losses(unet):
                 gradients = torch.autograd.grad(part, weights, create_graph=True)
-                slope = sum((g * v).sum() for g, v in zip(gradients, vector, strict=True))
+                products = [(g * v).sum() for g, v in zip(gradients, vector, strict=True)]
+                slope = sum(products, start=products[0].new_zeros(()))
                 for own, more in zip(total, torch.autograd.grad(slope, weights), strict=True):
                     own += more
         return total
@@ -224,7 +226,7 @@ def _length(vector: Sequence[Tensor]) -> float:
 
 def _noise(unet: nn.Module, layer: str, seed: int, draw: int) -> Tensor:
     """Noise for sigma 1: standard deviation `||W'_i|| / sqrt(n)` in each filter."""
-    weight = unet.get_submodule(layer).weight
+    weight = weight_of(unet.get_submodule(layer))
     std = row_norms(weight) / math.sqrt(weight[0].numel())
     return (_normals(weight, seed, "noise", draw, layer) * std).to(weight.dtype)
 
@@ -238,7 +240,7 @@ def _loss_at(loss: Loss, unet: nn.Module, moves: Sequence[tuple[float, dict[str,
     """The loss at `W' + sum of factor * direction`."""
     weights = {}
     for name in moves[0][1]:
-        own = unet.get_submodule(name).weight.data
+        own = weight_of(unet.get_submodule(name)).data
         weights[name] = own + sum(factor * direction[name].to(own.device) for factor, direction in moves)
     with replaced(unet, weights):
         return loss(unet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from flatlora_diffusion.common.weights import weight_of
 from flatlora_diffusion.draw.pipeline import activate
 
 
@@ -56,18 +57,18 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def replaced(unet: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(unet: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     """The UNet with other weights in some layers inside the block; its own tensors after it.
 
     Args:
         unet: A merged one: without PEFT layers.
         weights: Layer -> weight, in the shape of its own.
     """
-    own = {name: unet.get_submodule(name).weight.data for name in weights}
+    own = {name: weight_of(unet.get_submodule(name)).data for name in weights}
     try:
         for name, weight in weights.items():
-            unet.get_submodule(name).weight.data = weight.to(own[name].dtype)
+            weight_of(unet.get_submodule(name)).data = weight.to(own[name].dtype)
         yield
     finally:
         for name, weight in own.items():
-            unet.get_submodule(name).weight.data = weight
+            weight_of(unet.get_submodule(name)).data = weight

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -22,6 +23,19 @@ from flatlora_diffusion.flat.layer import PerturbedLayer, refresh_row_norms
 from flatlora_diffusion.flat.noise import SCHEDULES, Draw, GaussianSource, NoiseSource, TableSource, sigma_at
 
 NOISE_SOURCES = ("table", "gaussian")
+
+_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class FlatLoRAState(TypedDict):
+    """All that decides the noise of the steps to come."""
+
+    global_step: int
+    sigma: float
+    total_steps: int
+    schedule: str
+    seed: int
+    noise: str
 
 
 class FlatLoRA:
@@ -93,7 +107,8 @@ class FlatLoRA:
 
     @global_step.setter
     def global_step(self, step: int) -> None:
-        if not isinstance(step, int) or step < 0:
+        # Not every caller is checked for types.
+        if not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"global_step={step!r} must be an integer >= 0")
         self._global_step = step
         # Some optimizers write through `parameter.data`, which no version counter sees.
@@ -134,7 +149,7 @@ class FlatLoRA:
         return eps if scale is None else eps * scale[:, None].to(eps.dtype)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """No noise inside the `with` block, whatever the mode of the models."""
         self._pauses += 1
         try:
@@ -148,7 +163,7 @@ class FlatLoRA:
             self._detach.pop()()
         self.off(list(self._perturbed.values()))
 
-    def state_dict(self) -> dict[str, int | float | str]:
+    def state_dict(self) -> FlatLoRAState:
         """All that decides the noise of the steps to come."""
         return {
             "global_step": self._global_step,
@@ -159,10 +174,11 @@ class FlatLoRA:
             "noise": self._noise_name,
         }
 
-    def load_state_dict(self, state: dict[str, int | float | str]) -> None:
+    def load_state_dict(self, state: FlatLoRAState) -> None:
         """Continue where `state_dict` was taken; its settings replace those given at construction."""
-        settings = {key: value for key, value in state.items() if key != "global_step"}
-        self._configure(**settings)
+        self._configure(
+            state["sigma"], state["total_steps"], state["schedule"], state["seed"], state["noise"]
+        )
         self._source = self._make_source()
         self.global_step = state["global_step"]
 
@@ -209,7 +225,7 @@ class FlatLoRA:
         return TableSource(self._seed, sum(math.prod(layer.shape) for layer in self._perturbed.values()))
 
     def _attach(self, model: nn.Module, prefix: str) -> None:
-        modules = dict(model.named_modules())
+        modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         hosts: dict[str, list[PerturbedLayer]] = {}
         for name, module in modules.items():
             if not isinstance(module, LoraLayer):
@@ -229,11 +245,14 @@ class FlatLoRA:
                 f"{type(model).__name__} has no {wanted}; call model.add_adapter(LoraConfig(...)) first"
             )
         for name, layers in hosts.items():
-            attach = attach_to_attention if is_diffusers_attention(modules[name]) else attach_to_module
-            self._detach.append(attach(modules[name], layers, self))
+            host = modules[name]
+            if is_diffusers_attention(host):
+                self._detach.append(attach_to_attention(host, layers, self))
+            else:
+                self._detach.append(attach_to_module(host, layers, self))
 
     def _is_on(self, layer: PerturbedLayer) -> bool:
-        if not layer.layer.training:
+        if not layer.training:
             return False
         active = layer.active_adapters()
         return bool(active) if self._adapter_name is None else self._adapter_name in active
@@ -261,8 +280,6 @@ def _rank() -> int:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside the wrappers of data parallelism and torch.compile: names must not change."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-        model, "_orig_mod"
-    ):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    while isinstance(model, _PARALLEL) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod" if hasattr(model, "_orig_mod") else "module")
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
@@ -28,6 +28,15 @@ class Switch(Protocol):
 
     def off(self, layers: Sequence[PerturbedLayer]) -> None:
         """Restore all of the layers."""
+
+
+class DiffusersAttention(Protocol):
+    """An attention block of diffusers, as far as it is used here."""
+
+    processor: Any
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """That of `nn.Module`."""
 
 
 class FlatLoRAAttnProcessor:
@@ -68,11 +77,13 @@ class _TurnOn:
     def __init__(self, layers: Sequence[PerturbedLayer], switch: Switch) -> None:
         self._layers, self._switch = layers, switch
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._switch.on(self._layers)
 
 
-def attach_to_attention(attention: nn.Module, layers: Sequence[PerturbedLayer], switch: Switch) -> Detach:
+def attach_to_attention(
+    attention: DiffusersAttention, layers: Sequence[PerturbedLayer], switch: Switch
+) -> Detach:
     """Wrap the processor of a diffusers attention block; the result puts the original object back.
 
     Raises:
@@ -105,10 +116,10 @@ def attach_to_module(module: nn.Module, layers: Sequence[PerturbedLayer], switch
     Raises:
         ValueError: The module has such hooks already.
     """
-    if any(isinstance(hook, _TurnOn) for hook in module._forward_pre_hooks.values()):
+    if any(isinstance(hook, _TurnOn) for hook in module._forward_pre_hooks.values()):  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
         raise ValueError(_ATTACHED_ALREADY)
 
-    def turn_off(module: nn.Module, args: tuple, output: Any) -> None:
+    def turn_off(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         switch.off(layers)
 
     # always_call: an exception inside the forward pass must not leave the layers perturbed.
@@ -124,7 +135,7 @@ def attach_to_module(module: nn.Module, layers: Sequence[PerturbedLayer], switch
     return detach
 
 
-def is_diffusers_attention(module: nn.Module) -> bool:
+def is_diffusers_attention(module: nn.Module) -> TypeGuard[DiffusersAttention]:
     """Whether the module computes its attention through an exchangeable processor."""
     return hasattr(module, "processor") and hasattr(module, "set_processor")
 

@@ -7,6 +7,7 @@ one that computes with a transient `W + eps`; the backward pass builds the sum a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,40 @@ from peft.tuners.lora.variants import (
     DoraLinearVariant,
 )
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.hooks import RemovableHandle
 
+from flatlora_diffusion.common.weights import weight_of
 from flatlora_diffusion.flat.noise import Draw, NoiseSource, with_noise
 from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes, is_quantized
 from flatlora_diffusion.flat.row_norms import merged_row_norms, row_norms_squared
 
 _DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _PEFT_ON_BITSANDBYTES = "peft.tuners.lora.bnb"  # not imported here: it would import bitsandbytes
-_CONV_INPUT_GRADIENTS = {
-    nn.Conv1d: torch.nn.grad.conv1d_input,
-    nn.Conv2d: torch.nn.grad.conv2d_input,
-    nn.Conv3d: torch.nn.grad.conv3d_input,
+
+Base = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""What can be perturbed; the linear layers of bitsandbytes are `nn.Linear` too."""
+_BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    nn.Conv1d: (F.conv1d, conv1d_input),
+    nn.Conv2d: (F.conv2d, conv2d_input),
+    nn.Conv3d: (F.conv3d, conv3d_input),
 }
+"""Kind of convolution -> it as a function, and the gradient of its input."""
+
+
+class _Context(FunctionCtx):
+    """What `_NoisyForward` keeps for its backward pass."""
+
+    draw: Draw
+    read: Callable[[Tensor], Tensor]
+    input_grad: Callable[[Tensor, Tensor, torch.Size], Tensor]
+    x_shape: torch.Size
+    x_dtype: torch.dtype
+    channel_dim: int
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _NoisyForward(torch.autograd.Function):
@@ -45,14 +66,14 @@ class _NoisyForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: _Context,
         x: Tensor,
         stored: Tensor,
         bias: Tensor | None,
         draw: Draw,
         read: Callable[[Tensor], Tensor],
-        apply_weight: Callable,
-        input_grad: Callable,
+        apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        input_grad: Callable[[Tensor, Tensor, torch.Size], Tensor],
     ) -> Tensor:
         ctx.save_for_backward(stored)
         ctx.draw, ctx.read, ctx.input_grad = draw, read, input_grad
@@ -64,7 +85,7 @@ class _NoisyForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             (stored,) = ctx.saved_tensors
@@ -76,12 +97,14 @@ class _NoisyForward(torch.autograd.Function):
         return grad_x, None, grad_bias, None, None, None, None
 
 
-def _version(tensor: Tensor) -> tuple:
+def _version(tensor: Tensor) -> tuple[object, ...]:
     """Changes whenever the tensor is written in place, replaced, cast or moved."""
     return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
 
 
-def _use_base_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _use_base_layer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give DoRA the (perturbed) base layer's result where it would multiply by the base weight itself."""
     if kwargs.get("base_result") is None:
         kwargs = {**kwargs, "base_result": kwargs["base_layer"](*args)}
@@ -105,14 +128,13 @@ class PerturbedLayer:
     def __init__(self, name: str, layer: LoraLayer) -> None:
         self.name = name
         self.layer = layer
-        self.base: nn.Module = layer.get_base_layer()
-        self._reject_unsupported()
+        self.base: Base = _supported_base(name, layer)
         self._quantized = QuantizedWeight(self.base) if is_of_bitsandbytes(self.base) else None
-        self._weight_norms: tuple[tuple, Tensor] | None = None
-        self._row_norms: tuple[list, Tensor] | None = None
-        self._draw: tuple[tuple, Draw] | None = None
+        self._weight_norms: tuple[tuple[object, ...], Tensor] | None = None
+        self._row_norms: tuple[list[object], Tensor] | None = None
+        self._draw: tuple[tuple[object, ...], Draw] | None = None
         self._perturbed = False
-        self._replaced_forward: Callable | None = None
+        self._replaced_forward: Callable[..., Tensor] | None = None
         self._dora_hooks: list[RemovableHandle] = []
 
     @property
@@ -125,6 +147,12 @@ class PerturbedLayer:
         """Filters m, and inputs n of each: a convolution counts as (m, in * kernel)."""
         shape = (self._quantized or self.base.weight).shape
         return shape[0], shape[1:].numel()
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in `train()` mode."""
+        assert isinstance(self.layer, nn.Module)  # PEFT's `LoraLayer` is a mixin
+        return self.layer.training
 
     def active_adapters(self) -> list[str]:
         """Names of the adapters that the forward pass adds to the base weight just now."""
@@ -164,7 +192,7 @@ class PerturbedLayer:
         """DoRA's factor `magnitude / ||W'_i||` on each row of the merged weight: (m,), float32; else None."""
         for name in self.active_adapters():
             if name in self.layer.lora_magnitude_vector:
-                magnitude = self.layer.lora_magnitude_vector[name].weight.detach()
+                magnitude = weight_of(self.layer.lora_magnitude_vector[name]).detach()
                 return magnitude.float().flatten() / self.row_norms
         return None
 
@@ -181,13 +209,13 @@ class PerturbedLayer:
     def perturb(self, draw: Draw) -> None:
         """Make the base layer compute with `W + eps` until `restore` is called."""
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(input: Tensor) -> Tensor:
             bias = self.base.bias
             if self._quantized is None:
-                return self._noisy_forward(x, bias, draw)
-            dtype = self._quantized.compute_dtype(x)
+                return self._noisy_forward(input, bias, draw)
+            dtype = self._quantized.compute_dtype(input)
             bias = None if bias is None else bias.to(dtype)
-            return self._noisy_forward(x.to(dtype), bias, draw).to(x.dtype)
+            return self._noisy_forward(input.to(dtype), bias, draw).to(input.dtype)
 
         # The attribute of the instance shadows the method; somebody else's may be there already.
         self._replaced_forward = self.base.__dict__.get("forward")
@@ -211,7 +239,7 @@ class PerturbedLayer:
             self._dora_hooks.pop().remove()
 
     def _noisy_forward(self, x: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
-        return _NoisyForward.apply(
+        return _NoisyForward.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             x, self.base.weight, bias, draw, self._read, self._apply_weight, self._input_grad
         )
 
@@ -224,31 +252,36 @@ class PerturbedLayer:
             weight = weight.to(x.dtype)
         if isinstance(self.base, nn.Linear):
             return F.linear(x, weight, bias)
-        return self.base._conv_forward(x, weight, bias)
+        conv = self.base
+        convolve, _ = _CONVOLUTIONS[type(conv)]
+        return convolve(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _input_grad(self, grad: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
         if isinstance(self.base, nn.Linear):
             return grad @ weight
         conv = self.base
-        input_gradient = _CONV_INPUT_GRADIENTS[type(conv)]
+        _, input_gradient = _CONVOLUTIONS[type(conv)]
         return input_gradient(x_shape, weight, grad, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def _weight_norms_squared(self) -> Tensor:
+    def weight_norms_squared(self) -> Tensor:
+        """Squared norm of each row of the base weight: (m,), float32; computed once."""
         version = _version(self.base.weight)
         if self._weight_norms is None or self._weight_norms[0] != version:
             self._weight_norms = version, row_norms_squared(self.weight.detach().flatten(1))
         return self._weight_norms[1]
 
-    def _low_rank(self) -> tuple[Tensor, Tensor]:
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r) in float32 with `dW = B @ A`, over all active adapters."""
-        factors_a, factors_b = [], []
+        factors_a: list[Tensor] = []
+        factors_b: list[Tensor] = []
         for name in self.active_adapters():
-            a, b, scaling = self.layer.lora_A[name], self.layer.lora_B[name], self.layer.scaling[name]
+            a, b = _factor(self.layer.lora_A, name), _factor(self.layer.lora_B, name)
+            scaling = self._scaling(name)
             if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
                 scaling = scaling / (self.layer.ranknum[name] + 1e-5)
                 a = a * self.layer.lora_E[name]
             else:
-                a, b = a.weight.flatten(1), b.weight.flatten(1)
+                a, b = a.flatten(1), b.flatten(1)
             factors_a.append(a.float())
             factors_b.append(b.float() * scaling)
         if len(factors_a) == 1:
@@ -263,45 +296,55 @@ class PerturbedLayer:
     def _state(self) -> list[object]:
         """All that the merged weight depends on."""
         state: list[object] = [_version(self.base.weight)]
+        groups: list[nn.ModuleDict | nn.ParameterDict] = [self.layer.lora_A, self.layer.lora_B]
+        if isinstance(self.layer, SVDLinear):
+            groups.append(self.layer.lora_E)
         for name in self.active_adapters():
-            state += [name, self.layer.scaling[name]]
-            for group in (self.layer.lora_A, self.layer.lora_B, getattr(self.layer, "lora_E", {})):
-                if name in group:
-                    entry = group[name]
-                    state.append(_version(entry if isinstance(entry, Tensor) else entry.weight))
+            state += [name, self._scaling(name)]
+            state += [_version(_factor(group, name)) for group in groups if name in group]
         return state
 
-    def _reject_unsupported(self) -> None:
-        layer, base = self.layer, self.base
-        quantized = is_of_bitsandbytes(base)
-        known = isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear))
-        if not known and type(layer).__module__ != _PEFT_ON_BITSANDBYTES:
-            problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
-        elif quantized and not is_quantized(base):
-            problem = f"a {type(base).__qualname__} whose weight isn't quantised (yet: .to(device) does it)"
-        elif not quantized and type(base) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            problem = f"a base layer of type {type(base).__qualname__}"
-        elif getattr(layer, "fan_in_fan_out", False):
-            problem = "fan_in_fan_out=True"
-        elif base.weight.is_meta:
-            problem = "a base weight that is offloaded (on the meta device)"
-        elif base.weight.requires_grad:
-            problem = "a base weight that is trained too (requires_grad=True)"
-        elif not quantized and not base.weight.is_floating_point():
-            problem = f"a base weight of dtype {base.weight.dtype}"
-        elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
-            problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"
-        elif isinstance(getattr(base, "padding", 0), str):
-            problem = f"a convolution with padding={base.padding!r}"
-        else:
-            variants = [v for v in layer.lora_variant.values() if not isinstance(v, _DORA_VARIANTS)]
-            if not variants:
-                return
-            problem = f"the LoRA variant {type(variants[0]).__qualname__}"
-        raise ValueError(
-            f"{self.name}: Flat-LoRA cannot perturb {problem}; "
-            "remove this layer from the adapter's target_modules"
-        )
+    def _scaling(self, name: str) -> float:
+        return self.layer.scaling[name]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
+    """A or B of an adapter: PEFT keeps a layer with that weight, for AdaLoRA the parameter itself."""
+    entry = group[name]
+    return entry if isinstance(entry, Tensor) else weight_of(entry)
+
+
+def _supported_base(name: str, layer: LoraLayer) -> Base:
+    """The layer under the adapter, where its merged weight is known here; else ValueError."""
+    base = layer.get_base_layer()
+    quantized = is_of_bitsandbytes(base)
+    known = isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear))
+    if not known and type(layer).__module__ != _PEFT_ON_BITSANDBYTES:
+        problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
+    elif quantized and not is_quantized(base):
+        problem = f"a {type(base).__qualname__} whose weight isn't quantised (yet: .to(device) does it)"
+    elif not isinstance(base, _BASES) or not (quantized or type(base) in _BASES):
+        problem = f"a base layer of type {type(base).__qualname__}"
+    elif getattr(layer, "fan_in_fan_out", False):
+        problem = "fan_in_fan_out=True"
+    elif base.weight.is_meta:
+        problem = "a base weight that is offloaded (on the meta device)"
+    elif base.weight.requires_grad:
+        problem = "a base weight that is trained too (requires_grad=True)"
+    elif not quantized and not base.weight.is_floating_point():
+        problem = f"a base weight of dtype {base.weight.dtype}"
+    elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
+        problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"
+    elif isinstance(getattr(base, "padding", 0), str):
+        problem = f"a convolution with padding={base.padding!r}"
+    else:
+        variants = [v for v in layer.lora_variant.values() if not isinstance(v, _DORA_VARIANTS)]
+        if not variants:
+            return base
+        problem = f"the LoRA variant {type(variants[0]).__qualname__}"
+    raise ValueError(
+        f"{name}: Flat-LoRA cannot perturb {problem}; remove this layer from the adapter's target_modules"
+    )
 
 
 @torch.no_grad()
@@ -311,19 +354,21 @@ def refresh_row_norms(layers: Iterable[PerturbedLayer]) -> None:
     Raises:
         ValueError: DoRA is active together with other adapters.
     """
-    groups: dict[tuple, list[tuple[PerturbedLayer, Tensor, Tensor]]] = {}
+    groups: dict[
+        tuple[torch.Size, torch.Size, torch.device], list[tuple[PerturbedLayer, Tensor, Tensor]]
+    ] = {}
     for layer in layers:
         layer.reject_mixed_dora()
-        a, b = layer._low_rank()
+        a, b = layer.low_rank()
         groups.setdefault((a.shape, b.shape, a.device), []).append((layer, a, b))
     for (_, _, device), group in groups.items():
-        members, a, b = zip(*group, strict=True)
+        members = [layer for layer, _, _ in group]
         with torch.autocast(device.type, enabled=False):
             norms = merged_row_norms(
                 (layer.weight.flatten(1) for layer in members),  # one dequantised weight at a time
-                torch.stack([layer._weight_norms_squared() for layer in members]),
-                torch.stack(a),
-                torch.stack(b),
+                torch.stack([layer.weight_norms_squared() for layer in members]),
+                torch.stack([a for _, a, _ in group]),
+                torch.stack([b for _, _, b in group]),
             )
         for layer, row_norms in zip(members, norms, strict=True):
             layer.keep_row_norms(row_norms)

@@ -136,7 +136,7 @@ class TableSource:
         table = self._table(row_std.dtype, row_std.device)
         m = len(row_std)
         rows_at_once = min(m, max(1, self._size // 4 // inputs))
-        windows = []
+        windows: list[tuple[Tensor, Tensor]] = []
         for start in range(0, m, rows_at_once):
             std = row_std[start : start + rows_at_once]
             count = len(std) * inputs

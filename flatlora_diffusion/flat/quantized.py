@@ -7,6 +7,7 @@ imported it.
 from __future__ import annotations
 
 import sys
+from typing import TypeGuard
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
@@ -20,7 +21,7 @@ class QuantizedWeight:
         base: A `Linear4bit` or a `Linear8bitLt` that holds a quantised weight.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Linear) -> None:
         self._base = base
 
     @property
@@ -46,6 +47,7 @@ class QuantizedWeight:
                 "bitsandbytes has repacked the 4-bit weights for inference in eval() mode: they cannot be "
                 "trained any more; set support_avx512bf16_for_cpu=False on the Linear4bit layers beforehand"
             )
+        assert isinstance(base.weight, nn.Parameter)
         return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -53,12 +55,12 @@ class QuantizedWeight:
         return getattr(self._base, "compute_dtype", None) or x.dtype
 
 
-def is_of_bitsandbytes(base: nn.Module) -> bool:
+def is_of_bitsandbytes(base: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module is a linear layer of bitsandbytes."""
     bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and isinstance(base, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def is_quantized(base: nn.Module) -> bool:
+def is_quantized(base: nn.Linear) -> bool:
     """Whether a layer of bitsandbytes holds a quantised weight: it gets one when it is moved to a device."""
     return getattr(base.weight, "quant_state", None) is not None or base.weight.dtype == torch.int8

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+# torch gives its type checkers no signature of it.
+_vecdot: Callable[[Tensor, Tensor], Tensor] = torch.linalg.vecdot  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 # Weights in half precision are converted to float32 in pieces of at most this many elements (8 MiB), so that
 # the largest layer needs no larger a temporary than a small one.
@@ -24,7 +27,7 @@ def _row_blocks(weight: Tensor) -> Iterator[Tensor]:
 
 def row_norms_squared(weight: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of `weight` (m, n), in float32: shape (m,)."""
-    return torch.cat([torch.linalg.vecdot(block, block) for block in _row_blocks(weight)])
+    return torch.cat([_vecdot(block, block) for block in _row_blocks(weight)])
 
 
 def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -47,6 +50,6 @@ def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a:
             for weight, factor in zip(weights, a, strict=True)
         ]
     )  # W A^T, (L, m, r)
-    cross_and_square = torch.linalg.vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
+    cross_and_square = _vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
     # Rounding can leave a tiny negative where the adapter cancels a row of the base weight.
     return (weight_norms_squared + cross_and_square).clamp_min_(0).sqrt_()

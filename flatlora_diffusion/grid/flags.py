@@ -205,7 +205,7 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
-        raise UserError(f"--prompts_file {path}: {error.strerror.lower()}") from error
+        raise UserError(f"--prompts_file {path}: {str(error.strerror).lower()}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts_file {path}: not text in UTF-8 ({error.reason})") from error
     return [line for line in lines if not line.startswith("#")]

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.sheet.layout import Label
@@ -73,7 +74,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "methods", "rows", "columns"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if sorted(self.rows + self.columns) != sorted(AXES):
+        if sorted([*self.rows, *self.columns]) != sorted(AXES):
             given = f"rows {' '.join(self.rows)}, columns {' '.join(self.columns)}"
             raise UserError(f"{given}: each of {', '.join(AXES)} must be in one of them, once")
         for axis, values in zip(AXES, (self.prompts, self.seeds, self.methods), strict=True):
@@ -152,7 +153,7 @@ class Grid:
     def _values(self, axis: str) -> Sequence[str | int | Method]:
         return {"prompt": self.prompts, "seed": self.seeds, "method": self.methods}[axis]
 
-    def _places(self, axes: Sequence[str]) -> list[dict[str, str | int | Method]]:
+    def _places(self, axes: Sequence[str]) -> list[dict[str, Any]]:
         combinations = itertools.product(*(self._values(axis) for axis in axes))
         return [dict(zip(axes, values, strict=True)) for values in combinations]
 

@@ -169,6 +169,7 @@ def _metadata(
     """What the hub reads: the tags of diffusers' script, and `flat-lora`."""
     base = config.pretrained_model_name_or_path
     examples = exhibit.examples if exhibit else ()
+    licence: dict[str, Any] = _licence(base)
     return ModelCardData(
         base_model=None if Path(base).is_dir() else base,  # the hub takes names of its own alone
         library_name="diffusers",
@@ -184,7 +185,7 @@ def _metadata(
         ],
         instance_prompt=config.instance_prompt,
         widget=[{"text": example.prompt, "output": {"url": example.file}} for example in examples] or None,
-        **_licence(base),
+        **licence,
     )
 
 
@@ -308,7 +309,7 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         "adapter": f"{kind}, rank {known['rank']}, alpha {known['alpha']:g}, on {targets}",
         "instance prompt": _code(config.instance_prompt),
         "training images": str(making.images),
-        "prior preservation": f"{_code(config.class_prompt)}, weight {config.prior_loss_weight:g}"
+        "prior preservation": f"{_code(config.class_prompt or '')}, weight {config.prior_loss_weight:g}"
         if prior
         else "",
         "resolution": str(config.resolution),

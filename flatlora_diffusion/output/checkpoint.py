@@ -152,7 +152,7 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
     for step in steps:
         folder = place / f"checkpoint-{step}"
         problem, stored = _verify(folder)
-        if problem:
+        if stored is None:
             logger.warning("%s is damaged (%s); looking for an earlier one", folder, problem)
             continue
         _require_same_settings(folder, stored.settings, settings)

@@ -42,13 +42,13 @@ class PromptEmbeds:
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Latents:
     """Latents of images (N, 3, height, width) in [-1, 1], in the scale in which the UNet sees them."""
     with torch.no_grad():
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0]
     mean, std = posterior.mean.float(), posterior.std.float()
     channel_mean, channel_std = (
         torch.tensor(values, device=mean.device).view(1, -1, 1, 1) if values is not None else neutral
-        for values, neutral in ((vae.config.latents_mean, 0.0), (vae.config.latents_std, 1.0))
+        for values, neutral in ((vae.config["latents_mean"], 0.0), (vae.config["latents_std"], 1.0))
     )
-    scale = vae.config.scaling_factor / channel_std
+    scale = vae.config["scaling_factor"] / channel_std
     return Latents((mean - channel_mean) * scale, std * scale)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from peft import EvaConfig, LoraConfig
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import hash64, seeded
-from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER
+from flatlora_diffusion.common.weights import weight_of
+from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, adaptable
 
 logger = logging.getLogger(__name__)
 
@@ -112,16 +113,16 @@ def initialise(models: dict[str, nn.Module], kind: str, *, seed: int, batch_size
 def subtract_initial_update(models: dict[str, nn.Module]) -> None:
     """Add a frozen adapter to all LoRA layers that takes away what they add to the base weight at present."""
     for model in models.values():
-        config = copy.deepcopy(model.peft_config[ADAPTER])
+        config = copy.deepcopy(adaptable(model).peft_config[ADAPTER])
         config.lora_dropout = 0.0
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # PEFT draws what is replaced here
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are wanted
-            model.add_adapter(config, adapter_name=FROZEN_ADAPTER)
-        model.set_adapter([ADAPTER, FROZEN_ADAPTER])
+            adaptable(model).add_adapter(config, adapter_name=FROZEN_ADAPTER)
+        adaptable(model).set_adapter([ADAPTER, FROZEN_ADAPTER])
     for layer in _lora_layers(models).values():
         for factors, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
             factors[FROZEN_ADAPTER].weight = nn.Parameter(
-                sign * factors[ADAPTER].weight.detach(), requires_grad=False
+                sign * weight_of(factors[ADAPTER]).detach(), requires_grad=False
             )
 
 
@@ -135,7 +136,7 @@ def _lora_layers(models: dict[str, nn.Module]) -> dict[str, LoraLayer]:
 
 
 @contextlib.contextmanager
-def _float_copy_of_weight(base: nn.Module) -> Iterator[None]:
+def _float_copy_of_weight(base: nn.Module) -> Generator[None]:
     """A layer with a float32 copy of its weight, which PEFT may write to; afterwards with its own again."""
     weight = base.weight
     values = dequantize_module_weight(base).detach().to(torch.float32, copy=True)
@@ -176,7 +177,7 @@ def _take_input_directions(models: dict[str, nn.Module], layers: dict[str, LoraL
         show_progress_bar=False,
     )
     for name, a in directions.items():
-        by_base[name].lora_A[ADAPTER].weight.copy_(a)
+        weight_of(by_base[name].lora_A[ADAPTER]).copy_(a)
 
 
 class _EvaBatches:
@@ -200,7 +201,7 @@ def _estimate_gradients(
     """LoRA-GA (arXiv 2407.05000): leave the base weights' gradients where PEFT's initialisation reads."""
     config = LoraConfig(
         target_modules=[f"{name}.base_layer" for name in layers],
-        init_lora_weights="lora_ga",
+        init_lora_weights="lora_ga",  # pyright: ignore[reportArgumentType]  # PEFT's list of names lacks it
         lora_ga_config=LoraGAConfig(),
     )
 

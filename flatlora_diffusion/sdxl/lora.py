@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import (
@@ -23,8 +23,25 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
+class Adaptable(Protocol):
+    """A model of diffusers or of transformers, as far as adapters of PEFT go."""
+
+    peft_config: dict[str, LoraConfig]
+
+    def add_adapter(self, adapter_config: LoraConfig, adapter_name: str) -> None:
+        """Put a fresh adapter on the layers that the configuration names, and make it the active one."""
+
+    def set_adapter(self, adapter_name: list[str]) -> None:
+        """Make these the active ones."""
+
+
+def adaptable(model: nn.Module) -> Adaptable:
+    """The model itself; its type says what adapters it has."""
+    return cast(Adaptable, model)
+
+
 @contextlib.contextmanager
-def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(models: Iterable[nn.Module]) -> Generator[None]:
     """Models as at inference: no noise, no dropout, no gradients; afterwards in the mode they were in."""
     modes = [(model, model.training) for model in models]
     for model, _ in modes:
@@ -41,10 +58,10 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass, in the UNet or in a text encoder."""
     if isinstance(model, UNet2DConditionModel):
         model.enable_gradient_checkpointing()
-    elif hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # before transformers renamed it
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers has renamed it
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = getattr(model, next(name for name in names if hasattr(model, name)))
+        enable({"use_reentrant": False})
 
 
 def add_lora(
@@ -76,15 +93,15 @@ def add_lora(
         _check_targets(model, targets)
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,
-            init_lora_weights=init_lora_weights,
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT says int and takes any number
+            init_lora_weights=init_lora_weights,  # pyright: ignore[reportArgumentType]  # PEFT checks it
             target_modules=list(targets),
             **settings,
         )
         # PEFT draws from the global RNG. The model is on the CPU: adapters start the same on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash64(seed, "lora", name))
-            model.add_adapter(config, adapter_name=ADAPTER)
+            adaptable(model).add_adapter(config, adapter_name=ADAPTER)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

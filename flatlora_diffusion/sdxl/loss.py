@@ -35,15 +35,16 @@ def diffusion_losses(
         time_ids: (N, 6): original height and width, top and left of the crop, target height and width.
         snr_gamma: Weight each sample's error by `min_snr_weights`.
     """
-    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    # diffusers' types ask for int32 where its pipelines give int64, too.
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
     conditions = {"text_embeds": prompts.pooled, "time_ids": time_ids}
     noisy = noisy.to(prompts.tokens.dtype)  # that of the frozen base
     predicted = unet(noisy, timesteps, prompts.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
-    kind = noise_scheduler.config.prediction_type
+    kind = noise_scheduler.config["prediction_type"]
     if kind == "epsilon":
         target = noise
     elif kind == "v_prediction":
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
     else:
         raise UserError(
             f"the base's scheduler predicts {kind!r}; only epsilon and v_prediction can be trained"
@@ -62,6 +63,6 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: fl
     """
     signal = noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
     snr = signal / (1 - signal)
-    if noise_scheduler.config.prediction_type == "v_prediction":
+    if noise_scheduler.config["prediction_type"] == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
     return torch.where(snr < gamma, 1.0, gamma / snr)  # also where the last timestep has no signal at all

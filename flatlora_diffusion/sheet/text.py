@@ -106,7 +106,9 @@ def _drawable(text: str) -> str:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "this Pillow was built without FreeType"
+    return font
 
 
 @functools.lru_cache(maxsize=1024)  # the labels of a grid repeat, and the measuring is slow

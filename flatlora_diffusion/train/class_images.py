@@ -29,15 +29,19 @@ def class_samples(config: TrainConfig) -> list[Sample]:
     Raises:
         UserError: The folder cannot be made or holds a damaged image.
     """
+    assert config.class_data_dir is not None and config.class_prompt is not None, "settings are checked"
     folder = Path(config.class_data_dir)
-    state = PartialState()
-    from_main(lambda: _draw_missing(config, folder, state.device))
+    device = PartialState().device
+    assert device is not None
+    from_main(lambda: _draw_missing(config, folder, device))
     flag = f"--class_data_dir {folder}"
     return find_samples(folder, config.class_prompt, flag)[: config.num_class_images]
 
 
 def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> None:
     """Draw class images until there are enough; each is a function of the seed and its number."""
+    prompt = config.class_prompt
+    assert prompt is not None, "settings are checked"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--class_data_dir {folder}: not a folder")
     given = sorted(image_files(folder)) if folder.is_dir() else []
@@ -48,14 +52,12 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
         return
     check_writable("--class_data_dir", folder)
     default = "fp16" if device.type == "cuda" else "fp32"
-    precision = {"no": "fp32", None: default}.get(
-        config.prior_generation_precision, config.prior_generation_precision
-    )
+    precision = config.prior_generation_precision or default
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
         flag=BASE_FLAG,
         device=device,
-        dtype=DTYPES[precision],
+        dtype=DTYPES["fp32" if precision == "no" else precision],
         vae=config.pretrained_vae_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -70,7 +72,7 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
         part = numbers[start : start + config.sample_batch_size]
         seeds = [hash64(config.seed, "class image", number) for number in part]
-        pictures = draw_batch(pipeline, None, [(config.class_prompt, seed) for seed in seeds], drawing)
+        pictures = draw_batch(pipeline, None, [(prompt, seed) for seed in seeds], drawing)
         for number, picture in zip(part, pictures, strict=True):
             save_picture(picture, _class_image(folder, number))
     del pipeline

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from flatlora_diffusion.common.weights import weight_of
 from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER
 
 
@@ -29,7 +30,7 @@ class UpdateNorms:
     @torch.no_grad()
     def measure(self) -> Tensor:
         """The norm of each layer's update: (layers,), float32."""
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
         factors = [_factors(layer) for layer in self._layers]
         for index, (a, b) in enumerate(factors):
             groups.setdefault((a.shape, b.shape), []).append(index)
@@ -52,17 +53,22 @@ class UpdateNorms:
         over = (norms > greatest).nonzero().flatten().tolist()
         for index in over:
             layer, factor = self._layers[index], (greatest / norms[index]).sqrt()
-            layer.lora_A[ADAPTER].weight.mul_(factor)
-            layer.lora_B[ADAPTER].weight.mul_(factor)
+            weight_of(layer.lora_A[ADAPTER]).mul_(factor)
+            weight_of(layer.lora_B[ADAPTER]).mul_(factor)
         return norms.clamp(max=greatest), len(over)
 
 
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """A (r, n) and B (m, r), times the scale, of a layer's update."""
-    a, b = (factors[ADAPTER].weight.flatten(1) for factors in (layer.lora_A, layer.lora_B))
+    a, b = _weights(layer, ADAPTER)
     scaling = layer.scaling[ADAPTER]
     if FROZEN_ADAPTER in layer.lora_A:
-        a0, minus_b0 = (factors[FROZEN_ADAPTER].weight.flatten(1) for factors in (layer.lora_A, layer.lora_B))
+        a0, minus_b0 = _weights(layer, FROZEN_ADAPTER)
         # B A - B0 A0 = (B - B0) A + B0 (A - A0), in which nothing large cancels.
         a, b = torch.cat([a, a - a0]), torch.cat([b + minus_b0, -minus_b0], dim=1)
     return a, b * scaling
+
+
+def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A (r, n) and B (m, r) of one adapter."""
+    return weight_of(layer.lora_A[adapter]).flatten(1), weight_of(layer.lora_B[adapter]).flatten(1)

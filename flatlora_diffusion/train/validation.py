@@ -177,7 +177,7 @@ def report_validation(
             stack = np.stack([np.asarray(picture) for picture in pictures])
             tracker.log_images({"validation": stack}, step=step, dataformats="NHWC")
         if tracker.name == "wandb":
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # the user's, if at all
 
             captioned = [
                 wandb.Image(picture, caption=f"{prompt} (seed {seed})")
