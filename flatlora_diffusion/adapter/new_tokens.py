@@ -79,6 +79,8 @@ class ExtendedEmbedding(nn.Module):
         rows: Their initial embeddings (tokens, features), float32.
     """
 
+    ids: Tensor
+
     def __init__(self, table: nn.Embedding, ids: Sequence[int], rows: Tensor) -> None:
         super().__init__()
         self.table = table
@@ -135,12 +137,14 @@ class NewTokens:
                 )
             tokenizer.add_tokens(self._tokens)
             ids = tokenizer.convert_tokens_to_ids(self._tokens)
+            assert isinstance(ids, list), "several tokens have several ids"
             if ids[-1] >= len(tokenizer):
                 raise UserError(
                     "--train_text_encoder_ti: the ids of the base's tokenizer have gaps, so diffusers could "
                     "not load the new tokens"
                 )
             table = text_encoder.get_input_embeddings()
+            assert isinstance(table, nn.Embedding)
             draws = [keyed_generator(seed, "new token", key, index) for index in range(len(ids))]
             normals = torch.stack([torch.randn(table.embedding_dim, generator=draw) for draw in draws])
             self._std[key] = table.weight.float().std()
@@ -268,7 +272,10 @@ def load_embeddings(
                 # Without this the rows would be drawn like those of the table: slow, and in vain.
                 text_encoder.resize_token_embeddings(len(tokenizer) + len(tokens), mean_resizing=False)
                 pipeline.load_textual_inversion(
-                    embeddings[key], list(renamed.values()), tokenizer=tokenizer, text_encoder=text_encoder
+                    embeddings[key],  # pyright: ignore[reportArgumentType]  # a tensor of several rows is taken
+                    list(renamed.values()),
+                    tokenizer=tokenizer,
+                    text_encoder=text_encoder,
                 )
     vars(pipeline).setdefault(_WORDS, {})[name] = words
 

@@ -180,7 +180,7 @@ def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Ima
 
 def _is_transparent(image: Image.Image) -> bool:
     """Whether any pixel lets a background through."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255  # pyright: ignore[reportOperatorIssue]
 
 
 def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:

@@ -263,9 +263,10 @@ def _denoise(
                 guidance_scale=drawing.guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent",
+                return_dict=False,
                 **settings,
                 **conditions,
-            ).images
+            )[0]
     finally:
         pipeline.scheduler = own
 
@@ -288,11 +289,12 @@ def sketches(pipeline: StableDiffusionXLPipeline, latents: Tensor, longest: int 
         longest: Latents with a longer side are averaged down to it first; a picture is 8 times as large.
     """
     factor = min(1.0, longest / max(latents.shape[-2:]))
-    size = [max(1, round(side * factor)) for side in latents.shape[-2:]]
-    small = F.adaptive_avg_pool2d(latents.float(), size).to(latents.dtype)
+    height, width = (max(1, round(side * factor)) for side in latents.shape[-2:])
+    small = F.adaptive_avg_pool2d(latents.float(), (height, width)).to(latents.dtype)
     return _to_pictures(pipeline, decode(pipeline.vae, small))
 
 
 def _to_pictures(pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> list[Image.Image]:
     """Pixels (N, 3, height, width) in [-1, 1] as pictures; what isn't a number is black."""
-    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")
+    # Its declared type knows one picture only, and arrays.
+    return pipeline.image_processor.postprocess(pixels.nan_to_num(nan=-1.0), output_type="pil")  # pyright: ignore[reportReturnType]

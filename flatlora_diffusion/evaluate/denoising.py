@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.new_tokens import loaded_words, replace_words
 from flatlora_diffusion.data.images import Framing, Sample
@@ -51,8 +51,10 @@ class DenoisingSet:
         count: int,
     ) -> None:
         self.captions = [sample.caption for sample in samples]
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.levels = self.scheduler.config.num_train_timesteps
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        assert isinstance(scheduler, DDPMScheduler)
+        self.scheduler = scheduler
+        self.levels = scheduler.config["num_train_timesteps"]
         self.timesteps = fixed_timesteps(self.levels, count)
         framing = Framing(resolution=resolution, center_crop=True)
         vae, dtype = pipeline.vae, pipeline.vae.dtype
@@ -70,7 +72,7 @@ class DenoisingSet:
         return len(self.captions)
 
     @torch.no_grad()
-    def losses(self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache) -> Tensor:
+    def losses(self, unet: nn.Module, prompts: PromptCache) -> Tensor:
         """The squared error of each picture at each timestep: (pictures, timesteps), float32, on the CPU.
 
         Args:
@@ -80,13 +82,11 @@ class DenoisingSet:
         rows = [self.batch_losses(unet, prompts, batch) for batch in self.batches()]
         return torch.stack([row.cpu() for row in rows])
 
-    def mean_loss(self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache) -> float:
+    def mean_loss(self, unet: nn.Module, prompts: PromptCache) -> float:
         """The mean of `losses`."""
         return self.losses(unet, prompts).mean().item()
 
-    def parts_of_mean(
-        self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache
-    ) -> Iterator[Tensor]:
+    def parts_of_mean(self, unet: nn.Module, prompts: PromptCache) -> Iterator[Tensor]:
         """Differentiable scalars whose sum is `mean_loss`, one a picture and timestep."""
         count = len(self) * len(self.timesteps)
         for batch in self.batches():
@@ -97,11 +97,10 @@ class DenoisingSet:
         """One batch a picture, with all its timesteps."""
         return self._latents.fixed_batches(self.timesteps)
 
-    def batch_losses(
-        self, unet: Callable[..., tuple[Tensor, ...]], prompts: PromptCache, batch: Batch
-    ) -> Tensor:
+    def batch_losses(self, unet: nn.Module, prompts: PromptCache, batch: Batch) -> Tensor:
         """The squared error of each sample of a batch: (N,), float32."""
-        device, dtype = unet.device, unet.dtype
+        weight = next(unet.parameters())
+        device, dtype = weight.device, weight.dtype
         embeds = prompts.embed(batch.captions)
         return diffusion_losses(
             unet,
