@@ -20,7 +20,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.memory import peak_memory
 from flatlora_diffusion.common.packages import LIBRARIES, package_versions
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
-from flatlora_diffusion.sdxl.lora import ADAPTER
+from flatlora_diffusion.sdxl.lora import ADAPTER, adaptable
 
 
 def deciding_settings(
@@ -52,7 +52,10 @@ def facts(
     averaged: bool = False,
 ) -> dict[str, Any]:
     """What the adapter's file says of its making: the same for every run that ends in the same adapter."""
-    targets = {name: sorted(model.peft_config[ADAPTER].target_modules) for name, model in trained.items()}
+    targets = {
+        name: sorted(adaptable(model).peft_config[ADAPTER].target_modules or ())
+        for name, model in trained.items()
+    }
     return {
         "method": config.method,
         "base": config.pretrained_model_name_or_path,

@@ -156,7 +156,7 @@ class Learner:
 
     def heldout_loss(self) -> float:
         """The mean loss of the held-out images at fixed timesteps and noise, without noise on the weights."""
-        levels = self.base.noise_scheduler.config.num_train_timesteps
+        levels = self.base.noise_scheduler.config["num_train_timesteps"]
         timesteps = fixed_timesteps(levels, HELDOUT_TIMESTEPS)
         with evaluating(self.learning.values()):
             losses = [
@@ -173,8 +173,9 @@ class Learner:
     ) -> None:
         """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
         config, vae = self.config, self.base.vae
+        assert vae is not None, "it leaves memory with this call at the earliest"
         # The base's own VAE overflows in half precision; one that the user chose says so itself.
-        chosen = config.pretrained_vae_model_name_or_path and not vae.config.force_upcast
+        chosen = config.pretrained_vae_model_name_or_path and not vae.config["force_upcast"]
         vae.to(self.accelerator.device, dtype if chosen else torch.float32)
         hidden = not self.accelerator.is_local_main_process
 
@@ -186,7 +187,7 @@ class Learner:
                 lambda pixels: encode_images(vae, pixels),
                 framing,
                 seed,
-                self.base.noise_scheduler.config.num_train_timesteps,
+                self.base.noise_scheduler.config["num_train_timesteps"],
                 captioning=captioning,
                 batch_size=config.train_batch_size,
                 noise_offset=config.noise_offset,
@@ -210,7 +211,7 @@ class Learner:
             fixed = dataclasses.replace(framing, center_crop=True, random_flip=False, background=background)
             # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
             self.heldout_latents = cache(heldout_samples, 0, fixed)
-        vae.to("cpu")
+        vae.to("cpu")  # pyright: ignore[reportArgumentType]
         if not config.validation_prompt:
             self.base.vae = None
         release()

@@ -88,11 +88,10 @@ class Run:
             logger.info("%s is complete already", self.output)
             return
         stored = None
-        if config.resume_from_checkpoint:
+        wanted = config.resume_from_checkpoint
+        if wanted:
             # Other machines may not see the main process's disk.
-            stored = from_main(
-                lambda: find_checkpoint(self.output, config.resume_from_checkpoint, self.settings)
-            )
+            stored = from_main(lambda: find_checkpoint(self.output, wanted, self.settings))
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
         if self.accelerator.device.type == "cuda":
@@ -208,7 +207,9 @@ class Run:
         total = self.callbacks.backward(self.public, partial(self._backward, step)).detach()
         # All processes stop together, or none: their flags travel with the loss.
         flags = torch.stack([total, torch.full_like(total, float(stop.signal_number is not None))])
-        mean_loss, stopping = accelerator.reduce(flags, reduction="mean").tolist()
+        means = accelerator.reduce(flags, reduction="mean")
+        assert isinstance(means, Tensor)
+        mean_loss, stopping = means.tolist()
         if not math.isfinite(mean_loss):
             raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
         norm = updates.step()
@@ -259,7 +260,9 @@ class Run:
 
     def _anyone_stops(self, stop: StopRequest) -> bool:
         flag = torch.tensor(float(stop.signal_number is not None), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, reduction="sum").item() > 0
+        flags = self.accelerator.reduce(flag, reduction="sum")
+        assert isinstance(flags, Tensor)
+        return flags.item() > 0
 
     def _stop(self, what: str, stop: StopRequest) -> NoReturn:
         resume = ["--resume_from_checkpoint", "latest"]
@@ -283,7 +286,7 @@ class Run:
                 write_atomically(self.output / name, content)
             write_atomically(self.output / WEIGHTS_NAME, adapter)
             if self.config.output_kohya_format:
-                layers = self.learner.base.unet.config.layers_per_block
+                layers = self.learner.base.unet.config["layers_per_block"]
                 convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
             with self.state.averaged():
                 norms = self.state.norms.measure().tolist()

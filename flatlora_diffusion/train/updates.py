@@ -58,7 +58,9 @@ class Updates:
 
         With a gradient scaler (fp16) a skipped step lowers the scale.
         """
-        norm = float(self._accelerator.clip_grad_norm_(self._parameters, self._max_norm))
+        norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_norm)
+        assert norm is not None, "accelerate returns none under DeepSpeed alone"
+        norm = float(norm)
         if self._accelerator.scaler is not None or math.isfinite(norm):
             self._optimizer.step()
             self._optimizer.zero_grad()
