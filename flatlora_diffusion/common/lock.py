@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -36,7 +36,7 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_lock(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+def output_lock(folder: Path, flag: str = "--output_dir") -> Generator[None]:
     """Keep other runs out of an output folder, which is made where it doesn't exist.
 
     The lock is the system's on the file `.flatlora.lock`: it ends with the process, whatever ends

@@ -75,7 +75,8 @@ def load_pipeline(
     loaded = load_base(
         base, flag=flag, dtype=dtype, vae=vae, revision=revision, variant=variant, to_draw=True
     )
-    loaded.vae.to(dtype)
+    assert loaded.vae is not None
+    loaded.vae.to(dtype)  # pyright: ignore[reportArgumentType]
     return loaded.pipeline().to(device)
 
 

@@ -284,7 +284,9 @@ class Reading:
             return []
         done = self._steps or (self._total_steps if self.finished else 0)
         total = done if sigma == 0 or schedule == "constant" else self._total_steps
-        if not isinstance(total, int) or not 0 < done <= _MOST_STEPS or not math.isfinite(sigma):
+        if not isinstance(done, int) or not isinstance(total, int):
+            return []
+        if not 0 < done <= _MOST_STEPS or not math.isfinite(sigma):
             return []
         return [(step + 1, sigma_at(sigma, step, total, schedule)) for step in range(done)]
 

@@ -15,7 +15,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flatlora_diffusion.common.errors import UserError
@@ -40,7 +39,7 @@ class Base:
     """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    text_encoders: tuple[nn.Module, ...]
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection] | tuple[()]
     vae: AutoencoderKL | None
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
@@ -50,16 +49,18 @@ class Base:
     def pipeline(self) -> StableDiffusionXLPipeline:
         """The pipeline of these very parts, those that are still in memory, without progress bars."""
         text_encoder, text_encoder_2 = self.text_encoders or (None, None)
+        # The pipeline takes None for what isn't there, and any scheduler; its types don't say so.
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "tokenizer": self.tokenizers[0],
+            "tokenizer_2": self.tokenizers[1],
+            "scheduler": self.sampler,
+        }
         pipeline = StableDiffusionXLPipeline(
-            vae=self.vae,
-            unet=self.unet,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=self.tokenizers[0],
-            tokenizer_2=self.tokenizers[1],
-            scheduler=self.sampler,
-            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
-            add_watermarker=False,
+            **parts, force_zeros_for_empty_prompt=self.zeros_for_empty_prompt, add_watermarker=False
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -157,11 +158,12 @@ def load_base(
         sampler=part(sampler, "scheduler"),
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
     )
-    if base.unet.config.addition_embed_type != "text_time":
+    if base.unet.config["addition_embed_type"] != "text_time":
         raise UserError(f"{flag}: its UNet takes no text and time embedding, so it isn't SDXL's")
     for tokenizer, folder in zip(base.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
         check_vocabulary(f"{flag}: {folder}", tokenizer)
     for model in (*base.text_encoders, base.vae, base.unet):
+        assert model is not None, "all of them have just been loaded"
         model.requires_grad_(False)
     return base
 

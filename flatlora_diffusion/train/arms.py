@@ -94,6 +94,7 @@ def _heldout_samples(config: TrainConfig) -> list[Sample]:
 
 
 def _dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
+    assert config.dataset_name is not None, "its split was asked for"
     source = DatasetSource(
         config.dataset_name,
         config.dataset_config_name,

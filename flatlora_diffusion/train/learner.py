@@ -145,7 +145,7 @@ class Learner:
         if text_encoders:
             self._cache_prompts()
         for text_encoder in text_encoders:
-            text_encoder.to("cpu")
+            text_encoder.to("cpu")  # pyright: ignore[reportArgumentType]
 
     def loss(self, micro_step: int) -> Tensor:
         """The loss of this process's share of a micro-batch, with the models as they are."""

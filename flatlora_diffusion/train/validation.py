@@ -130,7 +130,8 @@ def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] 
 
 def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
     base, prompts, accelerator = learner.base, learner.prompts, learner.accelerator
-    pipeline = base.pipeline()
+    pipeline, vae = base.pipeline(), base.vae
+    assert vae is not None, "it stays in memory where pictures are to be drawn"
     drawing = validation_drawing(config)
 
     def conditions(prompt: str) -> dict[str, Any]:
@@ -149,14 +150,14 @@ def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
         return {name: tensor.to(accelerator.device) for name, tensor in embeds.items()}
 
     try:
-        base.vae.to(accelerator.device)
+        vae.to(accelerator.device)
         with evaluating(learner.learning.values()), accelerator.autocast():
             return [
                 draw(pipeline, seed, drawing, prompt, **conditions(prompt))
                 for prompt, seed in _pictures(config)
             ]
     finally:
-        base.vae.to("cpu")
+        vae.to("cpu")  # pyright: ignore[reportArgumentType]
 
 
 def report_validation(
