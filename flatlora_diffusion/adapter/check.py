@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts, read_tensors
-from flatlora_diffusion.adapter.kohya import complete_layers, part_config, rank_and_alpha, read_configs
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, loadable_name, read_facts
+from flatlora_diffusion.adapter.formats import adapter_file, read_adapter
+from flatlora_diffusion.adapter.kohya import (
+    complete_layers,
+    part_config,
+    rank_and_alpha,
+    shaped,
+    to_diffusers,
+)
 from flatlora_diffusion.adapter.kohya_names import (
+    CONVOLUTION,
     PREFIXES,
     Layer,
     layer_names,
@@ -29,6 +35,7 @@ from flatlora_diffusion.adapter.kohya_names import (
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.weights import weight_of
 
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # How many features of a prompt the UNet's cross-attention takes.
 _PROMPT_FEATURES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -69,12 +76,15 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class _Content:
-    """The layers of a file: their tensors (down, up, magnitude, alpha), scale of the update, stated alpha."""
+    """The layers of a file: their tensors (down, up, magnitude, alpha), scale of the update, stated alpha.
+
+    The tensors have PEFT's shapes. `as_diffusers`: diffusers reads the file itself.
+    """
 
     layers: dict[Layer, dict[str, Tensor]]
     scales: dict[Layer, float]
     alphas: dict[Layer, float]
-    in_kohya_format: bool
+    as_diffusers: bool
 
 
 def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFacts:
@@ -82,7 +92,7 @@ def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFac
 
     Args:
         pipeline: The base, with or without other adapters.
-        path: A safetensors file in the diffusers format or kohya's, or the folder of a run.
+        path: A safetensors file in the diffusers format, kohya's or PEFT's, or its folder.
 
     Returns:
         What the file is.
@@ -112,12 +122,34 @@ def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFac
     )
 
 
+def converted(
+    pipeline: StableDiffusionXLPipeline, adapter: AdapterFacts
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The adapter in the diffusers format and PEFT's configurations; None where the file itself is in it.
+
+    Of kohya's files diffusers leaves out DoRA and takes the most frequent alpha for all layers, and of others
+    the DoRA of text encoders, so it is handed what they mean.
+
+    Args:
+        pipeline: The base that the adapter was checked against.
+        adapter: From `check_adapter`.
+    """
+    content = _read(pipeline, adapter.file)
+    if content.as_diffusers:
+        return None
+    return to_diffusers(
+        {
+            layer: weights | {"alpha": torch.tensor(content.scales[layer] * len(weights["down"]))}
+            for layer, weights in content.layers.items()
+        }
+    )
+
+
 def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: AdapterFacts) -> None:
     """Refuse an adapter of which diffusers has loaded something else than the file says.
 
     It is compared after loading, since no look at the file tells: diffusers passes over keys in mixed
-    spellings, PEFT over layers that its metadata don't name, and of kohya's files diffusers leaves out DoRA
-    and takes the most frequent alpha for all layers.
+    spellings, and PEFT over layers that its metadata don't name.
 
     Args:
         pipeline: With the adapter loaded.
@@ -140,16 +172,14 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
         weights = content.layers.get(layer, {})
         if layer in loaded and _arrived(loaded[layer], name, weights, content.scales.get(layer, math.nan)):
             continue
-        todo = "export it again"
-        if content.in_kohya_format:
-            todo = f"convert it first: python -m flatlora_diffusion.kohya {adapter.file} NEW.safetensors"
         raise UserError(
-            f"{adapter.file}: {'.'.join(layer)}: diffusers doesn't load what the file has for it; {todo}"
+            f"{adapter.file}: {'.'.join(layer)}: diffusers doesn't load what the file has for it; export it "
+            "again"
         )
 
 
 def _file_of(path: Path) -> Path:
-    file = path / WEIGHTS_NAME if path.is_dir() else path
+    file = adapter_file(path)
     if file.suffix != ".safetensors" and file.is_file():
         raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
     if file.is_file():
@@ -179,19 +209,26 @@ def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
     Raises:
         UserError: Names the file and what is wrong in it.
     """
-    tensors = read_tensors(file)
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
+    text_encoders = {part: getattr(pipeline, part) for part in PREFIXES if part != "unet"}
+    widths = {part: model.config.hidden_size for part, model in text_encoders.items()}
+    adapter = read_adapter(file, widths)
+    tensors, configs, of_kohya = adapter.tensors, adapter.configs, adapter.format == "kohya"
     for key in sorted(tensors):
-        if not (tensors[key].is_floating_point() and tensors[key].float().isfinite().all()):
+        tensor = tensors[key]
+        # sd-scripts writes an alpha as a whole number.
+        number = tensor.is_floating_point() or (key.endswith(".alpha") and tensor.dtype in _WHOLE)
+        if not (number and tensor.float().isfinite().all()):
             raise UserError(f"{file}: {key} has values that aren't finite numbers; get a sound file")
-    kohya = any(key.startswith("lora_") for key in tensors)
     parse = split_diffusers_key
-    if kohya:
+    if of_kohya:
         parse = functools.partial(parse_kohya_key, layer_names(pipeline.unet.config.layers_per_block))
     try:
-        layers = complete_layers(tensors, parse)
-        configs = None if kohya else read_configs(metadata.get(LORA_ADAPTER_METADATA_KEY))
+        found = complete_layers(tensors, parse)
+        modules = _modules(pipeline)
+        layers = {
+            layer: shaped(weights, layer, _is_convolution(modules, layer), of_kohya=of_kohya)
+            for layer, weights in found.items()
+        }
         for part in PREFIXES:
             _check_config(part, part_config(configs, part))
         scales, alphas = {}, {}
@@ -202,7 +239,20 @@ def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
                 alphas[layer] = alpha
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    return _Content(layers, scales, alphas, kohya)
+    same = all(loadable_name(key) == key for key in tensors) and all(
+        weights[kind].shape == found[layer][kind].shape
+        for layer, weights in layers.items()
+        for kind in weights
+    )
+    return _Content(layers, scales, alphas, adapter.format == "diffusers" and same)
+
+
+def _is_convolution(modules: dict[Layer, nn.Module], layer: Layer) -> bool:
+    """Whether a layer is one in the base; by its name where the base lacks it."""
+    module = modules.get(layer)
+    if module is None:
+        return CONVOLUTION.fullmatch(layer[1]) is not None
+    return isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, nn.Conv2d)
 
 
 def _check_config(part: str, config: dict[str, Any] | None) -> None:
@@ -289,20 +339,18 @@ def _shapes(base: nn.Module, weights: dict[str, Tensor]) -> dict[str, tuple[int,
     """The shapes that the weights of a layer must have."""
     rank = len(weights["down"])
     shapes: dict[str, tuple[int, ...]]
-    magnitudes: list[tuple[int, ...]]
+    magnitude: tuple[int, ...]
     if isinstance(base, nn.Linear):
         shapes = {"down": (rank, base.in_features), "up": (base.out_features, rank)}
-        magnitudes = [(base.out_features,), (base.out_features, 1)]
+        magnitude = (base.out_features,)
     else:
         assert isinstance(base, nn.Conv2d), "_modules finds no other kind"
         shapes = {
             "down": (rank, base.in_channels, *base.kernel_size),
             "up": (base.out_channels, rank, 1, 1),
         }
-        magnitudes = [(1, base.out_channels, 1, 1), (base.out_channels, 1, 1, 1)]
-    # PEFT's and kohya's.
-    met = tuple(weights["magnitude"].shape) if "magnitude" in weights else None
-    return shapes | {"magnitude": met if met in magnitudes else magnitudes[0]}
+        magnitude = (1, base.out_channels, 1, 1)
+    return shapes | {"magnitude": magnitude}
 
 
 def _origin(pipeline: StableDiffusionXLPipeline, content: _Content) -> str:

@@ -47,8 +47,16 @@ def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
             # Newer transformers dropped this level from CLIPTextModel; every reader knows the longer name.
             if part != "unet" and not key.startswith("text_model."):
                 key = f"text_model.{key}"
-            tensors[f"{part}.{key}"] = tensor.detach().cpu().contiguous()
+            tensors[loadable_name(f"{part}.{key}")] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def loadable_name(key: str) -> str:
+    """The key of a DoRA's magnitudes as transformers needs it: it passes over the name that PEFT gives them.
+
+    Diffusers has transformers load the text encoders' adapters, and PEFT the UNet's.
+    """
+    return f"{key}.weight" if key.startswith("text_") and key.endswith(".lora_magnitude_vector") else key
 
 
 def load_adapter_tensors(models: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
@@ -57,6 +65,7 @@ def load_adapter_tensors(models: dict[str, nn.Module], tensors: dict[str, Tensor
     Raises:
         UserError: The tensors aren't exactly those of the adapters.
     """
+    tensors = {loadable_name(name): tensor for name, tensor in tensors.items()}
     expected = {name: tensor.shape for name, tensor in adapter_tensors(models).items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise UserError("the adapter has other layers or another rank than this run's")

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_tensors, with_sorted_metadata
+from flatlora_diffusion.adapter.file import loadable_name, with_sorted_metadata
+from flatlora_diffusion.adapter.formats import adapter_file, describe_unknown, read_adapter, read_configs
 from flatlora_diffusion.adapter.kohya_names import (
     CONVOLUTION,
     PREFIXES,
@@ -106,6 +106,15 @@ def from_kohya(
         UserError: A key is no LoRA weight of SDXL, a layer is incomplete, or a value can't be converted.
     """
     layers = complete_layers(tensors, functools.partial(parse_kohya_key, layer_names(layers_per_block)))
+    for layer, weights in layers.items():
+        layers[layer] = shaped(weights, layer, bool(CONVOLUTION.fullmatch(layer[1])), of_kohya=True)
+    return to_diffusers(layers, lora_metadata)
+
+
+def to_diffusers(
+    layers: dict[Layer, dict[str, Tensor]], lora_metadata: dict[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same from the weights of each layer (down, up, magnitude, alpha), in PEFT's shapes."""
     # By these names diffusers finds every layer; in the UNet it passes over `lora.down` beside `lora_A`.
     halves = dict.fromkeys(PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
     attention = all(re.search(r"\.to_([qkv]|out\.0)$", path) for part, path in layers if part == "unet")
@@ -114,7 +123,7 @@ def from_kohya(
     scales: dict[str, dict[str, tuple[int, float]]] = {}
     for layer, weights in layers.items():
         part, path = layer
-        down, up = (_as_module(weights[kind], layer) for kind in ("down", "up"))
+        down, up = weights["down"], weights["up"]
         alpha = weights.get("alpha", torch.tensor(len(down)))
         # For 0, sd-scripts takes the rank and ComfyUI takes 0: whoever made the file must say.
         if alpha.numel() != 1 or not math.isfinite(alpha) or not alpha:
@@ -123,9 +132,7 @@ def from_kohya(
         for half, weight in zip(halves[part], (down, up), strict=True):
             converted[f"{part}.{path}.{half}.weight"] = weight
         if "magnitude" in weights:
-            shape = (len(up),) if down.ndim == 2 else (1, len(up), 1, 1)
-            magnitude = _reshaped(weights["magnitude"], 0, shape, layer)
-            converted[f"{part}.{path}.lora_magnitude_vector"] = magnitude
+            converted[loadable_name(f"{part}.{path}.lora_magnitude_vector")] = weights["magnitude"]
     for part, own in scales.items():
         dora = any("magnitude" in weights for layer, weights in layers.items() if layer[0] == part)
         config = part_config(lora_metadata, part)
@@ -146,21 +153,20 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
     Raises:
         UserError: The source is missing, damaged or can't be converted; the target can't be written.
     """
-    tensors = read_tensors(source)
-    with safe_open(source, framework="pt") as file:
-        metadata = {"format": "pt"} | (file.metadata() or {})
+    adapter = read_adapter(source)
+    metadata = {"format": "pt"} | adapter.metadata
     try:
-        if any(key.startswith("lora_") for key in tensors):
+        if adapter.format == "kohya":
             stored = read_configs(metadata.pop(PEFT_METADATA_KEY, None))
-            converted, configs = from_kohya(tensors, layers_per_block, stored)
+            converted, configs = from_kohya(adapter.tensors, layers_per_block, stored)
             metadata = {key: value for key, value in metadata.items() if key not in _kohya_metadata({})}
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
         else:
-            configs = read_configs(metadata.pop(LORA_ADAPTER_METADATA_KEY, None))
-            converted = to_kohya(tensors, configs, layers_per_block)
+            metadata.pop(LORA_ADAPTER_METADATA_KEY, None)
+            converted = to_kohya(adapter.tensors, adapter.configs, layers_per_block)
             metadata |= _kohya_metadata(converted)
-            if configs is not None:
-                metadata[PEFT_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
+            if adapter.configs is not None:
+                metadata[PEFT_METADATA_KEY] = json.dumps(adapter.configs, indent=2, sort_keys=True)
             if any(key.endswith(".dora_scale") for key in converted):
                 logger.warning("%s: its DoRA is read otherwise by ComfyUI, A1111 and diffusers", target)
     except UserError as error:
@@ -192,8 +198,7 @@ def complete_layers(
             raise UserError(f"{key}: this weight is there under another name too; remove one of them")
         layers[layer][kind] = tensors[key]
     if unknown or not layers:
-        found = f"{unknown[0]}, 1 of {len(unknown)} such keys, is" if unknown else "there is"
-        raise UserError(f"{found} no LoRA weight of SDXL; only LoRA and DoRA of its layers can be read")
+        raise UserError(describe_unknown(unknown) if unknown else "there is no LoRA weight of SDXL in it")
     for layer, weights in layers.items():
         down, up = weights.get("down"), weights.get("up")
         if down is None or up is None:
@@ -206,9 +211,33 @@ def complete_layers(
     return layers
 
 
-def _as_module(weight: Tensor, layer: Layer) -> Tensor:
+def shaped(
+    weights: dict[str, Tensor], layer: Layer, convolution: bool, *, of_kohya: bool
+) -> dict[str, Tensor]:
+    """A layer's weights in PEFT's shapes, values unchanged.
+
+    Args:
+        weights: Down, up, magnitude and alpha; those of linear layers may be convolutions of 1 x 1.
+        layer: Whose they are, for errors.
+        convolution: Whether the layer is one.
+        of_kohya: The magnitudes are shaped as kohya's: with the outputs on the first axis.
+
+    Raises:
+        UserError: They have no such shapes.
+    """
+    own = dict(weights)
+    for kind in ("down", "up"):
+        own[kind] = _as_module(weights[kind], layer, convolution)
+    if of_kohya and "magnitude" in weights:
+        outputs = len(own["up"])
+        shape = (1, outputs, 1, 1) if convolution else (outputs,)
+        own["magnitude"] = _reshaped(weights["magnitude"], 0, shape, layer)
+    return own
+
+
+def _as_module(weight: Tensor, layer: Layer, convolution: bool) -> Tensor:
     """The weight with as many dimensions as in PEFT: 4 for convolutions, else 2."""
-    if CONVOLUTION.fullmatch(layer[1]):
+    if convolution:
         return weight[:, :, None, None] if weight.ndim == 2 else weight
     if weight.shape[2:].numel() != 1:
         raise UserError(f"{'.'.join(layer)}: a linear layer can't have the shape {list(weight.shape)}")
@@ -218,7 +247,11 @@ def _as_module(weight: Tensor, layer: Layer) -> Tensor:
 def _reshaped(magnitude: Tensor, axis: int, shape: Sequence[int], layer: Layer) -> Tensor:
     """DoRA's magnitudes, with the outputs on an axis, in another shape."""
     outputs = math.prod(shape)
-    # LyCORIS can also scale the inputs, (1, in), which PEFT can't.
+    if axis == 0 and magnitude.ndim > 1 and magnitude.shape[0] == 1 < outputs:
+        raise UserError(
+            f"{'.'.join(layer)}: its DoRA scales the inputs (LyCORIS's wd_on_out=False), which PEFT can't; "
+            "write the nearest plain LoRA: flatlora-kohya SOURCE TARGET --rank N --base BASE"
+        )
     if magnitude.numel() != outputs or magnitude.shape[axis : axis + 1] != (outputs,):
         raise UserError(
             f"{'.'.join(layer)}: DoRA of shape {list(magnitude.shape)} isn't one value for an output"
@@ -297,21 +330,6 @@ def _kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def read_configs(text: str | None) -> dict[str, Any] | None:
-    """PEFT's configurations, as `unet.lora_alpha`, from the text of a file's metadata.
-
-    Raises:
-        UserError: The text is no JSON object.
-    """
-    try:
-        configs = None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        configs = text
-    if not isinstance(configs, dict | None):
-        raise UserError("the adapter's metadata aren't a JSON object; export it again")
-    return configs
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: convert a LoRA file into the other format."""
     parser = OneLineParser(
@@ -323,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, metavar="TARGET", help="A .safetensors file that doesn't exist.")
     parser.add_argument("--layers_per_block", type=int, default=2, metavar="N", help="Of the UNet (2).")
     given = parser.parse_all(arguments)
-    source = given.source / WEIGHTS_NAME if given.source.is_dir() else given.source
+    source = adapter_file(given.source)
     for path in (source, given.target):
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: must be a .safetensors file; a pickled one could run code")

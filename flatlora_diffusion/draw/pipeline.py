@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.adapter.check import AdapterFacts, check_adapter, check_loaded
+from flatlora_diffusion.adapter.check import AdapterFacts, check_adapter, check_loaded, converted
 from flatlora_diffusion.adapter.new_tokens import (
     load_embeddings,
     loaded_words,
@@ -28,6 +28,7 @@ from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-            pipeline.load_lora_weights(
-                str(file.parent),
-                weight_name=file.name,
-                adapter_name=name,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+            _load(pipeline, name, adapter)
         check_loaded(pipeline, name, adapter)
         load_embeddings(pipeline, name, adapter.facts, embeddings)
         # Layers that diffusers adds are in train(): those of other people's files may have dropout.
@@ -136,6 +131,30 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> 
 def adapter_names(labels: Iterable[str]) -> dict[str, str]:
     """Label -> a name to load its adapter under: one without dots, and none that a module has for its own."""
     return {label: f"adapter_{number}" for number, label in enumerate(labels, start=1)}
+
+
+def _load(pipeline: StableDiffusionXLPipeline, name: str, adapter: AdapterFacts) -> None:
+    """Have diffusers load a file that is in its format, or what the file of another format means."""
+    other = converted(pipeline, adapter)
+    if other is None:
+        pipeline.load_lora_weights(
+            str(adapter.file.parent),
+            weight_name=adapter.file.name,
+            adapter_name=name,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        return
+    tensors, configs = other
+    own: dict[str, Any] = {"network_alphas": None, "adapter_name": name, "metadata": configs}
+    own |= {"_pipeline": pipeline, "low_cpu_mem_usage": True}
+    if "unet" in adapter.parts:
+        pipeline.load_lora_into_unet(tensors, unet=pipeline.unet, **own)
+    for part in TEXT_ENCODERS:
+        if part in adapter.parts:
+            pipeline.load_lora_into_text_encoder(
+                tensors, text_encoder=getattr(pipeline, part), prefix=part, **own
+            )
 
 
 def activate(pipeline: StableDiffusionXLPipeline, adapter: str | None, scale: float = 1.0) -> None:

@@ -10,10 +10,16 @@ import re
 import pytest
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from flatlora_diffusion.adapter.check import check_adapter, check_loaded
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes, adapter_tensors
+from flatlora_diffusion.adapter.file import (
+    WEIGHTS_NAME,
+    adapter_bytes,
+    adapter_tensors,
+    load_adapter_tensors,
+)
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
@@ -167,18 +173,13 @@ def test_what_kohya_convert_writes_passes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "patterns"])
-def test_what_diffusers_reads_otherwise_in_kohyas_format_is_refused_after_loading(kind, tmp_path):
-    source, target, back = (tmp_path / name for name in (WEIGHTS_NAME, "k.safetensors", "b.safetensors"))
+def test_what_diffusers_reads_otherwise_in_kohyas_format_reaches_the_pipeline(kind, tmp_path):
+    source, target = tmp_path / WEIGHTS_NAME, tmp_path / "k.safetensors"
     trained = KINDS[kind][0]() if kind == "patterns" else models(use_dora=True)
     write(source, trained)
     convert(source, target, 1)
     pipeline = build_pipeline()
-    assert check_adapter(pipeline, target).dora == (kind == "DoRA"), "sound in itself"
-    with pytest.raises(UserError, match=r"doesn't load what the file has .*kohya \S+/k\.safetensors NEW"):
-        load_adapter(pipeline, "mine", target)
-    assert pipeline.get_list_adapters() == {}
-    convert(target, back, 1)
-    load_adapter(pipeline, "mine", back)  # what the message says to do
+    assert load_adapter(pipeline, "mine", target).dora == (kind == "DoRA")
     loaded, expected = updates(pipeline, "mine"), updates(trained, "default")
     assert loaded.keys() == expected.keys()
     for key, tensor in loaded.items():
@@ -286,10 +287,10 @@ REFUSED = {
         r"attn2\.to_k: its down weight is \[4, 1024\] and must be \[4, 64\]; by its 1024 .* for SD 2\);",
     ),
     "too wide": (lora(TO_Q, 64, 65), {}, r"its up weight is \[65, 4\] and must be \[64, 4\]\);"),
-    "a linear layer as a convolution": (
-        lora(TO_Q, 64, 64, kernel=(1, 1)),
+    "a linear layer as a wide convolution": (
+        lora(TO_Q, 64, 64, kernel=(3, 3)),
         {},
-        r"its down weight is \[4, 64, 1, 1\] and must be \[4, 64\]",
+        r"attn1\.to_q: a linear layer can't have the shape \[4, 64, 3, 3\]",
     ),
     "another kernel": (
         lora("unet.conv_in", 4, 32, kernel=(1, 1)),
@@ -493,3 +494,36 @@ def test_a_name_is_taken_once(adapters):
 def test_facts_cannot_be_changed(adapters, pipeline):
     with pytest.raises(dataclasses.FrozenInstanceError):
         check_adapter(pipeline, adapters["LoRA"]).rank = "9"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_trained_magnitudes_of_text_encoders_arrive(older, tmp_path):
+    trained = models(None, TEXT_TARGETS, use_dora=True)
+    for model in trained.values():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.data *= 1.5
+    file = write(tmp_path / "run" / WEIGHTS_NAME, trained)
+    if older:  # files that were written before had PEFT's names, which transformers passes over
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = {
+            key.removesuffix(".weight") if "magnitude" in key else key: t
+            for key, t in load_file(file).items()
+        }
+        save_file(tensors, file, metadata=metadata)
+    pipeline = build_pipeline()
+    load_adapter(pipeline, "mine", file)
+    other = models(None, TEXT_TARGETS, use_dora=True)
+    load_adapter_tensors(other, load_file(file))
+    pipelines = [(pipeline, "mine"), (other, "default")]
+    if not older:  # diffusers by itself
+        plain = build_pipeline()
+        plain.load_lora_weights(file.parent, weight_name=file.name, adapter_name="plain")
+        pipelines.append((plain, "plain"))
+    expected = updates(trained, "default")
+    for where, name in pipelines:
+        loaded = updates(where, name)
+        assert loaded.keys() == expected.keys()
+        for key, tensor in loaded.items():
+            torch.testing.assert_close(tensor, expected[key], msg=key)

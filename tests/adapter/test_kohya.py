@@ -607,7 +607,7 @@ BAD = {
     "two alphas": (kohya_layer(Q, alpha=[1.0, 2.0]), "alpha"),
     "twice": (kohya_layer(IN) | kohya_layer("lora_unet_conv_in"), "lora_unet_input_blocks_0_0.*another name"),
     # As many inputs as outputs, so that only the axis tells.
-    "DoRA of inputs": (kohya_layer(Q) | {f"{Q}.dora_scale": torch.ones(1, 4)}, r"DoRA of shape \[1, 4\]"),
+    "DoRA of inputs": (kohya_layer(Q) | {f"{Q}.dora_scale": torch.ones(1, 4)}, "scales the inputs"),
     "DoRA of ours": (layer(OUT) | {f"{OUT}.lora_magnitude_vector": torch.ones(7)}, r"DoRA of shape \[7\]"),
 }
 BAD_METADATA = {
