@@ -33,11 +33,10 @@ def open_image(source: Readable) -> Image.Image:
         with Image.open(io.BytesIO(source.read_bytes())) as image:
             image.load()
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise UserError(f"the picture {source} does not exist") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow names the address of bytes of which it doesn't know the format.
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if unknown else getattr(error, "strerror", None) or error
         raise UserError(f"{source}: cannot be read as an image ({reason}); mend or remove it") from error
 
 

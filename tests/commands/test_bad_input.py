@@ -493,7 +493,7 @@ TOOLS = {
     "sheet of nothing": (
         nothing,
         ["-m", "flatlora_diffusion.sheet", "ROOT/gone", "--columns", "a", "--output", "ROOT/sheet.png"],
-        "the picture ROOT/gone does not exist",
+        "ROOT/gone: cannot be read as an image (No such file",
     ),
 }
 for suffix in (".bin", ".pt", ".ckpt"):

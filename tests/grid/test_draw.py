@@ -439,7 +439,10 @@ P = ("--prompt", "p")
         ([*P, "--batch_size", "0"], "batch_size 0: must be greater than 0"),
         ([*P, "--seed", "-1"], "seed -1: must be 0 or more"),
         ([*P, "--device", "abacus"], "--device abacus: "),
-        ([*P, "--strip", "silent", "gone"], "nothing was drawn: the picture gone does not exist"),
+        (
+            [*P, "--strip", "silent", "gone"],
+            "nothing was drawn: gone: cannot be read as an image .No such file",
+        ),
         ([*P, "--cell_size", "0"], "cell_size=0 must be at least 1"),
         ([*P, "--margin", "-1"], "margin=-1 must be at least 0"),
         ([*P, "--cell_size", "9000"], "nothing was drawn: the sheet would have .* more than the limit of 64"),

@@ -105,7 +105,10 @@ def test_command_line_with_pictures_and_with_a_folder(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["base-0.png", "missing.png", "--columns", "a", "b"], "missing.png does not exist"),
+        (
+            ["base-0.png", "missing.png", "--columns", "a", "b"],
+            "missing.png: cannot be read as an image (No such file",
+        ),
         (
             ["base-0.png", "broken.png", "--columns", "a", "b"],
             "broken.png: cannot be read as an image",
@@ -139,7 +142,10 @@ def test_command_line_errors_are_one_line_and_write_nothing(folder, monkeypatch,
 
 def test_an_error_through_the_module(tmp_path):
     failed = command_line("x.png", "--columns", "a", "--output", tmp_path / "sheet.png")
-    assert (failed.returncode, failed.stderr) == (2, "error: the picture x.png does not exist\n")
+    assert (failed.returncode, failed.stderr) == (
+        2,
+        "error: x.png: cannot be read as an image (No such file or directory); mend or remove it\n",
+    )
 
 
 def test_help(capsys):
