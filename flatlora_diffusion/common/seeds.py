@@ -24,5 +24,6 @@ def seeded(device: torch.device, key: int) -> Generator[None]:
 
 def hash64(*parts: object) -> int:
     """A 64-bit key that is the same in every process and version of Python, unlike `hash`."""
-    text = "\x1f".join(map(str, parts)).encode()
+    # Names of files may hold bytes that are no text.
+    text = "\x1f".join(map(str, parts)).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

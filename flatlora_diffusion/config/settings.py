@@ -79,13 +79,20 @@ class TrainConfig:
     caption_column: str | None = option(
         None,
         "Column of the dataset that holds the captions; without it instance_prompt is the caption of all. "
-        "For a folder of images: the key of the captions in metadata.jsonl, which is text by default.",
+        "For a folder of images: the key of the captions in metadata.jsonl or metadata.csv; text by default.",
         decides=False,
     )
     instance_prompt: str = option(
         REQUIRED,
         "Prompt of every image that has no caption of its own. Captions of a folder come from metadata.jsonl "
-        "(file_name, text) or from .txt files beside the images. Captions may say {instance_prompt}.",
+        "or metadata.csv (file_name, text) or from .txt or .caption files beside the images. Captions may "
+        "say {instance_prompt}.",
+    )
+    kohya_folders: bool = option(
+        False,
+        "Read sub-folders that are named as for kohya's scripts too: an epoch sees the images of 10_fox 10 "
+        "times, and their caption is fox where they have none.",
+        decides=False,
     )
     repeats: int = option(
         1, "How often an epoch passes over the training images.", rules=(POSITIVE,), decides=False
@@ -369,6 +376,9 @@ class TrainConfig:
                 raise UserError(f"--{field.name} {value}: not one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{field.name} {value}: must be a finite number")
+            for text in value if isinstance(value, tuple) else [value]:
+                if isinstance(text, str) and not _is_unicode(text):
+                    raise UserError(f"--{field.name} {text!a}: not text in UTF-8; give it another name")
             for rule in field.metadata["rules"]:
                 if value is not None and not rule.holds(value):
                     raise UserError(f"--{field.name} {value}: {rule.text}")
@@ -414,6 +424,15 @@ class TrainConfig:
     def alpha(self) -> float:
         """LoRA alpha: the rank where none is given."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; what stands in names and arguments for other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def reject_contradictions(config: TrainConfig) -> None:

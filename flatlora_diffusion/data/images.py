@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.common.seeds import keyed_generator
 from flatlora_diffusion.data.buckets import bucket_sizes, nearest_size
+from flatlora_diffusion.data.folders import CAPTION_KEY, read_folder
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-METADATA = "metadata.jsonl"
-CAPTION_KEY = "text"
+logger = logging.getLogger(__name__)
+
 PROMPT_PLACEHOLDER = "{instance_prompt}"
 
 # Images that don't fit are cached with this many crops when crops are random.
@@ -52,10 +53,11 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image and its caption."""
+    """One training image and its caption, which an epoch sees `repeats` times."""
 
     path: Path | EmbeddedImage
     caption: str
+    repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,24 +102,24 @@ class Variant:
     crop_top_left: tuple[int, int]
 
 
-def image_files(folder: Path) -> set[Path]:
-    """The files of a folder that are images by their names."""
-    return {p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")}
-
-
 def find_samples(
-    folder: Path, instance_prompt: str, flag: str | None = None, caption_key: str = CAPTION_KEY
+    folder: Path,
+    instance_prompt: str,
+    flag: str | None = None,
+    caption_key: str = CAPTION_KEY,
+    *,
+    kohya_folders: bool = False,
 ) -> list[Sample]:
-    """The images of a folder with their captions, by name.
+    """The images of a folder with their captions, by name; see `data.folders`.
 
-    Captions come from `metadata.jsonl` (lines with file_name and text), else from a `.txt` file beside the
-    image, else the instance prompt stands in. Files that aren't images are passed over.
+    The log says how many there are, where their captions are from, and what is passed over.
 
     Args:
         folder: Where the images are.
         instance_prompt: The caption of images without one.
         flag: How the user named the folder, for errors; --instance_data_dir by default.
-        caption_key: What the captions are called in `metadata.jsonl`.
+        caption_key: What the captions are called in `metadata.jsonl` and `metadata.csv`.
+        kohya_folders: Sub-folders such as `10_fox` are read too, with their repeats.
 
     Raises:
         UserError: A missing folder, no image, a damaged image or metadata file, a caption without its image.
@@ -125,15 +127,17 @@ def find_samples(
     flag = flag or f"--instance_data_dir {folder}"
     if not folder.is_dir():
         raise UserError(f"{flag}: {'not a folder' if folder.exists() else 'no such folder'}")
-    captions = _read_metadata(folder / METADATA, caption_key)
-    paths = sorted(image_files(folder) | captions.keys())
-    if not paths:
-        raise UserError(f"{flag}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    contents = read_folder(folder, caption_key, kohya_folders=kohya_folders)
+    if not contents.pictures:
+        passed_over = f"; passed over: {contents.passed_over}" if contents.passed_over else ""
+        raise UserError(f"{flag}: no image in it{passed_over}")
     samples = []
-    for path in paths:
-        open_image(path)  # a damaged file is reported before anything is loaded or written
-        caption = captions.get(path) or _read_sidecar(path.with_suffix(".txt"))
-        samples.append(Sample(path, complete_caption(caption, instance_prompt)))
+    for found in contents.pictures:
+        open_image(found.path)  # a damaged file is reported before anything is loaded or written
+        samples.append(Sample(found.path, complete_caption(found.caption, instance_prompt), found.repeats))
+    logger.info("%s: %s", flag, contents.summary)
+    if contents.passed_over:
+        logger.info("passed over: %s", contents.passed_over)
     return samples
 
 
@@ -146,7 +150,8 @@ def digest(samples: list[Sample]) -> str:
     """A hash of the images and captions: a resumed run must see the same data."""
     sha = hashlib.sha256()
     for sample in samples:
-        sha.update(json.dumps([sample.path.name, sample.caption]).encode())
+        repeats = [] if sample.repeats == 1 else [sample.repeats]
+        sha.update(json.dumps([sample.path.name, sample.caption, *repeats]).encode())
         sha.update(hashlib.sha256(sample.path.read_bytes()).digest())
     return sha.hexdigest()
 
@@ -169,8 +174,6 @@ def parse_background(colour: str) -> tuple[int, int, int] | None:
 
 def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """The image in RGB, its transparent parts over the background."""
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = image.point(lambda value: value / 256, "L")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -225,38 +228,3 @@ def sample_index(seed: int, position: int, count: int) -> int:
     epoch, place = divmod(position, count)
     order = torch.randperm(count, generator=keyed_generator(seed, "epoch", epoch))
     return int(order[place])
-
-
-def _read_metadata(path: Path, caption_key: str) -> dict[Path, str]:
-    if not path.exists():
-        return {}
-    captions = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry[caption_key]
-        except (ValueError, KeyError, TypeError) as error:
-            met = f" (its keys: {', '.join(entry)})" if isinstance(error, KeyError) else ""
-            raise UserError(
-                f'{path}, line {number}: must be {{"file_name": "...", "{caption_key}": "..."}}{met}'
-            ) from error
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: file_name and {caption_key} must both be strings")
-        image = path.parent / name
-        if not image.is_file():
-            raise UserError(f"{path}, line {number}: there is no image {name} beside it")
-        captions[image] = text.strip()
-    return captions
-
-
-def _read_sidecar(path: Path) -> str | None:
-    return _read_text(path).strip() if path.is_file() else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error

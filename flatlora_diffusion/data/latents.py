@@ -102,8 +102,8 @@ class LatentCache:
                 encoded.append((Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
             self._variants.append(encoded)
         members: dict[tuple[int, ...], list[int]] = {}
-        for index, encoded in enumerate(self._variants):
-            members.setdefault(encoded[0][0].mean.shape, []).append(index)
+        for index, (sample, encoded) in enumerate(zip(samples, self._variants, strict=True)):
+            members.setdefault(encoded[0][0].mean.shape, []).extend([index] * sample.repeats)
         self._buckets = [members[shape] for shape in sorted(members)]
         self._batch_size = batch_size
         self._sequence = BatchSequence([len(b) for b in self._buckets], batch_size, seed)

@@ -186,7 +186,8 @@ def _has(file: Path, expected: Stamp) -> bool:
 
 
 def _json(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    # Names of files may hold bytes that are no text: escaped, they are JSON.
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _check_folder(flag: str, folder: Path, recipe: Recipe, manifest: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from flatlora_diffusion.common.command import OneLineParser, invoked_as, parse_a
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.datasets import dataset_captions
-from flatlora_diffusion.data.images import CAPTION_KEY, PROMPT_PLACEHOLDER, complete_caption, find_samples
+from flatlora_diffusion.data.folders import CAPTION_KEY
+from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, complete_caption, find_samples
 from flatlora_diffusion.draw.pipeline import Drawing, adapter_names
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import BASE

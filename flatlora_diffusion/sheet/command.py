@@ -13,10 +13,8 @@ from pathlib import Path
 
 from flatlora_diffusion.common.command import OneLineParser, invoked_as
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.pictures import save_picture
+from flatlora_diffusion.common.pictures import has_picture_name, save_picture
 from flatlora_diffusion.sheet.files import MANIFEST, STRIP_LABEL, Sheet, SheetRow
-
-_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
 def expanded(paths: Sequence[Path]) -> list[Path]:
@@ -30,9 +28,9 @@ def expanded(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES)
+        found = sorted(file for file in path.iterdir() if has_picture_name(file))
         if not found:
-            raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(_PICTURE_SUFFIXES))})")
+            raise ValueError(f"the folder {path} holds no pictures")
         files += found
     return files
 

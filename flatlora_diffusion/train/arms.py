@@ -17,7 +17,8 @@ from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
-from flatlora_diffusion.data.images import CAPTION_KEY, Sample, find_samples, parse_background
+from flatlora_diffusion.data.folders import CAPTION_KEY
+from flatlora_diffusion.data.images import Sample, find_samples, parse_background
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
 from flatlora_diffusion.output.names import ARMS, FOLDER
@@ -108,7 +109,13 @@ def _dataset_samples(config: TrainConfig, split: str) -> list[Sample]:
 def _folder_samples(config: TrainConfig, setting: str) -> list[Sample]:
     folder = getattr(config, setting)
     caption_key = config.caption_column or CAPTION_KEY
-    return find_samples(Path(folder), config.instance_prompt, f"--{setting} {folder}", caption_key)
+    return find_samples(
+        Path(folder),
+        config.instance_prompt,
+        f"--{setting} {folder}",
+        caption_key,
+        kohya_folders=config.kohya_folders,
+    )
 
 
 def _arms(config: TrainConfig) -> list[TrainConfig]:

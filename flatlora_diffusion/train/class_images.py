@@ -15,7 +15,8 @@ from flatlora_diffusion.common.lock import check_writable
 from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import Sample, find_samples, image_files
+from flatlora_diffusion.data.folders import read_folder
+from flatlora_diffusion.data.images import Sample, find_samples
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline
 from flatlora_diffusion.sdxl.base import BASE_FLAG
 from flatlora_diffusion.train.processes import from_main
@@ -35,7 +36,8 @@ def class_samples(config: TrainConfig) -> list[Sample]:
     assert device is not None
     from_main(lambda: _draw_missing(config, folder, device))
     flag = f"--class_data_dir {folder}"
-    return find_samples(folder, config.class_prompt, flag)[: config.num_class_images]
+    samples = find_samples(folder, config.class_prompt, flag, kohya_folders=config.kohya_folders)
+    return samples[: config.num_class_images]
 
 
 def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> None:
@@ -44,9 +46,9 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     assert prompt is not None, "settings are checked"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--class_data_dir {folder}: not a folder")
-    given = sorted(image_files(folder)) if folder.is_dir() else []
-    for path in given:
-        open_image(path)  # a damaged one is reported before anything is drawn
+    given = read_folder(folder, kohya_folders=config.kohya_folders).pictures if folder.is_dir() else []
+    for found in given:
+        open_image(found.path)  # a damaged one is reported before anything is drawn
     missing = config.num_class_images - len(given)
     if missing <= 0:
         return

@@ -70,7 +70,8 @@ class Run:
         self.accelerator = make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
         self.samples_a_step = samples_a_micro_step * config.gradient_accumulation_steps
-        samples_an_epoch = max(len(samples) * config.repeats, len(class_samples))
+        images, class_images = (sum(sample.repeats for sample in own) for own in (samples, class_samples))
+        samples_an_epoch = max(images * config.repeats, class_images)
         self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
         self.text_encoder_steps = config.text_encoder_steps(self.total_steps)

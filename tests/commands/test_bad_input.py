@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -163,6 +164,13 @@ def test_these_settings_are_sound(world):
     assert sorted(path.name for path in world.output.iterdir()) == ["README.md", WEIGHTS_NAME, "summary.json"]
 
 
+def test_a_name_that_is_no_text_trains(world):
+    """Its bytes go into the log, the record of the comparison and the tracker."""
+    (world.root / "icons/green.png").rename(os.fsdecode(os.fsencode(world.root) + b"/icons/caf\xe9.png"))
+    world.train("--compare", "--validation_inference_steps", 1, "--report_to", "tensorboard")
+    assert (world.output / "comparison.png").is_file()
+
+
 def nothing(world):
     """The input files stay as they are."""
 
@@ -207,6 +215,26 @@ IMAGES = {
         "green.txt: cannot be read as UTF-8",
     ),
     "name too long": (nothing, ["--instance_data_dir", "x" * 300], "x" * 300),
+    "only pictures in folders below": (
+        lambda w: shutil.move(w.root / "icons", w.root / "new/10_fox"),
+        ["--instance_data_dir", "ROOT/new"],
+        "no image in it; passed over: 10_fox/: 4 (sub-folder in kohya's layout, which --kohya_folders reads)",
+    ),
+    "table without text": (
+        lambda w: w.write("icons/metadata.csv", "file_name,caption\nred.png,a\n"),
+        [],
+        "metadata.csv, line 2: must be of columns file_name and text (its columns: file_name, caption)",
+    ),
+    "integers of 32 bits": (
+        lambda w: Image.new("I", (8, 8), 1 << 20).save(w.root / "icons/deep.tiff"),
+        [],
+        "deep.tiff: cannot be read as an image (32-bit integers",
+    ),
+    "floats beyond 1": (
+        lambda w: Image.new("F", (8, 8), 200).save(w.root / "icons/deep.tiff"),
+        [],
+        "deep.tiff: cannot be read as an image (floats from 200 to 200",
+    ),
 }
 PRIOR = ["--with_prior_preservation", "--class_prompt", "a picture", "--class_data_dir", "ROOT/class"]
 CLASSES = {
@@ -325,6 +353,12 @@ FLAGS = {
     "background": (nothing, ["--background", "purpleish"], "--background purpleish: not a colour"),
     "unknown flag": (nothing, ["--rnk", 4], "unknown argument --rnk; did you mean --rank?"),
     "compare without noise": (nothing, ["--compare", "--flat_sigma", 0], "--compare with --flat_sigma 0"),
+    "folder that is no text": (nothing, ["--output_dir", "r\udce9"], "--output_dir 'r\\udce9': not text"),
+    "prompt that is no text": (
+        nothing,
+        ["--validation_prompt", "a", "b\udce9"],
+        "--validation_prompt 'b\\udce9': not text",
+    ),
     "unknown tracker": (nothing, ["--report_to", "abacus"], "abacus"),
     "flag without its value": (nothing, ["--instance_prompt"], "--instance_prompt: expected one argument"),
     "EDM": (nothing, ["--do_edm_style_training"], "--do_edm_style_training: is for Playground v2.5"),

@@ -91,6 +91,7 @@ DIFFUSERS_DEFAULTS = {
 }
 OURS = {
     "quantize_base": None,
+    "kohya_folders": False,
     "background": "white",
     "lora_alpha": None,
     "use_rslora": False,
