@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import runpy
 import sys
 
@@ -13,7 +14,6 @@ from PIL import Image
 
 from benchmarks import quality_plots
 from benchmarks.quality_plots import Difference, Point, Series
-from flatlora_diffusion.adapter import file
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.evaluate import figures, plots, tables
 from flatlora_diffusion.evaluate.figures import COLOURS, MUTED, WIDTH, wrapped
@@ -253,7 +253,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(report, tmp_path, coar
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"rise\.png: cannot be written \(No space left on device\)"):
         write_plots(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rise.png"]
