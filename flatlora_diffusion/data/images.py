@@ -29,6 +29,9 @@ _RANDOM_CROPS = 4
 # Transparent images are cached on this many colours when backgrounds are random.
 _RANDOM_BACKGROUNDS = 4
 
+# Images of extreme shape are cropped before they are resized: whole they would have more pixels than this.
+_MOST_PIXELS = 2**26
+
 RANDOM_BACKGROUND = "random"
 WHITE = (255, 255, 255)
 
@@ -214,13 +217,25 @@ def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:
         colours = [tuple(c) for c in torch.randint(256, (_RANDOM_BACKGROUNDS, 3), generator=draw).tolist()]
     resample = Image.Resampling[framing.interpolation.upper()]
     for colour in colours:
-        resized = composite(image, colour).resize((width, height), resample)
+        whole = composite(image, colour)
+        resized = None if width * height > _MOST_PIXELS else whole.resize((width, height), resample)
         for top, left in corners:
-            crop = resized.crop((left, top, left + shown[1], top + shown[0]))
+            box = (left, top, left + shown[1], top + shown[0])
+            if resized:
+                crop = resized.crop(box)
+            else:  # the same pixels, but for the last bits of where they lie
+                across, down = whole.width / width, whole.height / height
+                place = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+                crop = whole.resize((shown[1], shown[0]), resample, _within(place, whole.size))
             pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
             yield Variant(pixels, original_size, (top, left))
             if framing.random_flip:
                 yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
+
+
+def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, ...]:
+    """The box without what rounding has put beyond the image."""
+    return tuple(min(edge, end) for edge, end in zip(box, size * 2, strict=True))
 
 
 def sample_index(seed: int, position: int, count: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -24,10 +24,11 @@ from flatlora_diffusion.adapter.new_tokens import (
     replace_words,
 )
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.models import load_whole
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
-from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.base import check_base, load_base
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
 logger = logging.getLogger(__name__)
@@ -87,10 +88,33 @@ def native_side(pipeline: StableDiffusionXLPipeline) -> int:
     Raises:
         UserError: It doesn't say.
     """
-    size = pipeline.unet.config.sample_size
-    if not isinstance(size, int):
-        raise UserError(f"the base's unet/config.json: sample_size is {size}; set the latents' side, as 128")
-    return size * pipeline.vae_scale_factor
+    return _native_side(pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
+
+
+def native_side_of(base: str, flag: str = "--base") -> int:
+    """The same of a base that isn't loaded: its configurations say it.
+
+    Args:
+        base: Folder or hub name of the pipeline.
+        flag: How the user named it, for errors.
+
+    Raises:
+        UserError: It is missing or not SDXL, or doesn't say.
+    """
+    check_base(base, flag)
+    unet, vae = (
+        load_whole(f"{flag} {base}: {folder}", kind.load_config, base, subfolder=folder)
+        for kind, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    return _native_side(unet.get("sample_size"), 2 ** (len(vae.get("block_out_channels", ())) - 1))
+
+
+def _native_side(latents: object, scale: int) -> int:
+    if not isinstance(latents, int):
+        raise UserError(
+            f"the base's unet/config.json: sample_size is {latents}; set the latents' side, as 128"
+        )
+    return latents * scale
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:

@@ -15,13 +15,14 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.datasets import dataset_captions
 from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, complete_caption, find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, adapter_names
+from flatlora_diffusion.draw.pipeline import Drawing, adapter_names, native_side_of
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.plan import AXES, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.sheet.command import add_measures, expanded
 
+_SDXL = 1024  # SDXL's own size, until `at_base_size` has asked the base
 _PROMPT_SOURCES = ("prompt", "prompts_file", "captions", "dataset_name")
 _WITH_A_MANIFEST = {"manifest", "output", "device", "batch_size"}
 
@@ -67,7 +68,7 @@ def grid_parser() -> OneLineParser:
         "--columns", nargs="+", choices=AXES, help="What goes to the right (default: all that --rows leaves)."
     )
     add("--negative_prompt", metavar="TEXT", help="What guidance steers away from.")
-    add("--resolution", type=int, metavar="PIXELS", help="Width and height (default: 1024).")
+    add("--resolution", type=int, metavar="PIXELS", help="Width and height (default: the base's own).")
     add("--width", type=int, metavar="PIXELS", help="In place of --resolution.")
     add("--height", type=int, metavar="PIXELS", help="The same.")
     add("--steps", type=int, metavar="N", help="Denoising steps (default: 50).")
@@ -115,7 +116,7 @@ def read_recipe(given: dict[str, Any]) -> Recipe:
         (named,) = axes.values()
         rest = [axis for axis in AXES if axis not in named]
         axes = {"rows": rest, "columns": rest} | axes
-    resolution = given.get("resolution", 1024)
+    resolution = given.get("resolution", _SDXL)
     drawing = {
         name: given[name] for name in ("steps", "guidance", "negative_prompt", "sampler") if name in given
     }
@@ -137,6 +138,23 @@ def read_recipe(given: dict[str, Any]) -> Recipe:
             if name in given
         },
     )
+
+
+def at_base_size(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """The grid with pictures of the base's own size, where the flags say nothing else.
+
+    Args:
+        recipe: From `read_recipe`.
+        given: The same flags.
+
+    Raises:
+        UserError: The base is missing or doesn't say its size.
+    """
+    missing = {"width", "height"} - given.keys()
+    if not missing or not given.keys().isdisjoint({"manifest", "resolution"}):
+        return recipe
+    drawing = replace(recipe.drawing, **dict.fromkeys(missing, native_side_of(recipe.base)))
+    return replace(recipe, drawing=drawing)
 
 
 def _again(given: dict[str, Any]) -> Recipe:

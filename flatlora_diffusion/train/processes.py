@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
+    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -63,9 +65,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     join_processes()
     tracker = config.report_to if config.report_to not in (None, "none") else None
+    # TensorBoard is the default: nobody may have asked for it.
     if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         logger.warning("tensorboard isn't installed, so nothing is tracked (pip install tensorboard)")
         tracker = None
+    if (
+        tracker in LoggerType.list()
+        and tracker != "all"
+        and tracker not in map(str, get_available_trackers())
+    ):
+        package = tracker.replace("_", "-")  # accelerate would train without a tracker
+        raise UserError(
+            f"--report_to {tracker} needs the package {package}: pip install {package}, or give none"
+        )
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

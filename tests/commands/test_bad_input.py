@@ -359,6 +359,11 @@ FLAGS = {
         ["--validation_prompt", "a", "b\udce9"],
         "--validation_prompt 'b\\udce9': not text",
     ),
+    "tracker that isn't installed": (
+        nothing,
+        ["--report_to", "comet_ml"],
+        "--report_to comet_ml needs the package comet-ml: pip install comet-ml, or give none",
+    ),
     "unknown tracker": (nothing, ["--report_to", "abacus"], "abacus"),
     "flag without its value": (nothing, ["--instance_prompt"], "--instance_prompt: expected one argument"),
     "EDM": (nothing, ["--do_edm_style_training"], "--do_edm_style_training: is for Playground v2.5"),

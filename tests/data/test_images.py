@@ -469,6 +469,32 @@ def test_the_centre_of_the_resized_image(tmp_path, size, resized, corner):
     torch.testing.assert_close(shown.pixels, pil_pixels(image, 16, resized, *corner), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(300, 3), (3, 300), (90, 40), (40, 90)])
+@pytest.mark.parametrize("center_crop", [True, False])
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "lanczos"])
+def test_an_extreme_shape_is_cropped_first_to_the_same_pixels(tmp_path, monkeypatch, size, center_crop, name):
+    noise_image(size).save(tmp_path / "a.png")
+    settings = {"interpolation": name, "center_crop": center_crop}
+    whole = show(tmp_path / "a.png", 64, **settings)
+    monkeypatch.setattr(images, "_MOST_PIXELS", 0)
+    for cropped, expected in zip(show(tmp_path / "a.png", 64, **settings), whole, strict=True):
+        assert cropped.crop_top_left == expected.crop_top_left
+        assert cropped.original_size == expected.original_size
+        difference = (cropped.pixels - expected.pixels).abs() * 127.5
+        assert difference.max() <= 1.01, "8 bits round"
+
+
+def test_an_extreme_shape_takes_little_memory(tmp_path, monkeypatch):
+    noise_image((3000, 3)).save(tmp_path / "a.png")
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest)
+    )
+    shown = show(tmp_path / "a.png", 1024, center_crop=False)
+    assert sizes == [(1024, 1024)] * len(shown) == [(1024, 1024)] * 4
+    assert all(variant.pixels.shape == (3, 1024, 1024) for variant in shown)
+
+
 @pytest.mark.parametrize("name", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
 def test_interpolation(tmp_path, name):
     image = noise_image((40, 30))

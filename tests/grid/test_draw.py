@@ -10,7 +10,7 @@ from PIL import Image
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import output_lock
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline, native_side
 from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.grid import draw
 from flatlora_diffusion.grid.command import main
@@ -459,8 +459,20 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, monkeypat
     monkeypatch.setattr(draw, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        main(["--base", "b", "--output", "out", "--device", "cpu", *words])
+        main(["--base", "b", "--output", "out", "--device", "cpu", "--resolution", "64", *words])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [([], "own x own"), (["--width", "24"], "24 x own"), (["--resolution", "24"], "24 x 24")],
+)
+def test_pictures_have_the_size_of_the_base_unless_flags_say_another(tmp_path, base_path, size, expected):
+    own = native_side(load_pipeline(str(base_path)))
+    assert own != 1024
+    main(["--base", str(base_path), *P, "--steps", "1", "--output", str(tmp_path / "out"), *size])
+    drawing = json.loads((tmp_path / "out/manifest.json").read_text())["grid"]["drawing"]
+    assert f"{drawing['width']} x {drawing['height']}" == expected.replace("own", str(own))
 
 
 @pytest.mark.parametrize(
