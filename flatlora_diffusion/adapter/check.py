@@ -15,8 +15,8 @@ from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, loadable_name, read_facts
-from flatlora_diffusion.adapter.formats import adapter_file, read_adapter
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_file, loadable_name, read_facts
+from flatlora_diffusion.adapter.formats import read_adapter
 from flatlora_diffusion.adapter.kohya import (
     complete_layers,
     part_config,
@@ -100,7 +100,7 @@ def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFac
     Raises:
         UserError: Names the file, the tensor or layer that is wrong, and what to do.
     """
-    file = _file_of(path)
+    file = find_file(path)
     facts = read_facts(file)  # a missing or damaged file is named
     if not isinstance(facts, dict):
         raise UserError(f"{file}: its facts of the training aren't a JSON object; export it again")
@@ -110,7 +110,7 @@ def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFac
     method = facts.get("method")
     return AdapterFacts(
         file=file,
-        sha256=_sha256(file),
+        sha256=file_digest(file),
         method=method if isinstance(method, str) else None,
         rank=_range([len(weights["down"]) for weights in content.layers.values()]),
         alpha=_range(list(content.alphas.values())) if content.alphas else None,
@@ -159,7 +159,7 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
     Raises:
         UserError: Names a layer whose tensors or scale didn't arrive, or that the file doesn't have.
     """
-    if _sha256(adapter.file) != adapter.sha256:
+    if file_digest(adapter.file) != adapter.sha256:
         raise UserError(f"{adapter.file}: was replaced while it was read; load it again")
     content = _read(pipeline, adapter.file)
     modules = _modules(pipeline)
@@ -178,7 +178,12 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
         )
 
 
-def _file_of(path: Path) -> Path:
+def find_file(path: Path) -> Path:
+    """An adapter's safetensors file, also where its folder is given.
+
+    Raises:
+        UserError: There is none.
+    """
     file = adapter_file(path)
     if file.suffix != ".safetensors" and file.is_file():
         raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
@@ -195,7 +200,8 @@ def _file_of(path: Path) -> Path:
     raise UserError(f"{path}: no {WEIGHTS_NAME} in it; give the file itself, or the folder of a run")
 
 
-def _sha256(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -213,12 +219,7 @@ def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
     widths = {part: model.config.hidden_size for part, model in text_encoders.items()}
     adapter = read_adapter(file, widths)
     tensors, configs, of_kohya = adapter.tensors, adapter.configs, adapter.format == "kohya"
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        # sd-scripts writes an alpha as a whole number.
-        number = tensor.is_floating_point() or (key.endswith(".alpha") and tensor.dtype in _WHOLE)
-        if not (number and tensor.float().isfinite().all()):
-            raise UserError(f"{file}: {key} has values that aren't finite numbers; get a sound file")
+    require_finite(file, tensors)
     parse = split_diffusers_key
     if of_kohya:
         parse = functools.partial(parse_kohya_key, layer_names(pipeline.unet.config.layers_per_block))
@@ -230,11 +231,11 @@ def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
             for layer, weights in found.items()
         }
         for part in PREFIXES:
-            _check_config(part, part_config(configs, part))
+            check_config(part, part_config(configs, part))
         scales, alphas = {}, {}
         for layer, weights in layers.items():
             config = part_config(configs, layer[0])
-            scales[layer], alpha = _scale_and_alpha(layer, weights, config)
+            scales[layer], alpha = scale_and_alpha(layer, weights, config)
             if alpha is not None:
                 alphas[layer] = alpha
     except UserError as error:
@@ -255,7 +256,21 @@ def _is_convolution(modules: dict[Layer, nn.Module], layer: Layer) -> bool:
     return isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, nn.Conv2d)
 
 
-def _check_config(part: str, config: dict[str, Any] | None) -> None:
+def require_finite(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors of a file with values that aren't finite numbers.
+
+    Raises:
+        UserError: Names the file and the first of them.
+    """
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        # sd-scripts writes an alpha as a whole number.
+        number = tensor.is_floating_point() or (key.endswith(".alpha") and tensor.dtype in _WHOLE)
+        if not (number and tensor.float().isfinite().all()):
+            raise UserError(f"{file}: {key} has values that aren't finite numbers; get a sound file")
+
+
+def check_config(part: str, config: dict[str, Any] | None) -> None:
     """Refuse a configuration of PEFT with which loading would change the base."""
     if config is None:
         return
@@ -270,7 +285,7 @@ def _check_config(part: str, config: dict[str, Any] | None) -> None:
             raise UserError(f"{part}.{setting} in its metadata: more than a LoRA; export the LoRA alone")
 
 
-def _scale_and_alpha(
+def scale_and_alpha(
     layer: Layer, weights: dict[str, Tensor], config: dict[str, Any] | None
 ) -> tuple[float, float | None]:
     """The factor on B @ A, and the alpha that the file states, if it does."""

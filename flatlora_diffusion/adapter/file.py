@@ -16,7 +16,7 @@ from diffusers.utils import (
 )
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flatlora_diffusion.common.errors import UserError
@@ -24,6 +24,7 @@ from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, adaptable
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 LIVE_NAME = "pytorch_lora_weights_live.safetensors"  # not averaged, beside an average under the first name
+PEFT_NAME = "adapter_model.safetensors"  # what PEFT's own `save_pretrained` writes
 FLAT_METADATA_KEY = "flat_lora"
 
 
@@ -127,6 +128,14 @@ def with_sorted_metadata(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
+def adapter_file(path: Path) -> Path:
+    """The adapter's file where its folder is given: of a run, or of PEFT."""
+    if not path.is_dir():
+        return path
+    of_peft = path / PEFT_NAME
+    return of_peft if of_peft.is_file() and not (path / WEIGHTS_NAME).exists() else path / WEIGHTS_NAME
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """The facts about the run that an adapter file carries; empty for other people's files.
 
@@ -137,16 +146,4 @@ def read_facts(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get(FLAT_METADATA_KEY, "{}"))
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path}: not a sound safetensors file ({error})") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a sound safetensors file ({error})") from error

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_tensors
 from flatlora_diffusion.common.errors import UserError
 
-PEFT_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+PEFT_CONFIG_NAME = "adapter_config.json"
 SDXL_WIDTHS = {"text_encoder": 768, "text_encoder_2": 1280}
 
 _PEFT_PREFIX = "base_model.model."
@@ -72,14 +72,6 @@ class AdapterTensors:
     format: str
 
 
-def adapter_file(path: Path) -> Path:
-    """The adapter's file where its folder is given: of a run, or of PEFT."""
-    if not path.is_dir():
-        return path
-    of_peft = path / PEFT_NAME
-    return of_peft if of_peft.is_file() and not (path / WEIGHTS_NAME).exists() else path / WEIGHTS_NAME
-
-
 def read_adapter(file: Path, widths: Mapping[str, int] = SDXL_WIDTHS) -> AdapterTensors:
     """All tensors of an adapter file, and PEFT's configurations.
 
@@ -107,6 +99,18 @@ def read_adapter(file: Path, widths: Mapping[str, int] = SDXL_WIDTHS) -> Adapter
     part = _part_of(file, {paths[key]: tensors[key] for key in wrapped}, widths)
     named = {f"{part}.{path}": tensors[key] for key, path in paths.items()}
     return AdapterTensors(named, {f"{part}.{key}": own for key, own in config.items()}, metadata, "peft")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a sound safetensors file ({error})") from error
 
 
 def read_configs(text: str | None) -> dict[str, Any] | None:

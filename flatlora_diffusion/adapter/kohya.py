@@ -29,8 +29,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import loadable_name, with_sorted_metadata
-from flatlora_diffusion.adapter.formats import adapter_file, describe_unknown, read_adapter, read_configs
+from flatlora_diffusion.adapter.file import adapter_file, loadable_name, with_sorted_metadata
+from flatlora_diffusion.adapter.formats import describe_unknown, read_adapter, read_configs
 from flatlora_diffusion.adapter.kohya_names import (
     CONVOLUTION,
     PREFIXES,

@@ -171,6 +171,12 @@ class TrainConfig:
         "layers are shown) or lora_ga (those of the base's gradients).",
         rules=(INITIALISATION,),
     )
+    lora_weights: str | None = option(
+        None,
+        "Start from this adapter: a file in the format of diffusers, kohya or PEFT, or its folder. Its rank, "
+        "alpha and layers must be those of this run. The file's digest is one of the settings of the run.",
+        decides=False,  # its digest does
+    )
     scale_weight_norms: float | None = option(
         None,
         "Max-norm regularisation as in kohya's scripts: after each step, layers whose update s*B@A has a "
@@ -442,6 +448,10 @@ def reject_contradictions(config: TrainConfig) -> None:
         UserError: Names the flags, and what to do.
     """
     start = f"--init_lora_weights {config.init_lora_weights}"
+    if config.lora_weights is not None and config.init_lora_weights not in ("gaussian", "default"):
+        raise UserError(
+            f"--lora_weights with {start}: both say how the LoRA starts; leave out one of the two"
+        )
     if config.use_dora and config.starts_with_update:
         raise UserError(
             f"--use_dora with {start}: DoRA and the frozen adapter that this adds have no single merged "

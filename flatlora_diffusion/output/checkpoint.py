@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_tensors
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.adapter.formats import read_tensors
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import sync_folder
 
@@ -123,14 +124,16 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
 
     Args:
         output_dir: Where the run writes.
-        wanted: `latest`, the name of a checkpoint in the output folder, or the path of one elsewhere.
+        wanted: `latest`, the name of a checkpoint in the output folder, or the path of one elsewhere. Its
+            folder may have been renamed.
         settings: Those of the present run.
 
     Returns:
         The checkpoint, or None where `latest` finds none.
 
     Raises:
-        UserError: The named checkpoint doesn't exist, no checkpoint is sound, or the settings differ.
+        UserError: The named checkpoint doesn't exist, is of the diffusers script, no checkpoint is sound, or
+            the settings differ.
     """
     if output_dir.is_dir():
         for leftover in output_dir.glob(f"{_UNFINISHED}*"):
@@ -143,8 +146,12 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
     place = output_dir if len(Path(wanted).parts) == 1 else Path(wanted).parent
     steps = sorted(_steps(place), reverse=True)
     if wanted != "latest":
-        name = Path(wanted).name
-        match = _FOLDER.fullmatch(name)
+        folder = place / Path(wanted).name
+        if _of_diffusers(folder):
+            raise UserError(f"--resume_from_checkpoint {wanted}: {_what_to_start_from(folder)}")
+        match = _FOLDER.fullmatch(folder.name)
+        if not match and (folder / STATE_NAME).is_file():
+            return _renamed(folder, settings)
         if not match or int(match[1]) not in steps:
             known = ", ".join(f"checkpoint-{step}" for step in sorted(steps)) or "none"
             raise UserError(f"--resume_from_checkpoint {wanted}: not in {place} (there: {known})")
@@ -153,6 +160,8 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
         folder = place / f"checkpoint-{step}"
         problem, stored = _verify(folder)
         if stored is None:
+            if _of_diffusers(folder):
+                raise UserError(f"{folder}: {_what_to_start_from(folder)}")
             logger.warning("%s is damaged (%s); looking for an earlier one", folder, problem)
             continue
         _require_same_settings(folder, stored.settings, settings)
@@ -160,6 +169,29 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
     if steps:
         raise UserError(f"{place}: no checkpoint is sound; start again in another --output_dir")
     return None
+
+
+def _renamed(folder: Path, settings: dict[str, Any]) -> Stored:
+    """The checkpoint of a folder whose name doesn't say so."""
+    problem, stored = _verify(folder)
+    if stored is None:
+        raise UserError(f"{folder}: the checkpoint is damaged ({problem}); give another one")
+    _require_same_settings(folder, stored.settings, settings)
+    return stored
+
+
+def _of_diffusers(folder: Path) -> bool:
+    """Whether accelerate has written a checkpoint there, as the diffusers script has it do."""
+    pickles = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+    return not (folder / STATE_NAME).exists() and any((folder / name).is_file() for name in pickles)
+
+
+def _what_to_start_from(folder: Path) -> str:
+    """What a checkpoint of the diffusers script is, and what can be taken of it: pickles are never read."""
+    met = "a checkpoint of the diffusers script, whose optimizer is pickled and could run code"
+    if (folder / WEIGHTS_NAME).is_file():
+        return f"{met}; start from its adapter: --lora_weights {folder / WEIGHTS_NAME}"
+    return f"{met}, and without {WEIGHTS_NAME}, so that nothing of it can be taken"
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from flatlora_diffusion.adapter.check import file_digest, find_file
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.new_tokens import read_embeddings
 from flatlora_diffusion.common.errors import UserError
@@ -35,6 +36,8 @@ def deciding_settings(
         "images and captions": data_digest,
         "processes": accelerator.num_processes,
     }
+    if config.lora_weights is not None:
+        settings["start of the LoRA"] = file_digest(find_file(Path(config.lora_weights)))
     noise_stretches = config.method == FLAT and config.flat_schedule != "constant"
     if noise_stretches or config.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = total_steps  # else a longer run may continue a shorter one

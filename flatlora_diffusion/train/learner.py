@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace_words
+from flatlora_diffusion.adapter.start import load_start, read_start
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.seeds import hash64, seeded
 from flatlora_diffusion.config.settings import TrainConfig
@@ -95,6 +98,9 @@ class Learner:
             vae=config.pretrained_vae_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
+        )
+        self._start = (
+            None if resuming or config.lora_weights is None else self._read_start(config.lora_weights)
         )
         self.tokens: NewTokens | None = None
         if config.train_text_encoder_ti:
@@ -253,7 +259,10 @@ class Learner:
                 enable_gradient_checkpointing(model)
             model.to(self.accelerator.device).train()
         check(self.trained, config.init_lora_weights, config.rank)
-        if not resuming:
+        if self._start is not None:
+            load_start(self.trained, self._start, str(config.lora_weights))
+            self._start = None
+        elif not resuming:
             initialise(
                 self.trained,
                 config.init_lora_weights,
@@ -263,6 +272,23 @@ class Learner:
             )
         if config.starts_with_update:
             subtract_initial_update(self.trained)
+
+    def _read_start(self, path: str) -> dict[str, Tensor]:
+        """The tensors of --lora_weights, before anything is encoded."""
+        config, base = self.config, self.base
+        widths = {
+            part: model.config.hidden_size
+            for part, model in zip(TEXT_ENCODERS, base.text_encoders, strict=True)
+        }
+        return read_start(
+            Path(path),
+            rank=config.rank,
+            scale=config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank),
+            dora=config.use_dora,
+            parts=("unet", *TEXT_ENCODERS) if config.train_text_encoder else ("unet",),
+            layers_per_block=base.unet.config["layers_per_block"],
+            widths=widths,
+        )
 
     def _shared_loss(self, micro_step: int) -> Tensor:
         """As `loss` before the models are wrapped, and the same in all processes."""

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.adapter.check import check_adapter
-from flatlora_diffusion.adapter.formats import PEFT_CONFIG_NAME, PEFT_NAME
+from flatlora_diffusion.adapter.file import PEFT_NAME
+from flatlora_diffusion.adapter.formats import PEFT_CONFIG_NAME
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_adapter

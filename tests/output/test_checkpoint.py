@@ -26,8 +26,8 @@ from flatlora_diffusion.adapter.file import (
     adapter_tensors,
     load_adapter_tensors,
     read_facts,
-    read_tensors,
 )
+from flatlora_diffusion.adapter.formats import read_tensors
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import TrainConfig
@@ -145,6 +145,24 @@ def test_a_path_is_not_taken_for_the_checkpoint_of_that_name_in_the_output_folde
     stored = find(output, str(elsewhere / "checkpoint-2"))
     assert_sound(stored, 2)
     assert stored.folder == elsewhere / "checkpoint-2"
+
+
+def test_a_renamed_checkpoint_is_known_by_its_content(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    write(output, 1, 2)
+    (output / "checkpoint-1").rename(output / "best")
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("best", "out/best", str(output / "best")):
+        stored = find(output, wanted)
+        assert (stored.step, stored.folder.name) == (1, "best")
+    assert_sound(find(output), 2)
+    with pytest.raises(UserError, match="belongs to other settings"):
+        find(output, "best", seed=9)
+    (output / "best" / OPTIMIZER_NAME).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"best: the checkpoint is damaged \(optimizer.safetensors has changed"
+    ):
+        find(output, "best")
 
 
 @pytest.mark.parametrize("wanted", ["checkpoint-7", "checkpoint-", "newest", "2", "checkpoint-12"])

@@ -1,0 +1,114 @@
+"""An adapter file as the start of a training."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flatlora_diffusion.adapter.check import check_config, find_file, require_finite, scale_and_alpha
+from flatlora_diffusion.adapter.file import adapter_tensors, load_adapter_tensors, read_facts
+from flatlora_diffusion.adapter.formats import read_adapter
+from flatlora_diffusion.adapter.kohya import complete_layers, part_config, shaped, to_diffusers
+from flatlora_diffusion.adapter.kohya_names import (
+    CONVOLUTION,
+    PREFIXES,
+    layer_names,
+    parse_kohya_key,
+    split_diffusers_key,
+)
+from flatlora_diffusion.adapter.new_tokens import FACTS_KEY
+from flatlora_diffusion.common.errors import UserError
+
+_FLAG = "--lora_weights"
+
+
+def read_start(
+    path: Path,
+    *,
+    rank: int,
+    scale: float,
+    dora: bool,
+    parts: Collection[str],
+    layers_per_block: int,
+    widths: dict[str, int],
+) -> dict[str, Tensor]:
+    """The tensors of an adapter file from which a run with these settings can start.
+
+    Args:
+        path: A file in the format of diffusers, kohya or PEFT, or its folder.
+        rank: Of every layer.
+        scale: The factor on B @ A.
+        dora: Whether the layers have magnitudes.
+        parts: Those of `unet`, `text_encoder` and `text_encoder_2` that are trained.
+        layers_per_block: Of the UNet; SDXL has 2.
+        widths: Features of both text encoders.
+
+    Returns:
+        The tensors under the names of `adapter_tensors`.
+
+    Raises:
+        UserError: The file isn't sound, or names the settings that differ.
+    """
+    file = find_file(path)
+    if FACTS_KEY in read_facts(file):
+        raise UserError(
+            f"{_FLAG} {file}: trained together with new tokens, which can't be a start; give another"
+        )
+    adapter = read_adapter(file, widths)
+    require_finite(file, adapter.tensors)
+    of_kohya = adapter.format == "kohya"
+    parse = split_diffusers_key
+    if of_kohya:
+        parse = functools.partial(parse_kohya_key, layer_names(layers_per_block))
+    try:
+        layers = complete_layers(adapter.tensors, parse)
+        for part in PREFIXES:
+            check_config(part, part_config(adapter.configs, part))
+        scales = set()
+        for layer, weights in layers.items():
+            convolution = CONVOLUTION.fullmatch(layer[1]) is not None
+            own = shaped(weights, layer, convolution, of_kohya=of_kohya)
+            factor, _ = scale_and_alpha(layer, own, part_config(adapter.configs, layer[0]))
+            scales.add(factor)
+            layers[layer] = own | {"alpha": torch.tensor(factor * len(own["down"]))}
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    differences = []
+    ranks = sorted({len(weights["down"]) for weights in layers.values()})
+    if ranks != [rank]:
+        differences.append(f"rank {', '.join(map(str, ranks))} there and {rank} here")
+    if not all(math.isclose(factor, scale, rel_tol=1e-6) for factor in scales):
+        there = ", ".join(f"{factor:g}" for factor in sorted(scales))
+        differences.append(f"the update's scale (alpha / rank) {there} there and {scale:g} here")
+    with_dora = {"magnitude" in weights for weights in layers.values()}
+    if with_dora != {dora}:
+        differences.append("DoRA here and not there" if dora else "DoRA there and not here")
+    met = {part for part, _ in layers}
+    if met != set(parts):
+        differences.append(f"it adapts {', '.join(sorted(met))}, and this run {', '.join(sorted(parts))}")
+    if differences:
+        raise UserError(
+            f"{_FLAG} {file}: doesn't fit this run ({'; '.join(differences)}); set --rank, --lora_alpha, "
+            "--use_dora and --train_text_encoder as it has them"
+        )
+    return to_diffusers(layers)[0]
+
+
+def load_start(models: dict[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:
+    """Put the tensors of `read_start` into models with new adapters.
+
+    Raises:
+        UserError: Names a layer that only one of them has, or has in another shape.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: list(tensor.shape) for name, tensor in adapter_tensors(models).items()}
+    for name in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(name) != expected.get(name):
+            met = f"{name} is {shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+            raise UserError(f"{_FLAG} {path}: its layers aren't those of this run ({met}); set --lora_layers")
+    load_adapter_tensors(models, tensors)
