@@ -19,7 +19,7 @@ from PIL import Image
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget
 from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
-from flatlora_diffusion.app.site import Site, check_prompt
+from flatlora_diffusion.app.site import Site, check_prompt, warn_of_cut
 from flatlora_diffusion.app.tally import tally_html
 from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
 from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
@@ -208,6 +208,7 @@ class BlindTab:
         prompt = check_prompt(prompt)
         if one == other:
             raise gr.Error("Choose two methods that are not the same.", print_exception=False)
+        warn_of_cut(self._site.studio, prompt)
         _forget(before)
         yield {
             self.status: progress("Starting.", 0.0),

@@ -18,7 +18,7 @@ from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget, zipped
 from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SCALE, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, Field, from_link
-from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed
+from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed, warn_of_cut
 from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.draw.difference import difference
 from flatlora_diffusion.draw.pipeline import Drawing
@@ -232,6 +232,7 @@ class CompareTab:
         height: int,
     ) -> _Asked:
         drawing = self._site.drawing(negative, steps, guidance, sampler, width, height)
+        warn_of_cut(self._site.studio, prompt, negative)
         return _Asked(check_prompt(prompt), check_seed(seed), drawing, check_scale(scale))
 
     def _jobs(self, asked: _Asked) -> list[Job]:

@@ -24,6 +24,7 @@ from flatlora_diffusion.draw.pipeline import (
     load_adapter,
     native_side,
     sketches,
+    where_cut_in,
 )
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
@@ -122,6 +123,11 @@ class Studio:
     def dtype(self) -> str:
         """Precision in which pictures are drawn."""
         return next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype)
+
+    def where_cut(self, prompt: str) -> str | None:
+        """Where a prompt ends that is longer than the text encoders read with some method, else None."""
+        found = (where_cut_in(self._pipeline, name, prompt) for name in self._names.values())
+        return next(filter(None, found), None)
 
     def sampler(self, drawing: Drawing) -> str:
         """What the sampler of a drawing is called, also where it is the base's own."""

@@ -13,7 +13,7 @@ import gradio as gr
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import zipped
 from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
-from flatlora_diffusion.app.site import Site, check_scale, refusal
+from flatlora_diffusion.app.site import Site, check_scale, refusal, warn_of_cut
 from flatlora_diffusion.app.widgets import connect_stop, progress, scrolled_to
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.stamp import BASE, Stamp, png, sidecar
@@ -162,6 +162,7 @@ class GridTab:
                 "python -m flatlora_diffusion.grid."
             )
         studio = self._site.studio
+        warn_of_cut(studio, *lines, how.negative_prompt)
         try:
             grid = Grid(lines, numbers, chosen, rows, columns)
             adapters = {label: facts.file for label, facts in studio.adapters.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,6 +153,13 @@ class Site:
     def new_folder(self) -> Path:
         """An empty folder for files that are handed out; it goes with the page."""
         return Path(tempfile.mkdtemp(dir=self._folder.name))
+
+
+def warn_of_cut(studio: Studio, *prompts: str | None) -> None:
+    """Tell the page which prompts are longer than the text encoders read, and where they end."""
+    for prompt in dict.fromkeys(filter(None, prompts)):
+        if told := studio.where_cut(prompt):
+            gr.Warning(html.escape(told))
 
 
 def check_prompt(prompt: str) -> str:

@@ -65,9 +65,13 @@ class CaptionStream:
         captions: Of the images.
         captioning: How they are told.
         seed: Decides orders and draws.
+
+    Attributes:
+        whole: The captions as they are.
     """
 
     def __init__(self, captions: Sequence[str], captioning: Captioning, seed: int) -> None:
+        self.whole = list(captions)
         self._orders = [
             tag_orders(caption, captioning.keep_tokens, seed) if captioning.shuffle else [caption]
             for caption in captions

@@ -87,8 +87,7 @@ class LatentCache:
         noise_offset: float = 0.0,
         progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
     ) -> None:
-        self._whole_captions = [sample.caption for sample in samples]
-        self.captions = CaptionStream(self._whole_captions, captioning, seed)
+        self.captions = CaptionStream([sample.caption for sample in samples], captioning, seed)
         self._seed = seed
         self._noise_levels = noise_levels
         self._noise_offset = noise_offset
@@ -145,7 +144,7 @@ class LatentCache:
             draws = keyed_generator(self._seed, "fixed", index)
             shape = (len(timesteps), *posterior.mean.shape)
             yield Batch(
-                [self._whole_captions[index]] * len(timesteps),
+                [self.captions.whole[index]] * len(timesteps),
                 posterior.mean.expand(shape),
                 torch.randn(shape, generator=draws),
                 torch.tensor(timesteps),

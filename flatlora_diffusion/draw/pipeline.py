@@ -29,6 +29,7 @@ from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl.base import check_base, load_base
+from flatlora_diffusion.sdxl.encoding import where_cut
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
 logger = logging.getLogger(__name__)
@@ -259,6 +260,12 @@ def draw_batch(
         _decoded(pipeline, own[None], prompt, seed)
         for own, (prompt, seed) in zip(latents, pictures, strict=True)
     ]
+
+
+def where_cut_in(pipeline: StableDiffusionXLPipeline, adapter: str | None, prompt: str) -> str | None:
+    """Where a prompt ends that is too long with an adapter, whose new tokens count; see `where_cut`."""
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    return where_cut(tokenizers, replace_words(prompt, loaded_words(pipeline, adapter)))
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from flatlora_diffusion.evaluate.likeness import Likeness
 from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.sdxl.base import check_scheduler
+from flatlora_diffusion.sdxl.encoding import tell_cut
 
 REPORT = "evaluation.json"
 PICTURES = "pictures"
@@ -117,6 +118,9 @@ class Evaluation:
             # Not `adapter_names`: kept pictures are in folders of this name, whatever others are measured.
             self.names[label] = name = f"adapter_{slug}"
             self.facts[name] = load_adapter(self.pipeline, name, path)
+        samples = (*plan.heldout, *plan.training, *plan.retention)
+        tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        tell_cut(tokenizers, [*(sample.caption for sample in samples), *plan.prompts])
         self.resolution = plan.resolution or native_side(self.pipeline)
         self.report: dict[str, Any] = {
             "base": plan.base,

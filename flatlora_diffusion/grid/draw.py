@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.draw import stamp
-from flatlora_diffusion.draw.pipeline import Drawing, OnStep, draw_batch, load_adapter, load_pipeline
+from flatlora_diffusion.draw.pipeline import (
+    Drawing,
+    OnStep,
+    draw_batch,
+    load_adapter,
+    load_pipeline,
+    where_cut_in,
+)
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import A1111_CHUNK, Stamp, base_name, png, read
 from flatlora_diffusion.grid.plan import Cell, Grid
 from flatlora_diffusion.grid.recipe import Recipe, differences
 from flatlora_diffusion.sheet.files import MANIFEST, Sheet, draw_sheet, read_manifest
+
+logger = logging.getLogger(__name__)
 
 SHEET_NAME = "sheet.png"
 
@@ -124,6 +134,8 @@ def draw_grid(
                     f"{facts.file}: isn't the file that the manifest's pictures were drawn with (SHA-256 "
                     f"{facts.sha256[:12]}..., then {recipe.sha256[name][:12]}...); restore it"
                 )
+        if not overwrite:  # what a run draws into its own folder, it has told of before
+            _tell_cut(pipeline, recipe)
         sampler = sampler_name(drawing.sampler, pipeline.scheduler)
         manifest = recipe.manifest(folder, sampler, device.type, hashes, versions)
         if overwrite:
@@ -147,6 +159,15 @@ def draw_grid(
         laid_out = draw_sheet(folder)
         write_atomically(sheet or folder / SHEET_NAME, sheet_png(recipe, laid_out, sampler, hashes))
     return laid_out
+
+
+def _tell_cut(pipeline: StableDiffusionXLPipeline, recipe: Recipe) -> None:
+    """A line in the log for each prompt that is longer than the text encoders read."""
+    negative = [recipe.drawing.negative_prompt] if recipe.drawing.negative_prompt else []
+    for prompt in (*dict.fromkeys(recipe.grid.prompts), *negative):
+        found = (where_cut_in(pipeline, method.adapter, prompt) for method in recipe.grid.methods)
+        if told := next(filter(None, found), None):
+            logger.warning("%s", told)
 
 
 def _stamp(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,11 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 60  # characters of a prompt, to tell it from others
+_LAST_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,44 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Latents:
     )
     scale = vae.config["scaling_factor"] / channel_std
     return Latents((mean - channel_mean) * scale, std * scale)
+
+
+def where_cut(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> str | None:
+    """Where a prompt that is too long for its text encoders ends for them.
+
+    Args:
+        tokenizers: Of both text encoders; the one that reads least counts.
+        prompt: Any.
+
+    Returns:
+        The last words that count, a line for people; None where all of the prompt counts.
+    """
+    tokenizer = min(tokenizers, key=lambda own: own.model_max_length)
+    length = tokenizer.model_max_length
+    read = tokenizer(
+        prompt,
+        truncation=True,
+        max_length=length,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    if len(read.input_ids) == 1:
+        return None
+    end = max(last for _, last in read.offset_mapping[0])
+    last_words = " ".join(prompt[:end].split()[-_LAST_WORDS:])
+    line = " ".join(prompt.split())
+    begin = line if len(line) <= _SHOWN else f"{line[:_SHOWN].rstrip()}..."
+    return (
+        f'"{begin}" is longer than the {length - tokenizer.num_special_tokens_to_add()} tokens that the text '
+        f'encoders read: it ends for them with "{last_words}"'
+    )
+
+
+def tell_cut(tokenizers: Sequence[CLIPTokenizer], prompts: Iterable[str]) -> None:
+    """A line in the log for each prompt that is too long, see `where_cut`."""
+    for prompt in dict.fromkeys(prompts):
+        if told := where_cut(tokenizers, prompt):
+            logger.warning("%s", told)
 
 
 def encode_prompts(

@@ -28,7 +28,7 @@ from flatlora_diffusion.data.latents import (
     fixed_timesteps,
 )
 from flatlora_diffusion.sdxl.base import load_base
-from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images, encode_prompts
+from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images, encode_prompts, tell_cut
 from flatlora_diffusion.sdxl.initialise import check, initialise, subtract_initial_update
 from flatlora_diffusion.sdxl.lora import (
     TEXT_ENCODERS,
@@ -138,6 +138,12 @@ class Learner:
     def in_tokens(self, prompt: str) -> str:
         """The prompt with its new tokens in the place of the words that stand for them."""
         return prompt if self.tokens is None else replace_words(prompt, self.tokens.words)
+
+    def tell_cut_captions(self) -> None:
+        """Say which captions and validation prompts are longer than the text encoders read."""
+        prompts = [*self.latents.captions.whole, *(sample.caption for sample in self._whole_samples)]
+        prompts += map(self.in_tokens, self.config.validation_prompt or ())
+        tell_cut(self.base.tokenizers, prompts)
 
     def freeze_text_encoders(self) -> None:
         """Train the text encoders no further; without effect where they aren't trained.

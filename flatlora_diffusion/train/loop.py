@@ -23,7 +23,7 @@ from flatlora_diffusion.common.command import invoked_as, shell_line
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
-from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.data.images import Sample, digest
 from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpoint, write_checkpoint
 from flatlora_diffusion.output.gallery import SideBySide
@@ -136,6 +136,9 @@ class Run:
             self.heldout_samples,
             resuming=resuming,
         )
+        # Of two runs that are compared the first one has said it.
+        if self.accelerator.is_main_process and not (self.side_by_side and config.method == FLAT):
+            self.learner.tell_cut_captions()
         lr_factor = self.samples_a_step if config.scale_lr else 1
         self.state = TrainingState(self.learner, config, self.settings, self.total_steps, lr_factor)
         self.validation = Validation(

@@ -1,9 +1,11 @@
 import threading
 
+import gradio as gr
 import pytest
 
 from flatlora_diffusion.app import engine
 from flatlora_diffusion.app.engine import Drawn, Job, Step, Studio
+from flatlora_diffusion.app.site import warn_of_cut
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.draw.stamp import BASE
@@ -142,3 +144,11 @@ def test_a_damaged_adapter_is_named(base_path, adapters):
     adapters["LoRA"].write_bytes(adapters["LoRA"].read_bytes()[:-1])
     with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors: not a sound safetensors file"):
         Studio(load_pipeline(str(base_path)), "tiny", adapters)
+
+
+def test_the_page_warns_of_prompts_that_are_cut(studio, monkeypatch):
+    told = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    warn_of_cut(studio, "<b> " + "a " * 80, "short", None)
+    assert len(told) == 1
+    assert told[0].startswith("&quot;&lt;b&gt; a a a")

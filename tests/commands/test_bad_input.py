@@ -171,6 +171,30 @@ def test_a_name_that_is_no_text_trains(world):
     assert (world.output / "comparison.png").is_file()
 
 
+LONG = " ".join(["a red icon"] * 40)
+
+
+@pytest.mark.parametrize("compare", [[], ["--compare"]])
+def test_captions_and_validation_prompts_that_are_cut_are_told_once(world, caplog, compare):
+    world.write("icons/green.txt", LONG)
+    code, lines = world.run("--validation_prompt", f"b {LONG}", "--validation_inference_steps", 1, *compare)
+    assert code == 0, lines
+    told = [line for line in caplog.messages if "the text encoders read" in line]
+    assert len(told) == 2
+    assert told[0].startswith('"a red icon a red icon')
+    assert told[1].startswith('"b a red icon')
+
+
+def test_prompts_of_a_grid_that_are_cut_are_told_once(world, caplog):
+    code, lines = world.run_words(
+        *("-m", "flatlora_diffusion.grid", "--base", "ROOT/base", "--prompt", LONG, "a", "--seed", 1, 2),
+        *("--resolution", 16, "--steps", 1, "--output", "ROOT/grid", "--negative_prompt", f"b {LONG}"),
+    )
+    assert code == 0, lines
+    told = [line for line in caplog.messages if "the text encoders read" in line]
+    assert [line[:4] for line in told] == ['"a r', '"b a']
+
+
 def nothing(world):
     """The input files stay as they are."""
 
