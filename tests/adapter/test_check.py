@@ -186,6 +186,7 @@ def test_what_diffusers_reads_otherwise_in_kohyas_format_reaches_the_pipeline(ki
         torch.testing.assert_close(tensor, expected[key], msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_precisions_of_file_and_pipeline_may_differ(dtype, tmp_path, base_path):
     trained = models(text=TEXT_TARGETS)

@@ -418,6 +418,7 @@ class TestPipeline:
 
         return draw
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "layers_per_block"), [("unet", 1), ("text encoders", 2), ("convolutions", 2), ("rslora", 1)]
     )
@@ -436,6 +437,7 @@ class TestPipeline:
         torch.testing.assert_close(draw(pipeline, theirs), expected)
         torch.testing.assert_close(draw(pipeline), base)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["patterns", "dora", "rslora"])
     def test_is_the_same_with_a_new_configuration(self, tmp_path, draw, kind):
         """As for files of other people, who leave no configuration of PEFT."""

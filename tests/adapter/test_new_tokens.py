@@ -206,6 +206,7 @@ def reference_training(config: TrainConfig) -> dict[str, torch.Tensor]:
     return dict(zip(("clip_l", "clip_g"), rows, strict=True))
 
 
+@pytest.mark.slow
 def test_the_trained_rows_are_those_of_a_plain_reference_loop_and_the_base_stays(pivotal_config, base_path):
     config = dataclasses.replace(pivotal_config, flat_sigma=0.0)
     state = global_rng_state()
@@ -242,6 +243,7 @@ def test_captions_of_images_get_the_tokens_and_those_of_class_images_do_not(pivo
 # The step at which text encoders stop.
 
 
+@pytest.mark.slow
 @both_ways
 def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monkeypatch, changes):
     calls = []
@@ -273,6 +275,7 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
         assert (text == next_text) == (step >= 3)
 
 
+@pytest.mark.slow
 @both_ways
 def test_a_run_stopped_on_both_sides_of_that_step_ends_in_the_same_bits(config, tmp_path, changes):
     changes = {**changes, "flat_sigma": 0.5, "max_train_steps": 4}
@@ -364,6 +367,7 @@ def learned(tmp_path) -> dict[str, Path]:
     return {label: write_adapter(tmp_path / "learned" / label, seed) for seed, label in enumerate(labels)}
 
 
+@pytest.mark.slow
 def test_pictures_of_several_adapters_are_those_by_hand(base_path, learned, tmp_path):
     prompts, folder = ("a TOK icon", "a <s0><s1> icon"), tmp_path / "pictures"
     grid = Grid(prompts, [3], [Method("base"), *(Method(label, label) for label in learned)])
@@ -384,6 +388,7 @@ def test_pictures_of_several_adapters_are_those_by_hand(base_path, learned, tmp_
     assert draw_with(base, "lora", "a icon", 3, away).tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_can_be_unloaded_and_another_take_its_name(base_path, learned, adapters):
     pipeline = load_pipeline(str(base_path))
     base = draw_with(pipeline, None, "a TOK icon", 3, DRAWING).tobytes()
@@ -401,6 +406,7 @@ def test_an_adapter_can_be_unloaded_and_another_take_its_name(base_path, learned
     assert draw_with(pipeline, "mine", "a TOK icon", 3, DRAWING).tobytes() == own
 
 
+@pytest.mark.slow
 def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_after(pivotal_config):
     config = dataclasses.replace(
         pivotal_config,

@@ -135,6 +135,7 @@ def says_nothing(text, studio):
     return not [word for word in ("lora", *hashes) if word in text.lower()]
 
 
+@pytest.mark.slow
 def test_what_is_sent_is_the_same_whatever_the_sides_but_for_the_pictures(
     visitor, studio, lone, votes, monkeypatch
 ):

@@ -85,6 +85,7 @@ def pixels(files):
     return [Image.open(file).convert("RGB").tobytes() for file in files]
 
 
+@pytest.mark.slow
 def test_a_program_gets_the_pictures_of_a_lone_request_and_what_made_them(client, site, studio, lone):
     before = kept(site)
     asked = {
@@ -140,6 +141,7 @@ def test_what_is_out_of_its_limits_is_refused(client, wrong, told):
         client.predict(**{**ASKED, **wrong}, api_name="/compare")
 
 
+@pytest.mark.slow
 def test_fifty_requests_at_once_each_get_their_own_pictures_or_a_clean_refusal(address, lone):
     clients = [Client(address, verbose=False) for _ in range(2)]
     answers, refusals = {}, []

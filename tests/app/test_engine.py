@@ -39,6 +39,7 @@ def drawn(events):
     return [event.pictures[0].tobytes() for event in events if isinstance(event, Drawn)]
 
 
+@pytest.mark.slow
 def test_jobs_give_the_pictures_of_lone_requests(studio, lone):
     work = [
         Job("LoRA", [("a icon", 1), ("a red icon", 2)], DRAWING, 0.5),
@@ -68,6 +69,7 @@ def test_steps_tell_how_far_it_is_and_show_it(studio, monkeypatch):
     assert not [event for event in studio.run(work) if isinstance(event, Step)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_closed_stops_at_once_and_leaves_the_pipeline_sound(studio, lone):
     run = studio.run(jobs(studio, 1, drawing=Drawing(16, 16, 100_000, 3.0)))
     assert isinstance(next(run), Step)
@@ -97,6 +99,7 @@ def test_a_run_waits_for_another_until_that_is_closed(studio):
     waiting.close()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monkeypatch):
     def fail(*arguments, **settings):
         raise MemoryError("no room")
@@ -108,6 +111,7 @@ def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monke
     assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]
 
 
+@pytest.mark.slow
 def test_runs_of_many_threads_get_their_own_pictures(studio, lone):
     """Without the lock, adapters and schedulers of one request reach another."""
     got = {}

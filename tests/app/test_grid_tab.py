@@ -60,6 +60,7 @@ def drawn(studio, method, prompt, seed, scale=1.0):
     return next(event.pictures[0] for event in events if isinstance(event, Drawn))
 
 
+@pytest.mark.slow
 def test_a_program_gets_the_sheet_and_each_picture(client, studio):
     files, facts = client.predict(**ASKED, api_name="/grid")
     columns = [

@@ -41,6 +41,7 @@ def runs(comparison):
     return find_runs(comparison)
 
 
+@pytest.mark.slow
 def test_the_api_gives_a_run_by_its_label(runs, comparison):
     with served(tab(runs)) as url:
         client = Client(url, verbose=False)

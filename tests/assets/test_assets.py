@@ -157,6 +157,7 @@ def test_clip_knows_the_flat_icons_by_their_captions() -> None:
         assert (nearest == torch.arange(32)).float().mean() > 0.9, captions[style.start]
 
 
+@pytest.mark.slow
 def test_clip_recognises_what_the_model_draws(pipeline: StableDiffusionXLPipeline) -> None:
     """CLIP-T: for most drawings the nearest of all held-out captions of the style is their own."""
     clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32, use_safetensors=True)
@@ -200,6 +201,7 @@ def test_the_adapters_are_what_the_demo_trains(
     assert (facts["base"], facts["seed"]) == (config.pretrained_model_name_or_path, config.seed)
 
 
+@pytest.mark.slow
 def test_the_adapters_change_what_is_drawn() -> None:
     pipeline = load_pipeline(str(MODEL))
     drawing = Drawing(64, 64, steps=5, guidance=3.0)

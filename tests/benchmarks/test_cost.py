@@ -189,6 +189,7 @@ def test_a_sweep_varies_one_setting(tiny, monkeypatch, sweep, field, values, lay
         assert [case.model.is_gradient_checkpointing for case, _ in seen[2:]] == values
 
 
+@pytest.mark.slow
 def test_growth_is_measured(tiny, tmp_path, capsys, monkeypatch):
     for sweeps in growth.SWEEPS.values():
         monkeypatch.setitem(sweeps, "text", sweeps["text"][-1:])
@@ -238,6 +239,7 @@ def test_random_weights_are_drawn_in_their_precision(dtype):
     assert model(ids).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_measured(task, tmp_path, monkeypatch):
     monkeypatch.setattr(full_sdxl, "in_own_process", lambda function, *arguments: function(*arguments))
     path = tmp_path / "full.json"

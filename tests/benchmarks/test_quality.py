@@ -356,6 +356,7 @@ def test_the_noise_is_as_long_as_sigma_says_beside_the_update():
 # The commands.
 
 
+@pytest.mark.slow
 def test_report_is_written_where_asked(tmp_path, capsys):
     for seed in SEEDS:
         for name in ("mild-lora", "mild-flat-0.1", "mild-flat-0.3"):

@@ -81,6 +81,7 @@ def assert_gradients(parameters, expected):
         assert norm([found - gradient]) <= 1e-4 * norm([gradient])
 
 
+@pytest.mark.slow
 def test_lora_sam_has_the_gradient_at_the_ascended_adapter(config):
     def check(run, compute):
         parameters = trained(run)
@@ -106,6 +107,7 @@ def test_lora_sam_has_the_gradient_at_the_ascended_adapter(config):
     in_a_step(config, check)
 
 
+@pytest.mark.slow
 def test_sam_has_the_gradient_at_the_ascended_merged_weight(config):
     """The twin has no adapter: its weights are W', its gradients come to A and B by the chain rule."""
 
@@ -144,6 +146,7 @@ def factors(layer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_merged", [False, True], ids=["A and B", "merged"])
 def test_the_ascent_raises_the_loss_by_rho_times_the_gradients_norm(config, on_merged):
     rho = 1e-3
@@ -174,6 +177,7 @@ def test_weights_come_back_after_an_error():
     assert torch.equal(weight, own)
 
 
+@pytest.mark.slow
 def test_rivals_train_the_same_bits_each_time_and_leave_the_base_alone(config, base_path, monkeypatch):
     base = load_file(base_path / "unet" / "diffusion_pytorch_model.safetensors")
     checked = []
@@ -225,6 +229,7 @@ def auxiliary_norm(models) -> float:
     return norm(updates)
 
 
+@pytest.mark.slow
 def test_the_second_adapter_stays_in_its_ball(config, monkeypatch):
     norms, models = [], []
 
@@ -245,6 +250,7 @@ def test_the_second_adapter_stays_in_its_ball(config, monkeypatch):
     assert all(model.peft_config.keys() == {"default"} for model in models), "it is gone afterwards"
 
 
+@pytest.mark.slow
 def test_the_second_adapter_follows_the_gradient_upwards(config, monkeypatch):
     """After the first step its B has moved by the learning rate along the sign of its gradient."""
     seen = {}

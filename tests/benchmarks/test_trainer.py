@@ -33,6 +33,7 @@ def adapter_of(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in unet.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", [True, False], ids=["captions", "one prompt"])
 def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons, monkeypatch, captions):
     config = dataclasses.replace(
@@ -107,12 +108,14 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
         assert not torch.equal(parameter, start[name])
 
 
+@pytest.mark.slow
 def test_the_small_sdxl_shares_its_arithmetic_as_sdxl_does():
     sdxl = {"vae": 0.2556, "text_encoders": 0.0058, "unet": 0.7385}  # step_flops(SDXL).shares(): takes long
     small = bases.step_flops(bases.MIDSIZE).shares()
     assert small == pytest.approx(sdxl, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_written_base_has_the_sizes_asked_for(tmp_path):
     narrow = {"block_out_channels": (32, 32, 64), "transformer_layers_per_block": 1, "attention_head_dim": 1}
     sizes = dataclasses.replace(

@@ -735,6 +735,7 @@ def test_a_disk_with_no_room_for_the_adapter(world, mount):
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "flags"),
     [
@@ -811,6 +812,7 @@ def diverging(monkeypatch, at_call, spoil):
     monkeypatch.setattr(learner, "diffusion_losses", diffusion_losses)
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_late_leaves_the_checkpoint(world, monkeypatch):
     diverging(monkeypatch, 4, lambda loss: loss * float("inf"))
     flags = ["--max_train_steps", 4, "--checkpointing_steps", 2]

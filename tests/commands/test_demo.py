@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from flatlora_diffusion.config.command_line import parse_train_config
@@ -27,6 +28,7 @@ def test_the_demo_compares_trained_and_untrained_subjects_and_the_styles_of_the_
     assert new_style & trained and new_style - trained and prompts - new_style
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     heldout = tmp_path / "heldout"
     heldout.mkdir()

@@ -139,6 +139,7 @@ def test_images_keep_their_shape_and_batches_have_one_size(mixed):
     assert max(seen.values()) - min(seen.values()) <= 2
 
 
+@pytest.mark.slow
 def test_a_run_with_buckets_trains_and_repeats(base_path, mixed, tmp_path):
     def run(name, **changes):
         config = make_config(base_path, mixed, tmp_path / name, **changes)

@@ -193,6 +193,7 @@ def told(monkeypatch):
 OFF = {"caption_dropout_rate": 0.0, "shuffle_caption": False, "keep_tokens": 0}
 
 
+@pytest.mark.slow
 def test_nothing_else_is_drawn_otherwise(config, batches):
     run(config)
     altered = batches[:]
@@ -212,6 +213,7 @@ def test_nothing_else_is_drawn_otherwise(config, batches):
     assert told - {""} - {caption for batch in batches for caption in batch.captions}
 
 
+@pytest.mark.slow
 def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, told):
     """At a learning rate of 0 they are the same encoders: the losses agree as well."""
     settings = {"flat_sigma": 0.0, "text_encoder_lr": 0.0, "max_grad_norm": 1e9, "max_train_steps": 3}
@@ -247,6 +249,7 @@ def test_captions_of_class_and_held_out_images_stay_whole(config, told, tmp_path
     assert heldout == [["heldout, b, c, d"] * 8] * 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tmp_path):
     whole = run(config)
     parts = str(tmp_path / "parts")

@@ -166,6 +166,7 @@ def icons_as_in_the_dataset(icons):
     return icons
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_the_same_adapter_as_one_on_a_folder(config, icons_as_in_the_dataset, tmp_path):
     icons = icons_as_in_the_dataset
     write_parquet(Path(config.dataset_name), icons=icons)
@@ -173,6 +174,7 @@ def test_a_run_ends_in_the_same_adapter_as_one_on_a_folder(config, icons_as_in_t
     assert_equal(run(config), folder)
 
 
+@pytest.mark.slow
 def test_a_held_out_split_is_measured_like_a_held_out_folder(config, icons_as_in_the_dataset, tmp_path):
     icons = icons_as_in_the_dataset
     write_parquet(Path(config.dataset_name), ("validation",), icons=icons)
@@ -188,6 +190,7 @@ def test_a_held_out_split_is_measured_like_a_held_out_folder(config, icons_as_in
     assert of_split == losses("folder", heldout_data_dir=str(icons))
 
 
+@pytest.mark.slow
 def test_it_resumes_wherever_the_dataset_is_and_refuses_another(config, icons, tmp_path):
     folder = Path(config.dataset_name)
     write_parquet(folder, icons=icons)
@@ -221,6 +224,7 @@ def test_captions_alone_are_those_of_the_rows(config, icons, tmp_path, monkeypat
             dataset_captions(str(folder), column)
 
 
+@pytest.mark.slow
 def test_the_comparison_shows_the_first_images(config, icons, monkeypatch):
     monkeypatch.setattr("flatlora_diffusion.train.afterwards.MOST_IN_STRIP", 3)
     write_parquet(Path(config.dataset_name), icons=icons)

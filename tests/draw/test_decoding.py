@@ -69,6 +69,7 @@ def test_a_vae_decodes_in_float32_where_it_asks_for_it(dtype, asks):
     assert torch.equal(pixels, expected)
 
 
+@pytest.mark.slow
 def test_validation_in_bf16_decodes_in_float32(config, base_path, monkeypatch):
     seen = []
 

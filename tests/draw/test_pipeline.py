@@ -84,6 +84,7 @@ def test_every_method_starts_from_the_noise_of_the_seed(pipeline, adapters, monk
 PICTURES = [("a icon", 5), ("a red icon with a much longer prompt", 5), ("a icon", 6), ("", 7), ("a icon", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drawing", [DRAWING, Drawing(16, 24, 3, 1.0), Drawing(16, 16, 3, 4.0, "blue", "Euler a")]
 )

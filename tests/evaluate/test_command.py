@@ -80,6 +80,7 @@ def report_of(command) -> dict:
     return json.loads((images.Path(command["--output"][0]) / REPORT).read_text())
 
 
+@pytest.mark.slow
 def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons, heldout):
     rng = global_rng_state()
     report = report_of(command | {"--adapter": [f"Flat-LoRA={adapters['Flat-LoRA']}"]})
@@ -114,6 +115,7 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
     assert found["flatness"]["top_eigenvalue"] is None, "one iteration can't tell it"
 
 
+@pytest.mark.slow
 def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, adapters, icons, monkeypatch):
     monkeypatch.setattr(evaluation, "ITERATIONS", 60)
     monkeypatch.setattr(evaluation, "adapted_layers", lambda *adapted: adapted_layers(*adapted)[:2])
@@ -131,6 +133,7 @@ def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, 
     assert methods["base"]["flatness"] != methods["LoRA"]["flatness"]
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_kept(command, monkeypatch):
     def too_large(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
@@ -154,6 +157,7 @@ def test_models_that_do_not_fit_into_the_memory_are_told(command, monkeypatch):
         main(words(command))
 
 
+@pytest.mark.slow
 def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
     del command["--training"], command["--retention"]
     report = report_of(command)
@@ -164,6 +168,7 @@ def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
     assert "loss on some of the held-out pictures" in tables and "## Style against retention" in tables
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_stays_in_the_report(command):
     whole = report_of(command | {"--parts": ["losses"]})
     both = report_of(command | {"--parts": ["tradeoff"]})["methods"]["LoRA"]
@@ -183,12 +188,14 @@ def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, b
     assert found["rise"] is None and found["plane"]["losses"] and "top_eigenvalue" not in found
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_null(command, monkeypatch):
     monkeypatch.setattr(evaluation, "landscape_line", lambda *arguments: [[1.0, float("nan")]])
     found = report_of(command | {"--parts": ["flatness"]})["methods"]["LoRA"]["flatness"]
     assert found["line"]["losses"] == [[1.0, None]]
 
 
+@pytest.mark.slow
 def test_labels_may_be_names_of_a_module_s_own(command, adapters):
     command["--adapter"] = [f"half={adapters['LoRA']}", f"Train={adapters['Flat-LoRA']}"]
     assert list(report_of(command | {"--parts": ["losses"]})["methods"]) == ["base", "half", "Train"]
@@ -211,6 +218,7 @@ def test_other_objectives_are_refused(command, monkeypatch, scheduler, told):
         main(words(command))
 
 
+@pytest.mark.slow
 def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
     report = report_of(command | {"--parts": ["losses", "tradeoff"]})
     base, lora = (report["methods"][label] for label in ("base", "LoRA"))
@@ -224,6 +232,7 @@ def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
     assert "| Flat-LoRA" in (folder / "evaluation.md").read_text()
 
 
+@pytest.mark.slow
 def test_drawn_measures_need_a_clip_and_keep_their_pictures(command, clip_path, tmp_path):
     command |= {"--parts": ["drawn"], "--clip": [str(clip_path)], "--steps": ["2"]}
     report = report_of(command)
@@ -234,6 +243,7 @@ def test_drawn_measures_need_a_clip_and_keep_their_pictures(command, clip_path, 
     assert len(list(pictures)) == 3 * 2  # the held-out captions are those of the retention too
 
 
+@pytest.mark.slow
 def test_prompts_stand_in_for_pictures_of_the_base(command, clip_path):
     del command["--retention"]
     command |= {
@@ -279,6 +289,7 @@ def merged(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatch, merged):
     command |= {"--parts": ["losses", "tradeoff"]}
     whole = report_of(command)
@@ -306,6 +317,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(command, tmp_path, monkeypatc
     assert merged == [], "nothing is measured a third time"
 
 
+@pytest.mark.slow
 def test_another_adapter_under_a_name_is_measured_anew(command, adapters, merged):
     command |= {"--parts": ["losses"]}
     first = report_of(command)

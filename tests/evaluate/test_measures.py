@@ -42,6 +42,7 @@ def answer(unet: nn.Module) -> torch.Tensor:
 # Losses.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "text_encoder_lr": 1e-2}])
 def test_the_loss_of_an_adapter_is_the_one_that_its_training_logged(config, pipeline, tmp_path, changes):
     heldout = tmp_path / "heldout"

@@ -451,6 +451,7 @@ def test_a_missing_package_is_named_before_anything_is_written(config, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["icons"]
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_everything_else_works():
     program = """
 import sys
@@ -470,6 +471,7 @@ assert flat.epsilon("linear").any()
 # Whole runs.
 
 
+@pytest.mark.slow
 @for_both_kinds
 def test_a_run_trains_on_a_quantized_base_and_goes_on_with_the_same_bits(config, icons, kind, tmp_path):
     bases = []

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -47,6 +48,7 @@ def mean_and_standard_error(values):
     return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
+@pytest.mark.slow
 def test_table_and_gaussian_noise_train_alike():
     gaussian, table = losses("gaussian", SIGMA), losses("table", SIGMA)
     difference, error = mean_and_standard_error(table - gaussian)

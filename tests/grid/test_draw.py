@@ -132,6 +132,7 @@ def test_grids_that_cannot_be_are_named(changes, message):
 # The pictures.
 
 
+@pytest.mark.slow
 def test_every_picture_is_the_one_drawn_alone_and_says_how_it_was_drawn(recipe, words, adapters, tmp_path):
     main([*words, "--output", str(tmp_path / "out"), "--batch_size", "3"])
     pipeline = load_pipeline(recipe.base)
@@ -149,6 +150,7 @@ def test_every_picture_is_the_one_drawn_alone_and_says_how_it_was_drawn(recipe, 
     assert len(set(pictures(tmp_path / "out").values())) == 12
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_bit(words, tmp_path):
     folders = []
     for size in (1, 2, 5):
@@ -201,6 +203,7 @@ def test_the_small_print_has_the_scales_that_no_label_has(recipe, tmp_path, scal
 # The folder.
 
 
+@pytest.mark.slow
 def test_the_manifest_draws_the_same_again(words, icons, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "deep" / "second"
     monkeypatch.chdir(tmp_path)
@@ -222,6 +225,7 @@ def test_the_manifest_draws_the_same_again(words, icons, tmp_path, monkeypatch):
     assert Image.open(again).tobytes() == Image.open(first / "sheet.png").tobytes()
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_and_says_what_was_drawn(words, tmp_path, capsys):
     output = tmp_path / "out"
     main([*words, "--output", str(output)])
@@ -253,6 +257,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(words, tmp_path, launcher):
     assert {name: (output / name).stat().st_ino for name in before} == kept
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_or_damaged_is_drawn_again(recipe, tmp_path):
     def seen(number, total, cell, picture):
         told.append((number, total, cell.file))
@@ -291,6 +296,7 @@ def test_another_layout_of_the_same_pictures_draws_none(words, tmp_path, monkeyp
     assert pictures(output) == before
 
 
+@pytest.mark.slow
 def test_another_grid_in_the_folder_is_refused_before_anything_is_loaded(
     words, adapters, tmp_path, monkeypatch
 ):
@@ -325,6 +331,7 @@ def test_other_peoples_files_are_never_overwritten(words, tmp_path):
         assert files(folder) == {name: b"mine"}
 
 
+@pytest.mark.slow
 def test_a_changed_adapter_is_refused(words, adapters, tmp_path):
     output, again = tmp_path / "out", tmp_path / "again"
     main([*words, "--output", str(output)])
@@ -337,6 +344,7 @@ def test_a_changed_adapter_is_refused(words, adapters, tmp_path):
     assert files(output) == before and not again.exists()
 
 
+@pytest.mark.slow
 def test_a_grid_can_take_the_place_of_another(recipe, tmp_path):
     output = tmp_path / "out"
     output.mkdir()

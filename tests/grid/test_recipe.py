@@ -173,6 +173,7 @@ def test_distorted_icons_keep_their_white_background() -> None:
     assert not torch.equal(views[0], views[1])
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_the_export_loads(work: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(micro_score, "SUBJECTS", 3)
     monkeypatch.setattr(micro_score, "SHEET_SUBJECTS", 3)

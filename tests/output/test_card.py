@@ -53,6 +53,7 @@ def short(config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tmp_path, monkeypatch):
     short = dataclasses.replace(short, compare=True)
@@ -82,6 +83,7 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
     assert (output / CARD).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_code_loads_new_tokens(short, tmp_path, monkeypatch):
     short = dataclasses.replace(
         short, compare=True, train_text_encoder_ti=True, instance_prompt="a TOK", validation_prompt=("a TOK",)
@@ -92,6 +94,7 @@ def test_the_code_loads_new_tokens(short, tmp_path, monkeypatch):
     assert run_code_of(output / CARD, tmp_path, monkeypatch).tobytes() == shown.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_the_code_of_a_run_without_pictures_and_with_another_vae(short, base_path, tmp_path, monkeypatch):
     vae = tmp_path / "vae"

@@ -588,6 +588,7 @@ def test_a_full_disk_at_any_moment(tmp_path, monkeypatch, caplog, prepare, limit
     assert refused >= 2 * len(FILES) + 2, "every file is made and synced, and then the folders"
 
 
+@pytest.mark.slow
 @needs_fork
 @ignore_fork_warning
 @with_power_cut

@@ -104,6 +104,7 @@ def test_a_run_opens_the_repository_first_and_uploads_what_it_made(pushed, fake,
     assert 'load_lora_weights("me/run", weight_name=' in (output / CARD).read_text()
 
 
+@pytest.mark.slow
 def test_the_token_is_written_nowhere(pushed, fake, capsys, caplog, monkeypatch):
     caplog.set_level("DEBUG")
 

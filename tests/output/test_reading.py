@@ -39,6 +39,7 @@ def values(curve) -> list[float]:
     return [value for _, value in curve]
 
 
+@pytest.mark.slow
 def test_the_arms_of_a_comparison(comparison):
     runs = {label: run.read() for label, run in find_runs(comparison).items()}
     assert list(runs) == ["LoRA", "Flat-LoRA"]
@@ -127,6 +128,7 @@ def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch)
     assert run.read().gaps == ["checkpoint-4: state.json has changed since it was written"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_after_its_end_is_unfinished_again(config):
     short = dataclasses.replace(config, flat_schedule="constant", max_train_steps=2, checkpointing_steps=2)
     train(short)

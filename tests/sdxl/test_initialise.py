@@ -118,6 +118,7 @@ def without_adapters(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 # The start.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_computes_what_the_base_does_and_leaves_every_bit_of_it(kind):
     base = build_models()
@@ -368,6 +369,7 @@ def learner(config: TrainConfig, **changes) -> Learner:
     return Learner(dataclasses.replace(config, **changes), accelerator, samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eva", "lora_ga"])
 def test_every_process_and_arm_starts_the_same(config, monkeypatch, kind):
     config = dataclasses.replace(config, init_lora_weights=kind, lora_layers=("to_q",))
@@ -392,6 +394,7 @@ def test_factors_are_exact_on_a_base_in_bf16(config, base_path):
         torch.testing.assert_close(b @ a, u[:, :RANK] * s[:RANK] @ vh[:RANK], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, monkeypatch):
     config = dataclasses.replace(
         config, init_lora_weights="pissa", train_text_encoder=True, lora_dropout=0.2, text_encoder_lr=1e-3

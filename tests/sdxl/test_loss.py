@@ -87,6 +87,7 @@ def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config,
     assert abs(shifts.mean().item()) < 0.1
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(config, tmp_path):
     state = global_rng_state()
     whole = run(config, lora_dropout=0.5)
@@ -105,6 +106,7 @@ def test_dropout_is_a_function_of_the_step(config, tmp_path):
     assert_equal(run(config, lora_dropout=0.5, output_dir=parts, resume_from_checkpoint="latest"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_layers": ("ff.net.2",)}]
 )
@@ -139,6 +141,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, settings):
     assert plain.keys() == pipeline.unet.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_the_kohya_file_draws_the_same(config, base_path):
     settings = {"output_kohya_format": True, "train_text_encoder": True, "lora_alpha": 2.0}
     run(config, learning_rate=1e-2, text_encoder_lr=1e-2, **settings)

@@ -297,6 +297,7 @@ def test_the_pictures_given_are_not_changed():
 # Text.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 300, 1024])
 def test_no_text_leaves_the_sheet_or_touches_a_picture(side):
     names = [["#010000", "#020000", "#030000"]] * len(PROMPTS)

@@ -66,6 +66,7 @@ def step_calls(step: int) -> list[tuple[str, int]]:
     return [("backward", step), ("loss", step), ("loss", step), ("step", step + 1)]
 
 
+@pytest.mark.slow
 def test_a_callback_that_changes_nothing_leaves_the_bits(config, tmp_path):
     settings = {"train_text_encoder": True, "lora_dropout": 0.1, "flat_sigma": 0.3, "use_ema": True}
     config = dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2, **settings)
@@ -75,6 +76,7 @@ def test_a_callback_that_changes_nothing_leaves_the_bits(config, tmp_path):
     assert notes.calls == [("begin", 0), *step_calls(0), *step_calls(1), *step_calls(2), ("end", 3)]
 
 
+@pytest.mark.slow
 def test_both_arms_of_a_comparison_call_and_say_which_they_are(config):
     seen = []
 
@@ -114,6 +116,7 @@ def test_a_run_is_seen_as_it_is(config):
     assert losses == json.loads(Path(config.output_dir, "summary.json").read_text())["losses"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_callbacks(config):
     config = dataclasses.replace(config, max_train_steps=5, gradient_accumulation_steps=2)
     config = dataclasses.replace(config, checkpointing_steps=2)
@@ -143,6 +146,7 @@ def test_a_stopped_run_goes_on_with_its_callbacks(config):
     assert third.calls == [], "it was complete"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_replaced_is_descended(config, tmp_path):
     """A penalty `w * ||p||^2` adds `2 w p` to the gradient of the step, whatever its micro-batches."""
     config = dataclasses.replace(config, max_train_steps=1, gradient_accumulation_steps=2)
@@ -245,6 +249,7 @@ def hung(model) -> list:
     return [*own, *(p for p in processors if isinstance(p, FlatLoRAAttnProcessor))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_an_error_of_a_callback_is_its_authors_and_leaves_nothing_behind(config, method):
     models = {}

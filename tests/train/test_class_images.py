@@ -90,6 +90,7 @@ def test_class_images_keep_their_own_size_and_crop_and_have_other_noise(config, 
     assert not torch.equal(instance.timesteps, of_class.timesteps)
 
 
+@pytest.mark.slow
 def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(config):
     folder = images.Path(config.class_data_dir)
     samples = class_samples(dataclasses.replace(config, sample_batch_size=1))
@@ -105,6 +106,7 @@ def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(con
     assert len(list(folder.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_given_class_images_count(config, class_images):
     assert len(class_samples(config)) == 3
     more = class_samples(dataclasses.replace(config, num_class_images=5))

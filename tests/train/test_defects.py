@@ -94,6 +94,7 @@ def test_the_table_names_tests_that_exist(defect):
         assert re.search(rf"^ *def {test or 'test_'}", text, re.MULTILINE), place
 
 
+@pytest.mark.slow
 def test_1_small_updates_move_a_in_bf16(config, tmp_path):
     config = dataclasses.replace(config, mixed_precision="bf16", learning_rate=1e-4, max_train_steps=3)
     start = run(config, learning_rate=0.0, output_dir=str(tmp_path / "start"))
@@ -139,6 +140,7 @@ def test_2_precision_is_decided_once(config, monkeypatch, launcher_says, flag, e
     assert not autocasts or autocast_dtype == dtype
 
 
+@pytest.mark.slow
 def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypatch):
     config = dataclasses.replace(
         config,
@@ -189,6 +191,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         assert actual == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_6_a_learning_rate_of_0_is_0(config, tmp_path):
     config = dataclasses.replace(config, train_text_encoder=True, max_train_steps=3, train_batch_size=1)
     still = run(config, text_encoder_lr=0.0)
@@ -202,6 +205,7 @@ def test_6_a_learning_rate_of_0_is_0(config, tmp_path):
         assert not all(torch.equal(moving[name], start[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, monkeypatch):
     original, seen = validation.draw, []
 
@@ -284,6 +288,7 @@ def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
     assert calls.count("encode_prompts") == len({sample.caption for sample in samples} | {""})
 
 
+@pytest.mark.slow
 def test_10_the_adapter_is_saved_before_anything_else(config, tmp_path, monkeypatch):
     whole = run(config, mixed_precision="bf16", output_dir=str(tmp_path / "whole"))
 
@@ -303,6 +308,7 @@ def test_10_the_adapter_is_saved_before_anything_else(config, tmp_path, monkeypa
     assert models["unet"].dtype == torch.bfloat16, "nothing was cast"
 
 
+@pytest.mark.slow
 def test_11_a_finished_run_trains_no_step_more(config):
     whole = run(config, checkpointing_steps=3)
     path = Path(config.output_dir, WEIGHTS_NAME)
@@ -323,6 +329,7 @@ def test_11_a_finished_run_trains_no_step_more(config):
     assert steps == [6] and path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_10_a_kill_just_after_the_adapter_was_saved_costs_no_other_file(config, monkeypatch):
     config = dataclasses.replace(config, checkpointing_steps=3, output_kohya_format=True)
 

@@ -53,6 +53,7 @@ def losses(config: TrainConfig) -> list[float]:
     return json.loads((Path(config.output_dir) / "summary.json").read_text())["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "two", "one"),
     [
