@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.options import (
@@ -382,7 +382,7 @@ class TrainConfig:
                 raise UserError(f"--{field.name} {value}: not one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{field.name} {value}: must be a finite number")
-            for text in value if isinstance(value, tuple) else [value]:
+            for text in cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not _is_unicode(text):
                     raise UserError(f"--{field.name} {text!a}: not text in UTF-8; give it another name")
             for rule in field.metadata["rules"]:

@@ -233,9 +233,12 @@ def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:
                 yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
 
 
-def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, ...]:
+def _within(
+    box: tuple[float, float, float, float], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
     """The box without what rounding has put beyond the image."""
-    return tuple(min(edge, end) for edge, end in zip(box, size * 2, strict=True))
+    (left, top, right, bottom), (width, height) = box, size
+    return min(left, width), min(top, height), min(right, width), min(bottom, height)
 
 
 def sample_index(seed: int, position: int, count: int) -> int:
