@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -23,7 +23,9 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from flatlora_diffusion.adapter.file import FLAT_METADATA_KEY, with_sorted_metadata
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import keyed_generator
-from flatlora_diffusion.data.images import Sample
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.data.images import Sample
 
 EMBEDDINGS_NAME = "learned_embeds.safetensors"  # diffusers' own name for textual inversions
 FACTS_KEY = "new_tokens"
