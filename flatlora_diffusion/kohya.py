@@ -12,7 +12,7 @@ def run() -> NoReturn:
 
 def _main() -> None:
     # Inside: imports, which take seconds, are interrupted and report their errors as the work does.
-    from flatlora_diffusion.adapter.kohya import main
+    from flatlora_diffusion.adapter.command import main
 
     main()
 

@@ -13,7 +13,7 @@ import flags_table
 import pytest
 import torch
 
-from flatlora_diffusion.adapter.kohya import main as kohya
+from flatlora_diffusion.adapter.command import main as kohya
 from flatlora_diffusion.app.flags import parse_app_arguments
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.evaluate.command import main as evaluate

@@ -29,7 +29,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import adapter_file, loadable_name, with_sorted_metadata
+from flatlora_diffusion.adapter.file import loadable_name, with_sorted_metadata
 from flatlora_diffusion.adapter.formats import describe_unknown, read_adapter, read_configs
 from flatlora_diffusion.adapter.kohya_names import (
     CONVOLUTION,
@@ -40,7 +40,6 @@ from flatlora_diffusion.adapter.kohya_names import (
     parse_diffusers_key,
     parse_kohya_key,
 )
-from flatlora_diffusion.common.command import OneLineParser, invoked_as
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 
@@ -159,16 +158,22 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
         if adapter.format == "kohya":
             stored = read_configs(metadata.pop(PEFT_METADATA_KEY, None))
             converted, configs = from_kohya(adapter.tensors, layers_per_block, stored)
-            metadata = {key: value for key, value in metadata.items() if key not in _kohya_metadata({})}
+            metadata = {key: value for key, value in metadata.items() if key not in kohya_metadata({})}
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
         else:
             metadata.pop(LORA_ADAPTER_METADATA_KEY, None)
             converted = to_kohya(adapter.tensors, adapter.configs, layers_per_block)
-            metadata |= _kohya_metadata(converted)
+            metadata |= kohya_metadata(converted)
             if adapter.configs is not None:
                 metadata[PEFT_METADATA_KEY] = json.dumps(adapter.configs, indent=2, sort_keys=True)
             if any(key.endswith(".dora_scale") for key in converted):
-                logger.warning("%s: its DoRA is read otherwise by ComfyUI, A1111 and diffusers", target)
+                logger.warning(
+                    "%s: ComfyUI, A1111, sd-scripts and diffusers each read its DoRA otherwise, so none "
+                    "draws what was trained; for them write the nearest plain LoRA: flatlora-kohya %s "
+                    "NEW.safetensors --rank N --base BASE",
+                    target,
+                    source,
+                )
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     converted = {key: tensor.contiguous() for key, tensor in converted.items()}
@@ -318,7 +323,7 @@ def _config(scales: dict[str, tuple[int, float]], dora: bool) -> dict[str, Any]:
     return config
 
 
-def _kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
+def kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
     """What readers look for in kohya's files; as in sd-scripts, Dynamic where layers differ."""
     ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_down.weight")}
     alphas = {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
@@ -328,28 +333,3 @@ def _kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
         "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
         "ss_base_model_version": "sdxl_base_v1-0",
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: convert a LoRA file into the other format."""
-    parser = OneLineParser(
-        prog=invoked_as("python -m flatlora_diffusion.kohya"),
-        description="Convert an SDXL LoRA between the diffusers format and kohya's, which ComfyUI, A1111 and "
-        "sd-scripts read. The names in SOURCE decide the direction.",
-    )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="A .safetensors file, or a run's folder.")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="A .safetensors file that doesn't exist.")
-    parser.add_argument("--layers_per_block", type=int, default=2, metavar="N", help="Of the UNet (2).")
-    given = parser.parse_all(arguments)
-    source = adapter_file(given.source)
-    for path in (source, given.target):
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path}: must be a .safetensors file; a pickled one could run code")
-    if given.target.exists():
-        raise UserError(f"{given.target}: exists; name another file, or remove it")
-    if not given.target.parent.is_dir():
-        raise UserError(f"{given.target}: its folder doesn't exist; make it first")
-    if given.layers_per_block < 1:
-        raise UserError(f"--layers_per_block {given.layers_per_block}: must be at least 1")
-    convert(source, given.target, given.layers_per_block)
-    print(given.target)

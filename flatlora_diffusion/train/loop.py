@@ -308,5 +308,13 @@ class Run:
                 norms,
             )
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
-            logger.info("saved %s", self.output / WEIGHTS_NAME)
+            saved = self.output / WEIGHTS_NAME
+            logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)
+            if self.config.output_kohya_format:
+                logger.info("saved %s: for ComfyUI, A1111 and sd-scripts", self.output / KOHYA_NAME)
+            else:
+                logger.info(
+                    "ComfyUI, A1111 and sd-scripts need it converted: flatlora-kohya %s NEW.safetensors",
+                    saved,
+                )
         self.accelerator.wait_for_everyone()

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from flatlora_diffusion.adapter import kohya_names
+from flatlora_diffusion.adapter.command import main
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes, adapter_tensors, with_sorted_metadata
-from flatlora_diffusion.adapter.kohya import PEFT_METADATA_KEY, convert, from_kohya, main, to_kohya
+from flatlora_diffusion.adapter.kohya import PEFT_METADATA_KEY, convert, from_kohya, to_kohya
 from flatlora_diffusion.adapter.kohya_names import PREFIXES, layer_names
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+from flatlora_diffusion.adapter.command import main as convert
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
-from flatlora_diffusion.adapter.kohya import main as convert
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.grid.command import main as draw_grids
