@@ -15,8 +15,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-import app
 from flatlora_diffusion.app import blind_tab, engine
+from flatlora_diffusion.app.__main__ import main
 from flatlora_diffusion.app.blind_tab import shuffled
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.page import build, launch_settings
@@ -402,7 +402,7 @@ def test_a_label_that_means_no_difference_is_refused(base_path, written_adapters
 def test_votes_into_a_folder_that_is_not_there_are_refused_at_the_start(tmp_path):
     path = tmp_path / "missing" / "votes.jsonl"
     with pytest.raises(UserError) as error:
-        app.main(["--votes", str(path)])
+        main(["--votes", str(path)])
     assert str(error.value) == f"--votes {path}: there is no folder {path.parent}; make it"
 
 

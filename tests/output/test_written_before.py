@@ -34,14 +34,13 @@ def written(tmp_path, monkeypatch, base_path) -> Path:
 def test_its_runs_are_read(written):
     runs = find_runs(written)
     assert list(runs) == ["LoRA", "Flat-LoRA"]
-    flat = runs["Flat-LoRA"]
-    assert flat.finished and len(flat.losses()) == 4 and [step for step, _ in flat.heldout()] == [2, 4]
-    assert flat.sigmas()[-1][1] == pytest.approx(0.3 * 0.5 * (1 + 2**-0.5))
-    facts = flat.facts()
-    assert (facts["method"], facts["rank"], facts["steps"]) == ("Flat-LoRA", 2, 4)
-    assert flat.settings()["flat_sigma"] == 0.3
-    assert [step for step, _ in flat.validation()] == [4]
-    assert flat.gaps() == []
+    flat = runs["Flat-LoRA"].read()
+    assert flat.finished and len(flat.losses) == 4 and [step for step, _ in flat.heldout] == [2, 4]
+    assert flat.sigmas[-1][1] == pytest.approx(0.3 * 0.5 * (1 + 2**-0.5))
+    assert (flat.facts["method"], flat.facts["rank"], flat.facts["steps"]) == ("Flat-LoRA", 2, 4)
+    assert flat.settings["flat_sigma"] == 0.3
+    assert [step for step, _ in flat.validation] == [4]
+    assert flat.gaps == []
 
 
 def test_its_checkpoint_goes_on_to_the_adapter_that_it_ended_in(written):
