@@ -15,11 +15,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
+from flatlora_diffusion.sdxl.shapes import check_parts, check_shapes, check_tokens, check_vae
 
 BASE_FLAG = "--pretrained_model_name_or_path"  # of the trainer; other commands have another
 
@@ -91,10 +92,12 @@ def check_base(name: str, flag: str = BASE_FLAG) -> None:
     if not index.is_file():
         raise UserError(f"{flag}: no model_index.json in it; give an SDXL pipeline in the diffusers format")
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        settings = json.loads(index.read_text(encoding="utf-8"))
+        kind = settings["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{index}: cannot be read ({error})") from error
     _check_kind(flag, kind)
+    check_parts(flag, settings)
     for part in ("unet", "vae", *TEXT_ENCODERS):
         check_weights(flag, path / part)
 
@@ -132,6 +135,7 @@ def load_base(
     flag = f"{flag} {name}"
     index = load_whole(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
     _check_kind(flag, index.get("_class_name", "repository without a pipeline"))
+    check_parts(flag, index)
 
     def part(kind: Any, folder: str, **settings: Any) -> Any:
         return load_whole(
@@ -145,9 +149,14 @@ def load_base(
     sampler = getattr(diffusers, scheduler, None)
     if sampler is None:
         raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
+    text_configs = _check_before_weights(flag, name, revision, vae)
+    tokenizers = part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")
+    for tokenizer, folder, config in zip(tokenizers, ("tokenizer", "tokenizer_2"), text_configs, strict=True):
+        check_vocabulary(f"{flag}: {folder}", tokenizer)
+        check_tokens(f"{flag}: {folder}", tokenizer, config)
     precise = {**weights, "dtype": torch.float32}
     base = Base(
-        tokenizers=(part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")),
+        tokenizers=tokenizers,
         text_encoders=(
             part(CLIPTextModel, "text_encoder", **weights),
             part(CLIPTextModelWithProjection, "text_encoder_2", **weights),
@@ -158,14 +167,31 @@ def load_base(
         sampler=part(sampler, "scheduler"),
         zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
     )
-    if base.unet.config["addition_embed_type"] != "text_time":
-        raise UserError(f"{flag}: its UNet takes no text and time embedding, so it isn't SDXL's")
-    for tokenizer, folder in zip(base.tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
-        check_vocabulary(f"{flag}: {folder}", tokenizer)
     for model in (*base.text_encoders, base.vae, base.unet):
         assert model is not None, "all of them have just been loaded"
         model.requires_grad_(False)
     return base
+
+
+def _check_before_weights(
+    flag: str, name: str, revision: str | None, vae: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare the shapes of all parts; the configurations of both text encoders."""
+
+    def config(kind: Any, folder: str) -> dict[str, Any]:
+        return load_whole(f"{flag}: {folder}", kind.load_config, name, subfolder=folder, revision=revision)
+
+    def text_config(folder: str) -> dict[str, Any]:
+        load = CLIPTextConfig.from_pretrained
+        return load_whole(f"{flag}: {folder}", load, name, subfolder=folder, revision=revision).to_dict()
+
+    one, two = text_config("text_encoder"), text_config("text_encoder_2")
+    own_vae = (
+        load_whole(_vae_flag(vae), AutoencoderKL.load_config, vae) if vae else config(AutoencoderKL, "vae")
+    )
+    check_vae(_vae_flag(vae) if vae else f"{flag}: vae", own_vae)
+    check_shapes(flag, config(UNet2DConditionModel, "unet"), own_vae, one, two)
+    return one, two
 
 
 def check_scheduler(flag: str, scheduler: str) -> None:
@@ -189,5 +215,10 @@ def load_vae(name: str) -> AutoencoderKL:
     Raises:
         UserError: It is missing or damaged.
     """
-    flag = f"--pretrained_vae_model_name_or_path {name}"
-    return load_whole(flag, AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
+    return load_whole(
+        _vae_flag(name), AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32
+    )
+
+
+def _vae_flag(name: str) -> str:
+    return f"--pretrained_vae_model_name_or_path {name}"

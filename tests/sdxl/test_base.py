@@ -66,6 +66,30 @@ def another_unet(base: Path) -> str:
     return "its UNet takes no text and time embedding, so it isn't SDXL's"
 
 
+def settings_of(part, **changes):
+    """Another configuration of a part, or of the pipeline itself."""
+
+    def change(base: Path) -> None:
+        file = base / ("model_index.json" if part == "pipeline" else f"{part}/config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def told(change, message):
+    def damage(base: Path) -> str:
+        change(base)
+        return message
+
+    return damage
+
+
+def refiner(base: Path) -> str:
+    settings_of("pipeline", text_encoder=[None, None], tokenizer=[None, None])(base)
+    shutil.rmtree(base / "text_encoder")
+    return "the SDXL refiner, which has one text encoder; give the SDXL base"
+
+
 def no_vocabulary(base: Path) -> str:
     (base / "tokenizer_2" / "tokenizer.json").unlink()
     return "tokenizer_2"
@@ -75,6 +99,26 @@ DAMAGE = {
     **{f"a weight of the {part} gone": a_weight_gone(part) for part in MODELS},
     "another UNet": another_unet,
     "no vocabulary": no_vocabulary,
+    "a refiner": refiner,
+    "inpainting": told(settings_of("unet", in_channels=9), "an inpainting base, whose UNet takes 9 channels"),
+    "editing": told(
+        settings_of("unet", in_channels=8), "an instruct-pix2pix base, whose UNet takes 8 channels"
+    ),
+    "a VAE of more channels": told(
+        settings_of("vae", latent_channels=16), "its UNet takes 4 channels and gives 4, .* its VAE has 16"
+    ),
+    "a VAE of four colours": told(settings_of("vae", out_channels=4), "vae: a VAE that takes 3 .* gives 4"),
+    "prompts of another width": told(
+        settings_of("unet", cross_attention_dim=32), r"its UNet takes prompts of 32 .* give 32 \+ 32"
+    ),
+    "five time ids": told(
+        settings_of("unet", projection_class_embeddings_input_dim=72),
+        r"its UNet takes 72 .* gets 32 \+ 6 x 8",
+    ),
+    "too few embeddings": told(
+        settings_of("text_encoder_2", vocab_size=500),
+        "tokenizer_2: its tokens go up to 599, and the text encoder has 500 embeddings",
+    ),
 }
 
 
