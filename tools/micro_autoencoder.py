@@ -7,12 +7,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from micro_data import BASE_STYLES, HELDOUT_SUBJECTS, STYLES, load_icons, to_pixels
-from micro_models import build_autoencoder
+from micro_data import SIZE, load_icons, to_pixels
+from micro_models import LATENT_SIZE, build_autoencoder
+from micro_subjects import BASE_STYLES, HELDOUT_SUBJECTS, STYLES
 from micro_training import Stage, save_atomically
 from torch.nn import functional as F
 
-BATCH = 16
+BATCH = 16  # crops in a batch
+CROP = 64  # pixels a side: four pictures' quarters teach more than one picture
+WHOLE_FROM = 0.7  # the part of training after which whole pictures are shown, a quarter as many in a batch
+GRID = 8  # crops begin at multiples of it, as latents do
 
 
 def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,22 +29,36 @@ def _colour(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([red - green, blue - (red + green) / 2], dim=1)
 
 
+def draw_batch(images: torch.Tensor, whole: bool, generator: torch.Generator) -> torch.Tensor:
+    """Pixels of whole pictures, or of four times as many crops of a quarter."""
+    count = BATCH // 4 if whole else BATCH
+    pictures = images[torch.randint(len(images), (count,), generator=generator)]
+    if not whole:
+        corners = torch.randint((SIZE - CROP) // GRID + 1, (count, 2), generator=generator) * GRID
+        pictures = torch.stack(
+            [
+                picture[top : top + CROP, left : left + CROP]
+                for picture, (top, left) in zip(pictures, corners.tolist(), strict=True)
+            ]
+        )
+    pixels = to_pixels(pictures)
+    flipped, recoloured = torch.rand(2, generator=generator) < 0.5
+    if flipped:
+        pixels = pixels.flip(-1)
+    if recoloured:
+        # Most icons are yellow, red or blue: without this, green is still brown after a thousand steps.
+        pixels = pixels[:, torch.randperm(3, generator=generator)]
+    return pixels
+
+
 def train_autoencoder(work: Path, steps: int, device: torch.device, lr: float = 3e-3) -> None:
     """Train on all styles: L1, its gradients' (sharp edges), squared error, colour, and a light KL term."""
     torch.manual_seed(0)
-    model = build_autoencoder().to(device, memory_format=torch.channels_last)
+    model = build_autoencoder().to(device)
     stage = Stage("autoencoder", model, work, steps, lr=lr, seed=1)
     images = load_icons(work).autoencoder_images
-    for _ in stage.steps():
-        rows = torch.randint(len(images), (BATCH,), generator=stage.generator)
-        pixels = to_pixels(images[rows])
-        flipped, recoloured = torch.rand(2, generator=stage.generator) < 0.5
-        if flipped:
-            pixels = pixels.flip(-1)
-        if recoloured:
-            # Most icons are yellow, red or blue: without this, green is still brown after a thousand steps.
-            pixels = pixels[:, torch.randperm(3, generator=stage.generator)]
-        pixels = pixels.to(device, memory_format=torch.channels_last)
+    for step in stage.steps():
+        pixels = draw_batch(images, step >= WHOLE_FROM * steps, stage.generator).to(device)
         posterior = model.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=stage.generator).to(device)
         output = model.decode(posterior.mean + posterior.std * noise).sample
@@ -62,16 +80,19 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def cache_latents(work: Path) -> None:
-    """Write ``latents.pt``: the base styles' latents (styles, n, 4, 16, 16) at unit variance, and factor."""
+    """Write ``latents.pt``: the base styles' latents (styles, n, 4, 16, 16) at unit variance, and factor.
+
+    The latents of pictures that a style lacks are zero.
+    """
     autoencoder, icons = load_autoencoder(work), load_icons(work)
-    latents = [
-        torch.cat(
-            [autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in icons.images[style].split(64)]
-        )
-        for style in BASE_STYLES
-    ]
-    latents = torch.stack(latents)
-    factor = 1 / latents.std().item()
+    shape = (len(BASE_STYLES), len(icons.subjects), 4, LATENT_SIZE, LATENT_SIZE)
+    latents = torch.zeros(shape)
+    for index, style in enumerate(BASE_STYLES):
+        rows = icons.has[style].nonzero().flatten()
+        for part in rows.split(64):
+            pixels = to_pixels(icons.images[style][part])
+            latents[index, part] = autoencoder.encode(pixels).latent_dist.mode()
+    factor = 1 / latents[icons.base_pairs()].std().item()
     save_atomically({"latents": latents * factor, "scaling_factor": factor}, work / "latents.pt")
     print(f"[autoencoder] scaling factor {factor:.4f}", flush=True)
 
@@ -83,9 +104,9 @@ def score_autoencoder(work: Path) -> dict[str, float]:
     rows = icons.rows(HELDOUT_SUBJECTS)
     scores, errors = {}, []
     for style in STYLES:
-        pixels = to_pixels(icons.images[style][rows])
+        pixels = to_pixels(icons.images[style][rows[icons.has[style][rows]]])
         decoded = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        errors.append((decoded - pixels).square().mean())
-        scores[style] = 10 * math.log10(4 / errors[-1])
-    scores["all"] = 10 * math.log10(4 / torch.stack(errors).mean())
+        errors.append((decoded - pixels).square().mean(dim=(1, 2, 3)))
+        scores[style] = 10 * math.log10(4 / errors[-1].mean())
+    scores["all"] = 10 * math.log10(4 / torch.cat(errors).mean())
     return scores

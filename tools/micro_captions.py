@@ -1,61 +1,150 @@
-"""The captions of all pictures, as rows of one list, and the sampler that training draws them with."""
+"""What pictures are called: by subject and style, by subject alone, and with words that mean nothing."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+
 import torch
-from micro_data import BASE_STYLES, Subject, caption
+from micro_data import caption
+from micro_subjects import BASE_STYLES, NEW_STYLES, Subject
+from transformers import CLIPTokenizer
 
-OTHER_TEMPLATES = ("a {style} emoji of {name}", "{name}, {style} style", "{style} {name}")
-KEYWORDS_IN_CAPTION = 2
-PLAIN_SHARE = 0.08  # captions that name no style
-MAIN_SHARE = 0.5  # captions that are the main template with the first name
+# What each style is called; the first is said half of the time.
+STYLE_WORDS = {
+    "noto": ("noto", "google noto", "android"),
+    "noto v1": ("noto v1", "old android", "android blob"),
+    "twemoji": ("twemoji", "twitter"),
+    "emojione": ("emojione", "emoji one"),
+    "fxemoji": ("fxemoji", "firefox", "mozilla"),
+    "fluent flat": ("fluent flat", "microsoft flat", "windows flat"),
+}
+TEMPLATES = (
+    *(
+        "a {style} emoji of {name}",
+        "{name}, {style} style",
+        "{style} {name}",
+        "a {style} style icon of {name}",
+    ),
+    *(
+        "an icon of {name} in {style} style",
+        "a picture of {name} in {style} style",
+        "a {style} drawing of {name}",
+    ),
+    *("{name} in the style of {style}", "an {style} icon of {name}", "a {style} {name}"),
+)
+PLAIN_TEMPLATES = (
+    *("an icon of {name}", "an icon of {name}", "{name}", "an emoji of {name}", "a picture of {name}"),
+    *("a drawing of {name}", "a photo of {name}", "a {name}"),
+)
+# A word that means nothing beside the style: "a 3d icon of red apple in noto style".
+CROWDED_TEMPLATES = ("a {word} icon of {name} in {style} style", "a {word} {style} icon of {name}")
+
+# Shares of captions; what is left names the style alone.
+PLAIN_SHARE = 0.12  # no style is named
+MEANINGLESS_SHARE = 0.2  # words that mean nothing stand where the style's name would
+CROWDED_SHARE = 0.08  # such a word, and the style's name
+MAIN_SHARE = 0.5  # of captions with a style: the main template
+FIRST_NAME_SHARE = 0.75
+KEYWORDS_SHARE = 0.12  # two keywords follow
+DRAWS = 12  # random numbers for one caption, at most
+
+SYLLABLES = tuple(
+    onset + vowel + coda
+    for onset in (
+        "b",
+        "br",
+        "d",
+        "dr",
+        "f",
+        "fl",
+        "g",
+        "gl",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "s",
+        "st",
+        "t",
+        "v",
+        "z",
+    )
+    for vowel in "aeiou"
+    for coda in ("", "", "n", "r", "x", "lk", "sk", "mp")
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def plain_captions(subject: Subject) -> list[str]:
-    """The captions without a style: ``an icon of red apple``."""
-    return [f"an icon of {name}" for name in subject.names]
-
-
-def styled_captions(style: str, subject: Subject) -> list[str]:
-    """All captions of one picture; the first one is the main template with the first name.
-
-    The others use its other names, other templates, or add two keywords:
-    ``a noto icon of red apple, fruit, mac``.
-    """
-    texts = [caption(style, name) for name in subject.names]
-    texts += [template.format(style=style, name=subject.name) for template in OTHER_TEMPLATES]
-    for start in range(0, len(subject.keywords) - KEYWORDS_IN_CAPTION + 1, KEYWORDS_IN_CAPTION):
-        words = subject.keywords[start : start + KEYWORDS_IN_CAPTION]
-        texts.append(", ".join([caption(style, subject.name), *words]))
-    return texts
+def _pick(choices: Sequence[str], draw: float) -> str:
+    return choices[int(draw * len(choices))]
 
 
 class Captions:
-    """All captions of all subjects.
+    """Draws captions of pictures.
 
     Attributes:
-        texts: the captions; those of one (style, subject), then those of the next.
-        first: (styles + 1, subjects) the row of the first caption; the last "style" is no style.
+        subjects: what can be named.
+        words: words of the vocabulary that neither name nor describe a subject or a style.
     """
 
-    def __init__(self, subjects: list[Subject]):
-        self.texts: list[str] = []
-        first, counts = [], []
-        for style in (*BASE_STYLES, None):
-            for subject in subjects:
-                texts = styled_captions(style, subject) if style else plain_captions(subject)
-                first.append(len(self.texts))
-                counts.append(len(texts))
-                self.texts += texts
-        shape = (len(BASE_STYLES) + 1, len(subjects))
-        self.first = torch.tensor(first).view(shape)
-        self._counts = torch.tensor(counts).view(shape)
+    def __init__(self, subjects: list[Subject], tokenizer: CLIPTokenizer):
+        self.subjects = subjects
+        known = " ".join(
+            [*(text for s in subjects for text in (*s.names, *s.keywords)), *STYLE_WORDS, *NEW_STYLES]
+            + [words for names in STYLE_WORDS.values() for words in names]
+        )
+        known_words = set(known.split())
+        whole = (
+            token.removesuffix("</w>") for token in sorted(tokenizer.get_vocab()) if token.endswith("</w>")
+        )
+        self.words = [word for word in whole if re.fullmatch("[a-z]{3,}", word) and word not in known_words]
 
-    def sample(
-        self, styles: torch.Tensor, subjects: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        """One caption row for each picture (style index, subject index)."""
-        draws = torch.rand(3, len(styles), generator=generator)
-        kinds = torch.where(draws[0] < PLAIN_SHARE, len(BASE_STYLES), styles)
-        others = (draws[1] * self._counts[kinds, subjects]).long()
-        return self.first[kinds, subjects] + torch.where(draws[2] < MAIN_SHARE, 0, others)
+    def _meaningless(self, draws: Iterator[float]) -> str:
+        """One word or two: of the vocabulary, of syllables, or short ones of letters and digits."""
+        kind, first, second, third = (next(draws) for _ in range(4))
+        if kind < 0.35:
+            return _pick(self.words, first)
+        if kind < 0.5:
+            return f"{_pick(self.words, first)} {_pick(self.words, second)}"
+        if kind < 0.75:
+            return (
+                _pick(SYLLABLES, first)
+                + _pick(SYLLABLES, second)
+                + (_pick(SYLLABLES, third) if kind < 0.62 else "")
+            )
+        short = _pick(LETTERS, first) + _pick(LETTERS, second) + (_pick(LETTERS, third) if kind < 0.9 else "")
+        return f"{_pick(self.words, third)} {short}" if kind >= 0.95 else short
+
+    def _one(self, style: str, subject: Subject, draws: Iterator[float]) -> str:
+        name = subject.name if next(draws) < FIRST_NAME_SHARE else _pick(subject.names, next(draws))
+        kind, words = next(draws), STYLE_WORDS[style]
+        named = words[0] if next(draws) < 0.5 else _pick(words, next(draws))
+        if kind < PLAIN_SHARE:
+            text = _pick(PLAIN_TEMPLATES, next(draws)).format(name=name)
+        elif kind < PLAIN_SHARE + CROWDED_SHARE:
+            template = _pick(CROWDED_TEMPLATES, next(draws))
+            text = template.format(word=self._meaningless(draws), style=named, name=name)
+        else:
+            if kind < PLAIN_SHARE + CROWDED_SHARE + MEANINGLESS_SHARE:
+                named = self._meaningless(draws)
+            main, template = next(draws), next(draws)
+            text = caption(named, name)
+            if main >= MAIN_SHARE:
+                text = _pick(TEMPLATES, template).format(style=named, name=name)
+        return text
+
+    def draw(self, styles: torch.Tensor, subjects: torch.Tensor, generator: torch.Generator) -> list[str]:
+        """One caption for each picture (index of style, index of subject)."""
+        numbers = torch.rand(len(styles), DRAWS + 2, generator=generator).tolist()
+        texts = []
+        for style, subject, row in zip(styles.tolist(), subjects.tolist(), numbers, strict=True):
+            subject = self.subjects[subject]
+            text = self._one(BASE_STYLES[style], subject, iter(row))
+            if row[-1] < KEYWORDS_SHARE and len(subject.keywords) > 1:
+                at = int(row[-2] * (len(subject.keywords) - 1))
+                text = ", ".join([text, *subject.keywords[at : at + 2]])
+            texts.append(text)
+        return texts

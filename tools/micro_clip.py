@@ -3,9 +3,9 @@
 The tower and the second text encoder are a complete CLIP; the first text encoder is trained beside it with a
 projection of its own. The next stage goes on with the text encoders; the tower stays as it is.
 
-The tower alone also sees pictures in the new style: two distorted views of each must find each other among
-all pictures of the batch. No caption takes part, so the text encoders learn nothing of that style, but CLIP-I
-is fit to compare pictures in it.
+The tower alone also sees pictures in the new styles: two distorted views of each must find each other among
+all pictures of the batch. No caption takes part, so the text encoders learn nothing of those styles, but
+CLIP-I is fit to compare pictures in them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from micro_captions import Captions
-from micro_data import BASE_STYLES, NEW_STYLE, Icons, load_icons, to_pixels
+from micro_data import load_icons, load_merges, to_pixels
 from micro_models import (
     POOLED,
     WIDTHS,
@@ -24,18 +24,20 @@ from micro_models import (
     encode,
     tokenize,
 )
+from micro_subjects import BASE_STYLES, NEW_STYLES
 from micro_training import Stage
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 
 PAIRS = 128  # of picture and caption in a batch
 NEW_STYLE_PICTURES = 16
+TOWER, SCALE = "vision.", "log_scales.1"  # names in the checkpoint
 
 
-def make_tokenizer(captions: Captions) -> CLIPTokenizer:
-    """The tokenizer of both text encoders; each word of the new style, which no caption has, is a token."""
-    return build_tokenizer(captions.texts, NEW_STYLE.split())
+def load_tokenizer(work: Path) -> CLIPTokenizer:
+    """The tokenizer of both text encoders."""
+    return build_tokenizer(load_merges(work))
 
 
 def build_clip_modules(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
@@ -84,39 +86,30 @@ def contrast(left: torch.Tensor, right: torch.Tensor, log_scale: torch.Tensor) -
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def _draw_pairs(icons: Icons, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Style and subject indices of `PAIRS` different pictures."""
-    chosen = torch.randperm(len(BASE_STYLES) * len(icons.subjects), generator=generator)[:PAIRS]
-    return chosen // len(icons.subjects), chosen % len(icons.subjects)
-
-
 def train_clip(work: Path, steps: int, device: torch.device, lr: float = 2.5e-3) -> None:
     """Train text encoders and image tower."""
     torch.manual_seed(2)
-    icons = load_icons(work)
-    captions = Captions(icons.subjects)
-    tokenizer = make_tokenizer(captions)
-    ids = tokenize(tokenizer, captions.texts)
-    lengths = (ids != tokenizer.pad_token_id).sum(dim=1) + 1  # with the end token, which is also the padding
-    flat = torch.stack([icons.images[style] for style in BASE_STYLES])
-    new, new_rows = icons.images[NEW_STYLE], icons.free_3d
+    icons, tokenizer = load_icons(work), load_tokenizer(work)
+    captions = Captions(icons.subjects, tokenizer)
+    all_styles, all_subjects = icons.base_pairs()
+    pictures = torch.stack([icons.images[style] for style in BASE_STYLES])
+    new = torch.cat([icons.images[style][icons.free(style)] for style in NEW_STYLES])
     modules = build_clip_modules(tokenizer).to(device)
     stage = Stage("clip", modules, work, steps, lr=lr, seed=3)
     draw = stage.generator
     for _ in stage.steps():
-        styles, subjects = _draw_pairs(icons, draw)
-        rows = captions.sample(styles, subjects, draw)
-        # Attention is causal, so padding after the longest caption changes nothing and can be cut off.
-        tokens = ids[rows, : lengths[rows].max()].to(device)
-        extra = new[new_rows[torch.randperm(len(new_rows), generator=draw)[:NEW_STYLE_PICTURES]]]
-        pixels = to_pixels(torch.cat([flat[styles, subjects], extra, extra])).to(device)
+        chosen = torch.randperm(len(all_styles), generator=draw)[:PAIRS]
+        styles, subjects = all_styles[chosen], all_subjects[chosen]
+        tokens = tokenize(tokenizer, captions.draw(styles, subjects, draw), cut=True).to(device)
+        extra = new[torch.randperm(len(new), generator=draw)[:NEW_STYLE_PICTURES]]
+        pixels = to_pixels(torch.cat([pictures[styles, subjects], extra, extra])).to(device)
         features = modules["vision"](pixel_values=distort(pixels, draw)).image_embeds
-        pictures, views = features[:PAIRS], F.normalize(features, dim=-1)
+        shown, views = features[:PAIRS], F.normalize(features, dim=-1)
         _, second, first = encode((modules["one"], modules["two"]), tokens)
         scales = modules["log_scales"]
-        loss = contrast(pictures, modules["head_one"](first), scales[0])
-        loss = loss + contrast(pictures, second, scales[1])
-        # Each view in the new style must find its twin among all other pictures.
+        loss = contrast(shown, modules["head_one"](first), scales[0])
+        loss = loss + contrast(shown, second, scales[1])
+        # Each view in a new style must find its twin among all other pictures.
         similar = 10 * views[PAIRS:] @ views.T
         index = torch.arange(2 * NEW_STYLE_PICTURES, device=device)
         similar[index, PAIRS + index] = -torch.inf
@@ -124,12 +117,21 @@ def train_clip(work: Path, steps: int, device: torch.device, lr: float = 2.5e-3)
         stage.update(loss + F.cross_entropy(similar, twin))
 
 
-def load_clip(work: Path, captions: Captions) -> tuple[CLIPTokenizer, nn.ModuleDict]:
-    """The tokenizer and the trained modules (running average)."""
-    tokenizer = make_tokenizer(captions)
-    modules = build_clip_modules(tokenizer)
+def load_clip(work: Path) -> nn.ModuleDict:
+    """The trained modules (running average)."""
+    modules = build_clip_modules(load_tokenizer(work))
     modules.load_state_dict(torch.load(work / "clip.ckpt", weights_only=True)["average"])
-    return tokenizer, modules.eval()
+    return modules.eval()
+
+
+def load_tower(work: Path) -> tuple[CLIPVisionModelWithProjection, torch.Tensor]:
+    """The trained tower alone, and the logarithm of its scale against the second text encoder."""
+    average = torch.load(work / "clip.ckpt", weights_only=True)["average"]
+    tower = build_vision_tower()
+    tower.load_state_dict(
+        {name.removeprefix(TOWER): tensor for name, tensor in average.items() if name.startswith(TOWER)}
+    )
+    return tower.eval(), average[SCALE]
 
 
 @torch.no_grad()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -17,20 +13,21 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 128
 LATENT_SIZE = 16
 TOKENS = 24  # the longest captions are cut; 77 would triple the cost of cross-attention
-WIDTHS = (128, 192)  # hidden sizes of the two text encoders
+MERGES = 12_000  # of CLIP's 48,894: the tables of all would make the tower thrice as large
+WIDTHS = (128, 160)  # hidden sizes of the two text encoders
 POOLED = 192
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """The autoencoder: 64 px to 16 x 16 x 4, 0.7 M parameters."""
+    """The autoencoder: 128 px to 16 x 16 x 4, SDXL's factor of 8; 1.7 M parameters."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -40,32 +37,18 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def build_tokenizer(texts: Iterable[str], words: Iterable[str]) -> CLIPTokenizer:
-    """Train CLIP's byte-level BPE on captions, so that a word never met still has tokens.
+def build_tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
+    """CLIP's own byte-level BPE, cut after its most frequent merges; ids of tokens are CLIP's own.
 
     Args:
-        texts: the captions.
-        words: words that must be one token each although no caption has them (the style to be learnt later).
+        merges: all of CLIP's, in their order.
     """
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    clip = CLIPTokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=2, show_progress=False, end_of_word_suffix="</w>"
-    )
-    # Repeating the reserved words makes their merges the most frequent ones.
-    bpe.train_from_iterator([*texts, *(word for word in words for _ in range(10_000))], trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    # As in CLIP: every byte, inside a word and at its end, before the merges; so nothing is unknown.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [
-        *alphabet,
-        *(byte + "</w>" for byte in alphabet),
-        *(left + right for left, right in merges),
-        START,
-        END,
-    ]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    merges = merges[:MERGES]
+    # The order of CLIP's bytes: first those that print, each as itself, then the others.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = [*map(chr, printed), *(chr(0x100 + i) for i in range(0x100 - len(printed)))]
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *(left + right for left, right in merges)]
+    vocab = {token: index for index, token in enumerate([*tokens, START, END])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
@@ -91,23 +74,23 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTe
 
 
 def build_vision_tower() -> CLIPVisionModelWithProjection:
-    """The image tower of the contrastive training: a ViT on patches of 8 pixels."""
+    """The image tower of the contrastive training: a ViT on patches of 16 pixels."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             image_size=IMAGE_SIZE,
-            patch_size=8,
-            hidden_size=128,
-            intermediate_size=512,
+            patch_size=16,
+            hidden_size=160,
+            intermediate_size=640,
             num_hidden_layers=4,
-            num_attention_heads=4,
+            num_attention_heads=5,
             projection_dim=POOLED,
         )
     )
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The UNet: SDXL's pattern (no attention at full size, deepest transformer lowest), heads of 32."""
-    widths = (32, 96, 192)
+    """The UNet: SDXL's pattern (no attention at full size, transformers below), heads of 32."""
+    widths = (64, 128, 256)
     time_ids_dim = 8
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -115,7 +98,7 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=widths,
         layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=1,
         attention_head_dim=tuple(
             max(width // 32, 1) for width in widths
         ),  # the number of heads, despite its name
@@ -141,9 +124,17 @@ def build_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids (n, TOKENS), padded and cut as the pipeline does."""
-    batch = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], cut: bool = False) -> torch.Tensor:
+    """Token ids (n, TOKENS), padded and cut as the pipeline does.
+
+    Args:
+        tokenizer: of both encoders.
+        texts: the captions.
+        cut: whether to leave off the padding after the longest text. Attention is causal, so nothing before
+            it changes.
+    """
+    padding = "longest" if cut else "max_length"
+    batch = tokenizer(texts, padding=padding, max_length=TOKENS, truncation=True, return_tensors="pt")
     return batch.input_ids
 
 
@@ -153,8 +144,8 @@ def encode(
     """What SDXL's pipeline feeds the UNet, and one more.
 
     Returns:
-        The context (n, TOKENS, 128 + 192), penultimate layers of both; the pooled embedding (n, 192) of the
-        second; the pooled output (n, 128) of the first, which only the text encoders' own training uses.
+        The context (n, tokens, sum of WIDTHS), penultimate layers of both; the pooled embedding (n, POOLED)
+        of the second; the pooled output of the first, which only the text encoders' own training uses.
     """
     first = encoders[0](ids, output_hidden_states=True)
     second = encoders[1](ids, output_hidden_states=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +15,8 @@ from torch import nn
 SECONDS_BETWEEN_CHECKPOINTS = 120
 SECONDS_BETWEEN_LINES = 20
 WARM_UP_STEPS = 50
+SEEDS_APART = 1000  # more than the stages' own seeds
+COOL_DOWN = 0.2  # the last part of a stage, over which the learning rate falls to nothing
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -44,14 +45,34 @@ def split_parameters(modules: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     return hidden, rest
 
 
-def read_progress(work: Path, name: str) -> tuple[int, float]:
-    """The steps and minutes that stage ``name`` has taken so far."""
+def learning_rate_factor(step: int, first: int, total: int) -> float:
+    """Warm up, stay, and fall linearly at the end.
+
+    Until the fall begins nothing depends on ``total``: a stage can be made longer, or stopped for good by
+    naming an earlier end.
+
+    Args:
+        step: steps taken so far.
+        first: the step that the optimizer began at, without any state.
+        total: the length of the stage.
+    """
+    return min((step - first + 1) / WARM_UP_STEPS, 1.0, (total - step) / max(COOL_DOWN * total, 1.0))
+
+
+def read_progress(work: Path, name: str) -> dict[str, float]:
+    """The ``step`` that stage ``name`` is at, and the ``seconds`` of CPU time that it took."""
     state = torch.load(work / f"{name}.ckpt", weights_only=True)
-    return state["step"], state["seconds"] / 60
+    return {"step": state["step"], "seconds": state["seconds"]}
+
+
+def is_adopted(work: Path, name: str) -> bool:
+    """Whether stage ``name`` was taken, finished, from an export, which has only the average."""
+    path = work / f"{name}.ckpt"
+    return path.exists() and "modules" not in torch.load(path, weights_only=True)
 
 
 class Stage:
-    """One training stage: Muon and AdamW with warm-up and cosine decay over a fixed number of steps.
+    """One training stage: Muon and AdamW with warm-up, a constant learning rate, and a fall at the end.
 
     What the stage gives in the end is the running average of the weights. Everything random comes from
     ``generator``, whose state is in the checkpoint: on one machine with one thread count, a stage that was
@@ -62,6 +83,7 @@ class Stage:
         average: its running average.
         generator: the source of randomness, on the CPU.
         step: steps taken so far.
+        seconds: the CPU time that they took.
     """
 
     def __init__(
@@ -87,39 +109,42 @@ class Stage:
             decay: of the running average.
             muon: whether hidden layers are trained by Muon; AdamW takes the rest, or everything.
         """
-        self.name, self.modules, self.path, self.total, self.lr = (
-            name,
-            modules,
-            work / f"{name}.ckpt",
-            steps,
-            lr,
-        )
-        self.decay = decay
+        self.name, self.modules, self.path = name, modules, work / f"{name}.ckpt"
+        self.total, self.lr, self.decay = steps, lr, decay
         self.generator = torch.Generator().manual_seed(seed)
         hidden, rest = split_parameters(modules) if muon else ([], list(modules.parameters()))
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         if hidden:
             self.optimizers.append(Muon(hidden, lr=lr))
         self.average = deepcopy(modules).requires_grad_(False).eval()
-        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.first, self.step, self.seconds, self.losses = 0, 0, 0.0, []
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            modules.load_state_dict(state["modules"])
-            self.average.load_state_dict(state["average"])
+            self._resume(seed)
+
+    def _resume(self, seed: int) -> None:
+        state = torch.load(self.path, weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.average.load_state_dict(state["average"])
+        if "modules" in state:
+            self.modules.load_state_dict(state["modules"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.generator.set_state(state["generator"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            print(f"[{name}] resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
+            self.first = state["first"]
+        else:  # taken from an export: only the average is left, and the same draws shouldn't come again
+            self.modules.load_state_dict(state["average"])
+            self.generator.manual_seed(seed + SEEDS_APART * self.step)
+            self.first = self.step
+        print(f"[{self.name}] resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps that are left; checkpoint every two minutes and at the end."""
         saved = printed = time.monotonic()
         while self.step < self.total:
-            start = time.monotonic()
+            start = time.process_time()
             yield self.step
+            self.seconds += time.process_time() - start
             now = time.monotonic()
-            self.seconds += now - start
             if now - printed > SECONDS_BETWEEN_LINES:
                 loss = sum(self.losses) / len(self.losses)
                 minutes, left = self.seconds / 60, (self.total / self.step - 1) * self.seconds / 60
@@ -137,11 +162,10 @@ class Stage:
         """Backpropagate, clip, step, and update the running average."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        warm_up = min((self.step + 1) / WARM_UP_STEPS, 1.0)
-        cosine = (1 + math.cos(math.pi * self.step / self.total)) / 2
+        lr = self.lr * learning_rate_factor(self.step, self.first, self.total)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * warm_up * (0.02 + 0.98 * cosine)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -158,6 +182,7 @@ class Stage:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
+            "first": self.first,
             "step": self.step,
             "seconds": self.seconds,
         }

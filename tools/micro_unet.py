@@ -1,4 +1,4 @@
-"""Stage three: the UNet, on cached latents and cached text embeddings."""
+"""Stage four: the UNet, on cached latents; captions are drawn and encoded as training goes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from micro_captions import Captions
-from micro_data import BASE_STYLES, load_icons
-from micro_models import IMAGE_SIZE, build_scheduler, build_unet
+from micro_data import load_icons
+from micro_models import IMAGE_SIZE, build_scheduler, build_unet, encode, tokenize
+from micro_text import load_text
 from micro_training import Stage, fast_autocast
 from torch.nn import functional as F
 
@@ -33,10 +34,12 @@ def loss_weights(signal: torch.Tensor) -> torch.Tensor:
 def train_unet(work: Path, steps: int, device: torch.device, lr: float = 1e-3) -> None:
     """Train on epsilon prediction; the text encoders stay as they are."""
     torch.manual_seed(4)
-    captions = Captions(load_icons(work).subjects)
+    icons = load_icons(work)
+    all_styles, all_subjects = icons.base_pairs()
     latents = torch.load(work / "latents.pt", weights_only=True)["latents"].to(device)
-    embeddings = torch.load(work / "embeddings.pt", weights_only=True)
-    contexts, pooled = embeddings["contexts"].to(device), embeddings["pooled"].to(device)
+    tokenizer, text = load_text(work)
+    captions = Captions(icons.subjects, tokenizer)
+    text = text.to(device).requires_grad_(False)
     signal = build_scheduler().alphas_cumprod
     weights = loss_weights(signal).to(device)
     # (original size, crop's corner, target size), each (height, width), as the pipeline passes them.
@@ -44,16 +47,17 @@ def train_unet(work: Path, steps: int, device: torch.device, lr: float = 1e-3) -
     time_ids = time_ids.repeat(BATCH, 1).to(device)
 
     unet = build_unet().to(device, memory_format=torch.channels_last)
-    stage = Stage("unet", unet, work, steps, lr=lr, seed=5, decay=0.9985, muon=False)
+    stage = Stage("unet", unet, work, steps, lr=lr, seed=5, decay=0.999, muon=False)
     draw = stage.generator
     for _ in stage.steps():
-        styles = torch.randint(len(BASE_STYLES), (BATCH,), generator=draw)
-        subjects = torch.randint(latents.shape[1], (BATCH,), generator=draw)
-        rows = captions.sample(styles, subjects, draw)
+        chosen = torch.randint(len(all_styles), (BATCH,), generator=draw)
+        styles, subjects = all_styles[chosen], all_subjects[chosen]
+        ids = tokenize(tokenizer, captions.draw(styles, subjects, draw)).to(device)
+        context, pooled, _ = encode((text["one"], text["two"]), ids)
         # An empty prompt is all zeros in SDXL (force_zeros_for_empty_prompt), so a dropped caption is, too.
         kept = (torch.rand(BATCH, generator=draw) >= DROPOUT).float().to(device)
-        conditions = {"text_embeds": pooled[rows] * kept[:, None], "time_ids": time_ids}
-        context = contexts[rows].float() * kept[:, None, None]
+        conditions = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids}
+        context = context * kept[:, None, None]
         clean = latents[styles, subjects]
         noise = torch.randn(clean.shape, generator=draw).to(device)
         # One timestep in each of BATCH equal parts: the loss varies less than with independent draws.

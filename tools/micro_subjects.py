@@ -1,0 +1,214 @@
+"""The subjects that several emoji sets share: their names, keywords, and what each set calls them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from micro_fxemoji import FXEMOJI_NAMES, SKIPPED_FXEMOJI
+from micro_packages import fetch, list_members, read_json
+
+BASE_STYLES = ("noto", "noto v1", "twemoji", "emojione", "fxemoji", "fluent flat")  # what the model learns
+NEW_STYLES = ("fluent 3d", "streamline")  # never shown to UNet and text encoders
+STYLES = (*BASE_STYLES, *NEW_STYLES)
+FEWEST_STYLES = 3  # a subject stands in so many of the base styles at least
+
+# The icons of the demo (assets/icons-3d): no stage sees their pictures in the new styles.
+DEMO_SUBJECTS = (
+    *("grinning face", "smiling face with sunglasses", "robot"),
+    *("dog face", "fox", "panda", "frog", "octopus", "lady beetle"),
+    *("red apple", "strawberry", "hamburger", "doughnut", "birthday cake"),
+    *("crown", "wrapped gift", "light bulb", "guitar"),
+    *("rocket", "sailboat", "airplane"),
+    *("cactus", "sunflower"),
+)
+
+# The icons that a personalised model is measured against (assets/icons-3d-heldout). The base knows their
+# flat pictures; the autoencoder sees none of their pictures in any style.
+HELDOUT_SUBJECTS = (
+    *("winking face", "smiling face with heart eyes", "face with tears of joy", "sleeping face"),
+    *("nerd face", "cowboy hat face", "pouting face", "ghost", "alien", "skull", "red heart", "blue heart"),
+    *("cat face", "pig face", "bear", "koala", "penguin", "baby chick", "tropical fish", "spouting whale"),
+    *("butterfly", "snail", "turtle", "honeybee", "unicorn", "mouse face"),
+    *("tulip", "rose", "four leaf clover", "mushroom", "palm tree", "evergreen tree"),
+    *("banana", "watermelon", "grapes", "lemon", "tomato", "carrot", "avocado", "pizza", "french fries"),
+    *("cookie", "ice cream", "cupcake", "lollipop", "hot beverage"),
+    *("automobile", "fire engine", "bicycle", "helicopter", "house with garden", "full moon"),
+    *("glowing star", "cloud", "fire", "snowman"),
+    *("soccer ball", "basketball", "balloon", "trophy", "bell", "key", "gem stone", "alarm clock"),
+)
+
+# Streamline lacks some of them; these stand in for those (assets/icons-streamline and its held-out set).
+STREAMLINE_DEMO_SUBJECTS = ("flashlight",)
+STREAMLINE_HELDOUT_SUBJECTS = (
+    *("elephant", "crocodile", "dolphin", "camel", "rooster", "snake"),
+    *("cherries", "peach", "sushi", "bread"),
+    *("umbrella", "scroll", "microscope", "violin", "bomb", "castle", "tractor"),
+)
+
+# Near-duplicates (families, clock times, a man's and a woman's picture of one activity), flags, lettering and
+# abstract signs would take a third of the training steps and add little that anyone can name.
+SKIPPED_CATEGORIES = {"Flags", "Component"}
+SKIPPED_NAME = re.compile(
+    "|".join(
+        (
+            r"skin tone|^family|^couple|^kiss |holding hands|^clock face|o ?clock$|thirty$|facing right$",
+            r"^keycap|^letter |^regional|^japanese .*button|^input |^circled m|under eighteen|^flag ",
+            r"^(a|ab|b|o|cl|cool|free|id|new|ng|ok|sos|up|vs|atm) (button|sign)",
+            r"^(end|back|on|soon|top) arrow|^on exclamation|^up exclamation",
+            r"^(copyright|registered|trade mark|information|water closet|hundred points|cinema)$",
+            r"^(plus|minus|multiply|divide)$|^(double|white|red) exclamation|^exclamation",
+            r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn)$",
+            r"^(aquarius|pisces|ophiuchus)$",
+            r"arrow curving|(up|down|left|right|vertical) arrows?|^(up|down|left|right) |brightness",
+            r"tracks|bars|triangle pointed|pointed star|loop|asterisk|wavy dash|alternation mark|(orange|blue) diamond",
+            r"\b(button|square|circle|curl|slider)$|^(locked|unlocked) with pen",
+        )
+    )
+)
+GENDERED = re.compile(r"\b(man|woman|men|women|mens|womens)\b")
+VARIATION_SELECTOR = "\ufe0f"
+MAX_KEYWORDS = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one emoji shows.
+
+    Attributes:
+        code: its code points, lower-case and hyphenated.
+        names: the Unicode (CLDR) name first, then the character's old name and the sets' own names.
+        keywords: CLDR and user keywords, none of which is a name.
+        icons: the icon's name in each style that has it.
+    """
+
+    code: str
+    names: tuple[str, ...]
+    keywords: tuple[str, ...]
+    icons: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The name that captions use most."""
+        return self.names[0]
+
+
+def clean_name(name: str) -> str:
+    """Lower-case words, separated by single spaces."""
+    return " ".join(
+        re.sub(r"[^a-z0-9']+", " ", name.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")).split()
+    )
+
+
+def _bare(code: str) -> str:
+    """Code points without the variation selector, which sets write or leave out."""
+    return code.replace("-fe0f", "")
+
+
+def _slug(name: str) -> str:
+    """A name as icons have it: ``jack-o-lantern``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.replace("'", "")).strip("-")
+
+
+def _unicode_name(code: str) -> list[str]:
+    """The character's own name (``black heart suit``), where the code is one character."""
+    points = [int(point, 16) for point in code.split("-") if point != "fe0f"]
+    name = unicodedata.name(chr(points[0]), "") if len(points) == 1 else ""
+    return [clean_name(name)] if name else []
+
+
+def _aliases(icon_set: dict) -> dict[str, list[str]]:
+    """The other names of each icon of a set, without those that stand for a rotated or mirrored picture."""
+    found: dict[str, list[str]] = {}
+    for alias, entry in icon_set.get("aliases", {}).items():
+        if set(entry) == {"parent"}:
+            found.setdefault(entry["parent"], []).append(alias)
+    return found
+
+
+def _find_icons(slugs: list[str], sets: dict[str, dict]) -> dict[str, str]:
+    """In each set of vectors the icon that has the first of these names that any icon has.
+
+    Streamline numbers its variants (``fox-face-1``) and says ``-face`` where others don't; its flags are
+    named as countries are, turkey among them. Firefox's names have a table of their own.
+    """
+    found = {}
+    for style, icon_set in sets.items():
+        names = list(slugs)
+        if style == "fxemoji":
+            by_table = [FXEMOJI_NAMES[slug] for slug in slugs[:1] if slug in FXEMOJI_NAMES]
+            taken = set(FXEMOJI_NAMES.values())
+            names = by_table or [flat for slug in slugs if (flat := slug.replace("-", "")) not in taken]
+        elif style == "streamline":
+            names = [name + end for name in slugs for end in ("", "-1", "-face", "-face-1")]
+        known = icon_set["icons"].keys() - icon_set["skipped"]
+        name = next((name for name in names if name in known), None)
+        if name:
+            found[style] = name
+    return found
+
+
+def _read_sets(raw: Path) -> dict[str, dict]:
+    sets = {}
+    for style in STYLES:
+        if style != "fluent 3d":
+            sets[style] = read_json(style, "icons.json", raw)
+            categories = read_json(style, "metadata.json", raw)["categories"]
+            sets[style]["skipped"] = {
+                name for category in SKIPPED_CATEGORIES for name in categories.get(category, [])
+            }
+    sets["fxemoji"]["skipped"] |= SKIPPED_FXEMOJI
+    return sets
+
+
+def _is_wanted(code: str, name: str) -> bool:
+    return not (SKIPPED_NAME.search(name) or ("-200d-" in code and GENDERED.search(name)))
+
+
+def read_subjects(raw: Path) -> list[Subject]:
+    """The subjects worth learning, in Unicode's order.
+
+    A second name or keyword that is the first name of another subject is dropped: ``dog`` is the whole
+    animal, so it is not kept as a second name of ``dog face``.
+    """
+    words = {
+        emoji.replace(VARIATION_SELECTOR, ""): [clean_name(word) for word in found]
+        for emoji, found in read_json("keywords", "dist/emoji-en-US.json", raw).items()
+    }
+    order = {emoji: index for index, emoji in enumerate(words)}
+    sets = _read_sets(raw)
+    aliases = [_aliases(icon_set) for icon_set in sets.values()]
+    in_3d = {_bare(Path(member).stem): member for member in list_members(fetch("fluent 3d", raw))}
+    entries = []
+    for code, icon in read_json("noto", "chars.json", raw).items():
+        emoji = "".join(chr(int(point, 16)) for point in code.split("-")).replace(VARIATION_SELECTOR, "")
+        if emoji in words and icon not in sets["noto"]["skipped"] and _is_wanted(code, clean_name(icon)):
+            entries.append((order[emoji], code, icon, words[emoji]))
+    first_names = {found[0] for _, _, _, found in entries} | {clean_name(icon) for _, _, icon, _ in entries}
+    subjects, taken = [], set()
+    for _, code, icon, found in sorted(entries):
+        if found[0] in taken:  # two characters with one name: what a prompt means by it would be open
+            continue
+        taken.add(found[0])
+        unicode_name = _unicode_name(code)
+        others = [alias for known in aliases for alias in known.get(icon, ())]
+        own = dict.fromkeys([icon, _slug(found[0])])
+        # Another subject's name may be this one's old name: it belongs to the other one.
+        more = [_slug(name) for name in (*unicode_name, *others) if clean_name(name) not in first_names]
+        icons = _find_icons([*own, *more], sets)
+        if _bare(code) in in_3d:
+            icons["fluent 3d"] = in_3d[_bare(code)]
+        if sum(style in icons for style in BASE_STYLES) < FEWEST_STYLES:
+            continue
+        texts = [clean_name(icon), *unicode_name, *map(clean_name, others)]
+        texts = [text for text in texts if text not in first_names - {clean_name(icon)}]
+        names = dict.fromkeys([found[0], *(text for text in texts if re.fullmatch(r"[a-z ]{2,}", text))])
+        keywords = dict.fromkeys(
+            word
+            for word in found[1:]
+            if word not in names and word not in first_names and re.fullmatch(r"[a-z ]{3,}", word)
+        )
+        subjects.append(Subject(code, tuple(names), tuple(keywords)[:MAX_KEYWORDS], icons))
+    return subjects
