@@ -82,8 +82,11 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
 def cache_latents(work: Path) -> None:
     """Write ``latents.pt``: the base styles' latents (styles, n, 4, 16, 16) at unit variance, and factor.
 
-    The latents of pictures that a style lacks are zero.
+    The latents of pictures that a style lacks are zero. What is already of this autoencoder stays.
     """
+    output = work / "latents.pt"
+    if output.exists() and output.stat().st_mtime > (work / "autoencoder.ckpt").stat().st_mtime:
+        return
     autoencoder, icons = load_autoencoder(work), load_icons(work)
     shape = (len(BASE_STYLES), len(icons.subjects), 4, LATENT_SIZE, LATENT_SIZE)
     latents = torch.zeros(shape)
@@ -93,7 +96,7 @@ def cache_latents(work: Path) -> None:
             pixels = to_pixels(icons.images[style][part])
             latents[index, part] = autoencoder.encode(pixels).latent_dist.mode()
     factor = 1 / latents[icons.base_pairs()].std().item()
-    save_atomically({"latents": latents * factor, "scaling_factor": factor}, work / "latents.pt")
+    save_atomically({"latents": latents * factor, "scaling_factor": factor}, output)
     print(f"[autoencoder] scaling factor {factor:.4f}", flush=True)
 
 

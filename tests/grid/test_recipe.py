@@ -9,8 +9,11 @@ import micro_autoencoder
 import micro_captions
 import micro_clip
 import micro_data
+import micro_export
 import micro_muon
+import micro_packages
 import micro_score
+import micro_subjects
 import micro_text
 import micro_training
 import micro_unet
@@ -18,35 +21,57 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from micro_data import BASE_STYLES, DEMO_SUBJECTS, HELDOUT_SUBJECTS, NEW_STYLE, STYLES, Subject
+from micro_captions import STYLE_WORDS
+from micro_subjects import (
+    BASE_STYLES,
+    DEMO_SUBJECTS,
+    HELDOUT_SUBJECTS,
+    NEW_STYLES,
+    STREAMLINE_DEMO_SUBJECTS,
+    STREAMLINE_HELDOUT_SUBJECTS,
+    STYLES,
+    Subject,
+)
 from PIL import Image
 from torch import nn
 from train_micro_sdxl import run_stage
 from transformers import CLIPModel, CLIPProcessor
 
-OTHERS = tuple(f"thing number {'abcdefghijklmnopqrstuvwxyz'[i % 26] * (1 + i // 26)}" for i in range(50))
-NAMES = (*DEMO_SUBJECTS, *HELDOUT_SUBJECTS, *OTHERS)
+OTHERS = tuple(f"thing number {letter}" for letter in "abcdefghijklmnopqrst")
+STAND_INS = (*STREAMLINE_DEMO_SUBJECTS, *STREAMLINE_HELDOUT_SUBJECTS)
+NAMES = (*DEMO_SUBJECTS, *HELDOUT_SUBJECTS, *STAND_INS, *OTHERS)
 HELDOUT_COLOUR = (1, 2, 3)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A work folder as the data stage leaves it, with painted rectangles for icons."""
+    """A work folder as the data stage leaves it, with painted rectangles for icons.
+
+    Of the base styles only noto has all subjects; the others have `OTHERS` and one that is held out.
+    """
     folder = tmp_path_factory.mktemp("recipe")
     rng = np.random.default_rng(0)
-    images = {style: np.full((len(NAMES), 64, 64, 3), 255, np.uint8) for style in STYLES}
+    shape = (len(NAMES), micro_data.SIZE, micro_data.SIZE, 3)
+    images = {style: np.full(shape, 255, np.uint8) for style in STYLES}
     for pictures in images.values():
         for name, picture in zip(NAMES, pictures, strict=True):
-            top, left = rng.integers(4, 24, 2)
+            top, left = rng.integers(4, 40, 2)
             held_out = name in HELDOUT_SUBJECTS
-            picture[top : top + 30, left : left + 30] = (
+            picture[top : top + 60, left : left + 60] = (
                 HELDOUT_COLOUR if held_out else rng.integers(10, 256, 3)
             )
-    has_3d = np.ones(len(NAMES), bool)
-    has_3d[-1] = False
-    np.savez(folder / "images.npz", has_3d=has_3d, **images)
-    subjects = [Subject(f"{i:x}", (name, f"{name} too"), ("alpha", "beta")) for i, name in enumerate(NAMES)]
+    np.savez(folder / "images.npz", **images)
+    subjects = []
+    for index, name in enumerate(NAMES):
+        styles = STYLES if name in (*OTHERS, HELDOUT_SUBJECTS[0]) else ("noto", *NEW_STYLES)
+        icons = dict.fromkeys(styles, name)
+        subjects.append(Subject(f"{index:x}", (name, f"{name} too"), ("alpha", "beta"), icons))
     (folder / "subjects.json").write_text(json.dumps([asdict(subject) for subject in subjects]))
+    letters = [(left, right + "</w>") for left in "aeiou" for right in "nrstx"]
+    whole = [("ve", "st</w>"), ("no", "rm</w>")]
+    merges = [("v", "e"), ("n", "o"), ("s", "t</w>"), ("r", "m</w>"), *letters, *whole]
+    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in merges))
     return folder
 
 
@@ -54,75 +79,80 @@ def test_64_held_out_subjects_are_apart_from_the_demo() -> None:
     assert len(set(HELDOUT_SUBJECTS)) == 64
     assert len(set(DEMO_SUBJECTS)) == 23
     assert not set(HELDOUT_SUBJECTS) & set(DEMO_SUBJECTS)
+    assert not set(STAND_INS) & {*DEMO_SUBJECTS, *HELDOUT_SUBJECTS}
 
 
-def test_autoencoder_sees_no_held_out_subject_and_nobody_the_demo_in_3d(work: Path) -> None:
+def test_autoencoder_sees_no_held_out_subject_and_nobody_the_demo_in_a_new_style(work: Path) -> None:
     icons = micro_data.load_icons(work)
     seen = icons.autoencoder_images
     assert not (seen == torch.tensor(HELDOUT_COLOUR)).all(dim=-1).any()
-    assert len(seen) == 2 * (len(NAMES) - 64) + len(OTHERS) - 1
-    assert {icons.subjects[row].name for row in icons.free_3d} == set(OTHERS[:-1])
+    assert len(seen) == len(NAMES) - 64 + len(OTHERS) * (len(STYLES) - 1)
+    for style in NEW_STYLES:
+        assert {icons.subjects[row].name for row in icons.free(style)} == set(OTHERS)
+    assert len(icons.base_pairs()[0]) == len(NAMES) + 5 * (len(OTHERS) + 1)
 
 
 def test_subjects_are_named_once_and_skipped_where_they_should_be(monkeypatch) -> None:
-    def entry(order: int, code: str, name: str, category: str = "Objects", **more) -> dict:
-        return {
-            "sort_order": order,
-            "unified": code,
-            "name": name,
-            "short_names": more.get("short_names", []),
-            "image": f"{code.lower()}.png",
-            "category": category,
-            "subcategory": "any",
-            "has_img_google": True,
-            "has_img_twitter": more.get("twitter", True),
-        }
+    chars = {
+        "1f436": "dog-face",
+        "1f415": "dog",
+        "2764": "red-heart",
+        "1f1e6": "flag",
+        "1f9d1-200d-1f33e": "man-farmer",
+        "1f916": "robot",
+        "1f550": "one-oclock",
+    }
+    names = {name: {} for name in chars.values()}
+    words = {"🐶": ["dog_face", "dog", "pet", "a1"], "❤️": ["red_heart", "love"], "🐕": ["dog"]}
+    words |= {"🤖": ["robot"], "🕐": ["one_o_clock"], "🇦": ["flag"], "🧑‍🌾": ["man_farmer"]}
+    everywhere = {name: {} for name in names if name != "robot"}
+    sets = dict.fromkeys(BASE_STYLES, everywhere) | {"noto": names, "streamline": {"dog-face-1": {}}}
+    sets["fxemoji"] = {"dog": {}, "dogside": {}, "blackheartsuit": {}}
 
-    emojis = [
-        entry(2, "1F436", "DOG FACE", short_names=["dog"]),
-        entry(3, "1F415", "DOG"),
-        entry(1, "2764-FE0F", "HEAVY BLACK HEART", short_names=["heart", "x_1"]),
-        entry(4, "1F1E6", "FLAG", category="Flags"),
-        entry(5, "1F9D1-200D-1F33E", "MAN FARMER"),
-        entry(6, "1F916", "ROBOT FACE", twitter=False),
-    ]
-    words = {"🐶": ["dog_face", "dog", "pet", "a1"], "❤️": ["red_heart", "love", "heart"]}
-    monkeypatch.setattr(micro_data, "fetch", lambda package, raw: package)
-    monkeypatch.setattr(
-        micro_data,
-        "read_members",
-        lambda package, members: {"json": json.dumps(words if package == "keywords" else emojis)},
-    )
-    assert micro_data.read_subjects(Path()) == [
-        Subject("2764-fe0f", ("red heart", "heavy black heart", "heart"), ("love",)),
-        Subject("1f436", ("dog face",), ("pet",)),
-        Subject("1f415", ("dog",), ()),
-    ]
+    def read_json(package: str, member: str, raw: Path) -> dict:
+        if package == "keywords":
+            return words
+        if member == "metadata.json":
+            return {"categories": {"Flags": ["flag"]}}
+        return chars if member == "chars.json" else {"icons": sets[package]}
+
+    monkeypatch.setattr(micro_subjects, "read_json", read_json)
+    monkeypatch.setattr(micro_subjects, "fetch", lambda package, raw: raw)
+    monkeypatch.setattr(micro_subjects, "list_members", lambda path: ["package/assets/2764-fe0f.webp"])
+    dog, heart, whole_dog = micro_subjects.read_subjects(Path())
+    assert (dog.names, dog.keywords) == (("dog face",), ("pet",))
+    assert dog.icons["fxemoji"] == "dog"
+    assert dog.icons["streamline"] == "dog-face-1"
+    assert heart.names == ("red heart", "heavy black heart")
+    assert heart.icons["fluent 3d"] == "package/assets/2764-fe0f.webp"
+    assert "fxemoji" not in heart.icons
+    assert (whole_dog.name, whole_dog.icons["fxemoji"]) == ("dog", "dogside")
 
 
 def test_a_changed_download_is_refused(tmp_path: Path) -> None:
-    name, version, _ = micro_data.PACKAGES["noto"]
-    (tmp_path / f"{name}-{version}.tgz").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="another SHA-512"):
-        micro_data.fetch("noto", tmp_path)
+    (tmp_path / "iconify-json-noto-1.2.9.tgz").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="another sha512"):
+        micro_packages.fetch("noto", tmp_path)
 
 
-def test_captions_belong_to_their_picture_and_never_name_the_new_style(work: Path) -> None:
-    captions = micro_captions.Captions(micro_data.load_icons(work).subjects)
-    assert not any(word in text.split() for text in captions.texts for word in NEW_STYLE.split())
-    for style in range(2):
-        for subject, name in enumerate(NAMES):
-            row = captions.first[style, subject]
-            assert captions.texts[row] == micro_data.caption(BASE_STYLES[style], name)
-    styles = torch.zeros(4000, dtype=torch.long)
-    subjects = torch.full((4000,), 5)
-    rows = captions.sample(styles, subjects, torch.Generator().manual_seed(0))
-    own = set(range(captions.first[0, 5], captions.first[0, 6]))
-    plain = set(range(captions.first[2, 5], captions.first[2, 6]))
-    assert set(rows.tolist()) == own | plain
-    share = torch.tensor([row in plain for row in rows.tolist()]).float().mean().item()
-    assert share == pytest.approx(micro_captions.PLAIN_SHARE, abs=0.02)
-    assert all(NAMES[5] in captions.texts[row] for row in own | plain)
+def test_captions_name_their_subject_and_never_another_style_or_a_new_one(work: Path) -> None:
+    subjects = micro_data.load_icons(work).subjects
+    captions = micro_captions.Captions(subjects, micro_clip.load_tokenizer(work))
+    assert captions.words == ["norm", "vest"]
+    generator = torch.Generator().manual_seed(0)
+    for style, name in enumerate(BASE_STYLES):
+        texts = captions.draw(torch.full((2000,), style), torch.full((2000,), 5), generator)
+        assert all(NAMES[5] in text for text in texts)
+        others = {word for other, words in STYLE_WORDS.items() if other != name for word in words}
+        own = STYLE_WORDS[name]
+        assert not any(
+            f" {word} " in f" {text} " and not any(word in mine for mine in own)
+            for text in texts
+            for word in (*others, *NEW_STYLES)
+        )
+        named = sum(any(word in text for word in own) for text in texts) / len(texts)
+        unnamed = micro_captions.PLAIN_SHARE + micro_captions.MEANINGLESS_SHARE
+        assert named == pytest.approx(1 - unnamed, abs=0.04)
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (40, 40)])
@@ -163,6 +193,26 @@ def test_a_resumed_stage_has_the_bits_of_one_that_was_not_interrupted(tmp_path: 
     assert torch.equal(start.modules[0].weight, expected.modules[0].weight)
 
 
+def test_a_stage_that_goes_on_from_an_export_warms_up_and_draws_anew(tmp_path: Path) -> None:
+    stage = toy_stage(tmp_path, stop=5)
+    path = tmp_path / "toy.ckpt"
+    torch.save({"average": stage.average.state_dict(), "step": 5, "seconds": 1.0}, path)
+    assert micro_training.is_adopted(tmp_path, "toy")
+    adopted = toy_stage(tmp_path, stop=5)
+    assert (adopted.step, adopted.first) == (5, 5)
+    assert torch.equal(adopted.modules[0].weight, stage.average[0].weight)
+    assert not torch.equal(adopted.generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    factor = micro_training.learning_rate_factor
+    assert factor(0, 0, 1000) == pytest.approx(1 / micro_training.WARM_UP_STEPS)
+    assert factor(400, 400, 1000) == pytest.approx(1 / micro_training.WARM_UP_STEPS)
+    assert factor(500, 0, 1000) == factor(500, 0, 2000) == 1
+    assert factor(900, 0, 1000) == pytest.approx(0.5)
+    assert factor(1000, 0, 1000) == 0
+
+
 def test_distorted_icons_keep_their_white_background() -> None:
     pixels = torch.ones(16, 3, 64, 64)
     pixels[:, :, 24:40, 24:40] = -1
@@ -173,22 +223,27 @@ def test_distorted_icons_keep_their_white_background() -> None:
     assert not torch.equal(views[0], views[1])
 
 
-@pytest.mark.slow
-def test_every_stage_runs_and_the_export_loads(work: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(micro_score, "SUBJECTS", 3)
-    monkeypatch.setattr(micro_score, "SHEET_SUBJECTS", 3)
+def test_every_stage_runs_and_the_export_loads_and_is_gone_on_from(
+    work: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(micro_score, "PROMPTS", 6)
+    monkeypatch.setattr(micro_score, "UNKNOWN_SUBJECTS", 2)
+    monkeypatch.setattr(micro_score, "BLIND_PROMPTS", 2)
     monkeypatch.setattr(micro_score, "SPEED_REPEATS", 1)
     monkeypatch.setattr(micro_score, "STEPS", 2)
+    monkeypatch.setattr(micro_score, "independent_tower", lambda: micro_score.own_tower(work))
     monkeypatch.setattr(micro_text, "RETRIEVAL_POOL", 50)
     monkeypatch.setattr(micro_clip, "PAIRS", 16)
     for module in (micro_autoencoder, micro_text, micro_unet):
         monkeypatch.setattr(module, "BATCH", 8)
     for stage in ("autoencoder", "clip", "text", "unet", "score", "export"):
-        run_stage(stage, work, tmp_path, steps=2, device=torch.device("cpu"))
+        run_stage(stage, work, tmp_path, steps=2, device=CPU)
 
     scores = json.loads((work / "scores.json").read_text())
     assert all(scores[f"{name}_steps"] == 2 for name in ("autoencoder", "clip", "text", "unet"))
-    assert 0 <= scores["unet_top1"] <= scores["unet_top5"] <= 1
+    assert 0 <= scores["own_unet_top1"] <= scores["own_unet_top5"] <= 1
+    assert scores["own_zorplin"] == scores["independent_zorplin"]
+    assert len((work / "blind.txt").read_text().splitlines()) == 2
     icons = micro_data.load_icons(work)
     model = micro_autoencoder.load_autoencoder(work)
     pixels = micro_data.to_pixels(icons.images["noto"][icons.rows(HELDOUT_SUBJECTS)])
@@ -213,3 +268,15 @@ def test_every_stage_runs_and_the_export_loads(work: Path, tmp_path: Path, monke
     torch.testing.assert_close(outputs.text_embeds, nn.functional.normalize(embeds, dim=-1))
     for card in tmp_path.glob("*/README.md"):
         assert "{" not in card.read_text()
+
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("images.npz", "subjects.json", "merges.txt"):
+        (again / name).symlink_to(work / name)
+    micro_export.adopt(again, tmp_path)
+    for stage, steps in (("autoencoder", 2), ("clip", 2), ("text", 2), ("unet", 3), ("export", 3)):
+        run_stage(stage, again, again, steps=steps, device=CPU)
+    progress = {stage: micro_training.read_progress(again, stage)["step"] for stage in micro_export.STAGES}
+    assert progress == {"autoencoder": 2, "clip": 2, "text": 2, "unet": 3}
+    vae = (tmp_path / "micro-sdxl" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert (again / "micro-sdxl" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
