@@ -110,8 +110,8 @@ def export(work: Path, assets: Path) -> None:
 def adopt(work: Path, assets: Path) -> None:
     """Write checkpoints that go on from what `export` wrote; stages that have a checkpoint stay as they are.
 
-    An export has neither the optimizers' state nor what only training uses: ``autoencoder``, ``clip`` and
-    ``text`` are taken as finished, and ``unet`` warms up again.
+    An export has neither the optimizers' state nor what only training uses: ``clip`` and ``text`` are taken
+    as finished; ``autoencoder`` and ``unet`` warm up again, if there are steps left.
 
     Args:
         work: the folder of checkpoints.
@@ -121,8 +121,8 @@ def adopt(work: Path, assets: Path) -> None:
     one = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     two = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
     clip = CLIPModel.from_pretrained(assets / "micro-clip", dtype=torch.float32)
-    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
     tower = {
         TOWER + name: tensor
         for name, tensor in clip.state_dict().items()

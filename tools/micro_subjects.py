@@ -112,22 +112,6 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.replace("'", "")).strip("-")
 
 
-def _unicode_name(code: str) -> list[str]:
-    """The character's own name (``black heart suit``), where the code is one character."""
-    points = [int(point, 16) for point in code.split("-") if point != "fe0f"]
-    name = unicodedata.name(chr(points[0]), "") if len(points) == 1 else ""
-    return [clean_name(name)] if name else []
-
-
-def _aliases(icon_set: dict) -> dict[str, list[str]]:
-    """The other names of each icon of a set, without those that stand for a rotated or mirrored picture."""
-    found: dict[str, list[str]] = {}
-    for alias, entry in icon_set.get("aliases", {}).items():
-        if set(entry) == {"parent"}:
-            found.setdefault(entry["parent"], []).append(alias)
-    return found
-
-
 def _find_icons(slugs: list[str], sets: dict[str, dict]) -> dict[str, str]:
     """In each set of vectors the icon that has the first of these names that any icon has.
 
@@ -167,48 +151,65 @@ def _is_wanted(code: str, name: str) -> bool:
     return not (SKIPPED_NAME.search(name) or ("-200d-" in code and GENDERED.search(name)))
 
 
+def _old_names(code: str, icon: str, sets: dict[str, dict]) -> list[str]:
+    """The character's own name (``heavy black heart``), and the icon's other names in all sets."""
+    points = [int(point, 16) for point in _bare(code).split("-")]
+    names = [unicodedata.name(chr(points[0]), "")] if len(points) == 1 else []
+    names += [
+        alias
+        for icon_set in sets.values()
+        for alias, entry in icon_set.get("aliases", {}).items()
+        # Where there is more, the picture is turned or mirrored.
+        if entry == {"parent": icon}
+    ]
+    return [clean_name(name) for name in names if name]
+
+
+def _read_words(raw: Path) -> dict[str, list[str]]:
+    """The name and keywords of each emoji, in Unicode's order."""
+    return {
+        emoji.replace(VARIATION_SELECTOR, ""): [clean_name(word) for word in found]
+        for emoji, found in read_json("keywords", "dist/emoji-en-US.json", raw).items()
+    }
+
+
+def _read_entries(words: dict[str, list[str]], skipped: set[str], raw: Path) -> list[tuple[str, str, str]]:
+    """Emoji, code and noto's name of all that is worth learning, in the order of ``words``."""
+    entries = {}
+    for code, icon in read_json("noto", "chars.json", raw).items():
+        emoji = "".join(chr(int(point, 16)) for point in _bare(code).split("-"))
+        if emoji in words and icon not in skipped and _is_wanted(code, clean_name(icon)):
+            entries[emoji] = (emoji, code, icon)
+    return [entries[emoji] for emoji in words if emoji in entries]
+
+
 def read_subjects(raw: Path) -> list[Subject]:
     """The subjects worth learning, in Unicode's order.
 
     A second name or keyword that is the first name of another subject is dropped: ``dog`` is the whole
     animal, so it is not kept as a second name of ``dog face``.
     """
-    words = {
-        emoji.replace(VARIATION_SELECTOR, ""): [clean_name(word) for word in found]
-        for emoji, found in read_json("keywords", "dist/emoji-en-US.json", raw).items()
-    }
-    order = {emoji: index for index, emoji in enumerate(words)}
-    sets = _read_sets(raw)
-    aliases = [_aliases(icon_set) for icon_set in sets.values()]
+    words, sets = _read_words(raw), _read_sets(raw)
     in_3d = {_bare(Path(member).stem): member for member in list_members(fetch("fluent 3d", raw))}
-    entries = []
-    for code, icon in read_json("noto", "chars.json", raw).items():
-        emoji = "".join(chr(int(point, 16)) for point in code.split("-")).replace(VARIATION_SELECTOR, "")
-        if emoji in words and icon not in sets["noto"]["skipped"] and _is_wanted(code, clean_name(icon)):
-            entries.append((order[emoji], code, icon, words[emoji]))
-    first_names = {found[0] for _, _, _, found in entries} | {clean_name(icon) for _, _, icon, _ in entries}
+    entries = _read_entries(words, sets["noto"]["skipped"], raw)
+    first_names = {name for emoji, _, icon in entries for name in (words[emoji][0], clean_name(icon))}
     subjects, taken = [], set()
-    for _, code, icon, found in sorted(entries):
-        if found[0] in taken:  # two characters with one name: what a prompt means by it would be open
+    for emoji, code, icon in entries:
+        first, *keywords = words[emoji]
+        if first in taken:  # two characters with one name: what a prompt means by it would be open
             continue
-        taken.add(found[0])
-        unicode_name = _unicode_name(code)
-        others = [alias for known in aliases for alias in known.get(icon, ())]
-        own = dict.fromkeys([icon, _slug(found[0])])
-        # Another subject's name may be this one's old name: it belongs to the other one.
-        more = [_slug(name) for name in (*unicode_name, *others) if clean_name(name) not in first_names]
-        icons = _find_icons([*own, *more], sets)
+        taken.add(first)
+        others = [name for name in _old_names(code, icon, sets) if name not in first_names]
+        icons = _find_icons([icon, *map(_slug, (first, *others))], sets)
         if _bare(code) in in_3d:
             icons["fluent 3d"] = in_3d[_bare(code)]
         if sum(style in icons for style in BASE_STYLES) < FEWEST_STYLES:
             continue
-        texts = [clean_name(icon), *unicode_name, *map(clean_name, others)]
-        texts = [text for text in texts if text not in first_names - {clean_name(icon)}]
-        names = dict.fromkeys([found[0], *(text for text in texts if re.fullmatch(r"[a-z ]{2,}", text))])
-        keywords = dict.fromkeys(
+        names = [first, *(text for text in (clean_name(icon), *others) if re.fullmatch(r"[a-z ]{2,}", text))]
+        kept = dict.fromkeys(
             word
-            for word in found[1:]
-            if word not in names and word not in first_names and re.fullmatch(r"[a-z ]{3,}", word)
+            for word in keywords
+            if word not in {*names, *first_names} and re.fullmatch(r"[a-z ]{3,}", word)
         )
-        subjects.append(Subject(code, tuple(names), tuple(keywords)[:MAX_KEYWORDS], icons))
+        subjects.append(Subject(code, tuple(dict.fromkeys(names)), tuple(kept)[:MAX_KEYWORDS], icons))
     return subjects

@@ -60,7 +60,8 @@ def run_stage(stage: str, work: Path, assets: Path, steps: int | None, device: t
     if stage == "data":
         build(work / "raw", work)
     elif stage in TRAINING:
-        if stage == "unet" or not is_adopted(work, stage):
+        # What only these two stages train isn't exported, so an export has them finished.
+        if stage not in ("clip", "text") or not is_adopted(work, stage):
             TRAINING[stage](work, steps or STEPS[stage], device)
         if stage == "autoencoder":
             cache_latents(work)
