@@ -82,6 +82,25 @@ def test_64_held_out_subjects_are_apart_from_the_demo() -> None:
     assert not set(STAND_INS) & {*DEMO_SUBJECTS, *HELDOUT_SUBJECTS}
 
 
+@pytest.mark.parametrize(
+    ("folder", "count", "subjects"),
+    [
+        ("icons-streamline", 23, (*DEMO_SUBJECTS, *STREAMLINE_DEMO_SUBJECTS)),
+        ("icons-streamline-heldout", 64, (*HELDOUT_SUBJECTS, *STREAMLINE_HELDOUT_SUBJECTS)),
+    ],
+)
+def test_outlined_icons_are_those_that_no_stage_sees(
+    folder: str, count: int, subjects: tuple[str, ...]
+) -> None:
+    assets = Path(__file__).parent.parent / "assets" / folder
+    lines = [json.loads(line) for line in (assets / "metadata.jsonl").read_text().splitlines()]
+    assert len({line["file_name"] for line in lines}) == count
+    assert {line["text"] for line in lines} <= {micro_data.caption("streamline", name) for name in subjects}
+    for line in lines:
+        with Image.open(assets / line["file_name"]) as picture:
+            assert (picture.size, picture.mode) == ((256, 256), "RGBA")
+
+
 def test_autoencoder_sees_no_held_out_subject_and_nobody_the_demo_in_a_new_style(work: Path) -> None:
     icons = micro_data.load_icons(work)
     seen = icons.autoencoder_images
