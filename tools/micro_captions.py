@@ -88,6 +88,8 @@ class Captions:
     Attributes:
         subjects: what can be named.
         words: words of the vocabulary that neither name nor describe a subject or a style.
+        beginnings: pieces of words that other words begin with, as many unknown words do.
+        ends: pieces of words, and words, that end a word.
     """
 
     def __init__(self, subjects: list[Subject], tokenizer: CLIPTokenizer):
@@ -97,25 +99,24 @@ class Captions:
             + [words for names in STYLE_WORDS.values() for words in names]
         )
         known_words = set(known.split())
-        whole = (
-            token.removesuffix("</w>") for token in sorted(tokenizer.get_vocab()) if token.endswith("</w>")
-        )
-        self.words = [word for word in whole if re.fullmatch("[a-z]{3,}", word) and word not in known_words]
+        pieces = [token for token in sorted(tokenizer.get_vocab()) if re.fullmatch("[a-z]{3,}(</w>)?", token)]
+        self.beginnings = [piece for piece in pieces if not piece.endswith("</w>")]
+        self.ends = [piece.removesuffix("</w>") for piece in pieces if piece.endswith("</w>")]
+        self.words = [word for word in self.ends if word not in known_words]
 
     def _meaningless(self, draws: Iterator[float]) -> str:
-        """One word or two: of the vocabulary, of syllables, or short ones of letters and digits."""
+        """One word or two: of the vocabulary, of syllables, of pieces, or of letters and digits."""
         kind, first, second, third = (next(draws) for _ in range(4))
-        if kind < 0.35:
+        if kind < 0.3:
             return _pick(self.words, first)
-        if kind < 0.5:
+        if kind < 0.4:
             return f"{_pick(self.words, first)} {_pick(self.words, second)}"
-        if kind < 0.75:
-            return (
-                _pick(SYLLABLES, first)
-                + _pick(SYLLABLES, second)
-                + (_pick(SYLLABLES, third) if kind < 0.62 else "")
-            )
-        short = _pick(LETTERS, first) + _pick(LETTERS, second) + (_pick(LETTERS, third) if kind < 0.9 else "")
+        if kind < 0.6:
+            syllables = [_pick(SYLLABLES, draw) for draw in (first, second, third)]
+            return "".join(syllables if kind < 0.5 else syllables[:2])
+        if kind < 0.8:
+            return _pick(self.beginnings, first) + _pick(self.ends, second)
+        short = "".join(_pick(LETTERS, draw) for draw in (first, second, third)[: 2 if kind < 0.85 else 3])
         return f"{_pick(self.words, third)} {short}" if kind >= 0.95 else short
 
     def _one(self, style: str, subject: Subject, draws: Iterator[float]) -> str:

@@ -69,7 +69,7 @@ def work(tmp_path_factory) -> Path:
         subjects.append(Subject(f"{index:x}", (name, f"{name} too"), ("alpha", "beta"), icons))
     (folder / "subjects.json").write_text(json.dumps([asdict(subject) for subject in subjects]))
     letters = [(left, right + "</w>") for left in "aeiou" for right in "nrstx"]
-    whole = [("ve", "st</w>"), ("no", "rm</w>")]
+    whole = [("ve", "st</w>"), ("no", "rm</w>"), ("ve", "n")]
     merges = [("v", "e"), ("n", "o"), ("s", "t</w>"), ("r", "m</w>"), *letters, *whole]
     (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in merges))
     return folder
@@ -157,7 +157,8 @@ def test_a_changed_download_is_refused(tmp_path: Path) -> None:
 def test_captions_name_their_subject_and_never_another_style_or_a_new_one(work: Path) -> None:
     subjects = micro_data.load_icons(work).subjects
     captions = micro_captions.Captions(subjects, micro_clip.load_tokenizer(work))
-    assert captions.words == ["norm", "vest"]
+    assert captions.words == captions.ends == ["norm", "vest"]
+    assert captions.beginnings == ["ven"]
     generator = torch.Generator().manual_seed(0)
     for style, name in enumerate(BASE_STYLES):
         texts = captions.draw(torch.full((2000,), style), torch.full((2000,), 5), generator)
