@@ -92,7 +92,7 @@ def test_64_held_out_subjects_are_apart_from_the_demo() -> None:
 def test_outlined_icons_are_those_that_no_stage_sees(
     folder: str, count: int, subjects: tuple[str, ...]
 ) -> None:
-    assets = Path(__file__).parent.parent / "assets" / folder
+    assets = Path(__file__).parents[2] / "assets" / folder
     lines = [json.loads(line) for line in (assets / "metadata.jsonl").read_text().splitlines()]
     assert len({line["file_name"] for line in lines}) == count
     assert {line["text"] for line in lines} <= {micro_data.caption("streamline", name) for name in subjects}

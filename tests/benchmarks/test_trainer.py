@@ -96,7 +96,7 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
 
     monkeypatch.setattr(LatentCache, "batch", batch)
     if not captions:
-        monkeypatch.setattr(train_arms, "find_samples", lambda *_: samples)
+        monkeypatch.setattr(train_arms, "find_samples", lambda *_, **__: samples)
     train(config, callbacks=[Watch()])
     assert told == pytest.approx(losses, rel=1e-5)
     for one, other in zip(seen, expected, strict=True):

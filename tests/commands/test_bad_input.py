@@ -648,7 +648,7 @@ def test_the_command_as_users_type_it(world):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     lines = done.stderr.replace("\r", "\n").splitlines()
     assert "base: unet: cannot be loaded" in the_error(done.returncode, lines)
-    assert len(lines) <= 2, lines
+    assert len(lines) == 3 and "4 images, 2 with captions" in lines[0], lines
     assert world.contents() == before
 
 
