@@ -1,5 +1,5 @@
 # make demo   set up, train LoRA and Flat-LoRA on 23 icons, draw them side by side
-# make test   set up, run all tests; make test-fast: those that take two minutes
+# make test   set up, run all tests; make test-fast: the quick ones
 # make app    set up, serve a page that compares the two
 # make quality  lint, formatting, types, layers of imports
 
