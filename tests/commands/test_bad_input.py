@@ -53,6 +53,9 @@ def separate_runs(monkeypatch):
     GradientState._reset_state()
 
 
+MAINS = {"grid": draw_grids, "kohya": convert, "sheet": lay_out}
+
+
 class World:
     """A folder with a base, icons, and room for an output folder, all of it free to be damaged."""
 
@@ -82,10 +85,13 @@ class World:
     def run_words(self, *words):
         """The same of the training command with these words alone, or of the command `-m MODULE`."""
         words = self.words(*words)
-        command = lambda: train(parse_train_config(words))  # noqa: E731
-        if words[:1] == ["-m"]:
-            main = {"grid": draw_grids, "kohya": convert, "sheet": lay_out}[words[1].rpartition(".")[2]]
-            command = lambda: main(words[2:])  # noqa: E731
+
+        def command():
+            if words[:1] == ["-m"]:
+                MAINS[words[1].rpartition(".")[2]](words[2:])
+            else:
+                train(parse_train_config(words))
+
         self._capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_command(command)
