@@ -2,19 +2,13 @@
 
 from typing import NoReturn
 
+from flatlora_diffusion.adapter.command import main
 from flatlora_diffusion.common.command import run_command
 
 
 def run() -> NoReturn:
     """Run the command with the arguments of this process."""
-    run_command(_main)
-
-
-def _main() -> None:
-    # Inside: imports, which take seconds, are interrupted and report their errors as the work does.
-    from flatlora_diffusion.adapter.command import main
-
-    main()
+    run_command(main)
 
 
 if __name__ == "__main__":

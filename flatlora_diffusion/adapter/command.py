@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.adapter.file import adapter_file
-from flatlora_diffusion.adapter.kohya import convert
-from flatlora_diffusion.adapter.nearest import write_nearest
 from flatlora_diffusion.common.command import OneLineParser, invoked_as
 from flatlora_diffusion.common.errors import UserError
 
@@ -30,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--base", metavar="BASE", help="Of a DoRA, with --rank: its update depends on it.")
     given = parser.parse_all(arguments)
+    # After parsing: --help and bad flags answer at once.
+    from flatlora_diffusion.adapter.file import adapter_file
+    from flatlora_diffusion.adapter.kohya import convert
+    from flatlora_diffusion.adapter.nearest import write_nearest
+
     source = adapter_file(given.source)
     for path in (source, given.target):
         if path.suffix != ".safetensors":

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.common.command import OneLineParser, invoked_as, parse_adapter
+from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as, parse_adapter
 
 
 def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,9 +41,7 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
         help="Output folder of a training run: its adapters and curves; may be given several times.",
     )
     parser.add_argument("--device", help="Such as cuda or cpu. Default: the accelerator at hand.")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="Precision (default: fp32)."
-    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument(
         "--votes",
         type=Path,

@@ -19,6 +19,9 @@ from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.signals import sigterm_interrupts
 from flatlora_diffusion.common.threads import share_processor
 
+DTYPE_NAMES = ("fp32", "fp16", "bf16")
+"""Of the flag `--dtype`, here because command lines are parsed before torch is imported: see `DTYPES`."""
+
 # What a disk or a name may do to a run without any mistake of ours.
 _SURROUNDINGS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),

@@ -6,9 +6,11 @@ import gc
 
 import torch
 
+from flatlora_diffusion.common.command import DTYPE_NAMES
 from flatlora_diffusion.common.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_KINDS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES: dict[str, torch.dtype] = dict(zip(DTYPE_NAMES, _KINDS, strict=True))
 
 
 def release() -> None:

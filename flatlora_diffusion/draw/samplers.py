@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import (
-    ConfigMixin,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
-from torch import Tensor
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+    from torch import Tensor
 
 DEFAULT = "default"  # the base's own
 
-_Kind = (
-    type[EulerDiscreteScheduler]
-    | type[EulerAncestralDiscreteScheduler]
-    | type[DPMSolverMultistepScheduler]
-    | type[UniPCMultistepScheduler]
-    | type[DDIMScheduler]
-)
-_KINDS: dict[str, tuple[_Kind, dict[str, Any]]] = {
-    "Euler": (EulerDiscreteScheduler, {}),
-    "Euler a": (EulerAncestralDiscreteScheduler, {}),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
-    "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "UniPC": (UniPCMultistepScheduler, {}),
-    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+# By the names of classes of diffusers: command lines list the samplers before anything slow is imported.
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
 
 SAMPLERS = (DEFAULT, *_KINDS)
@@ -48,15 +35,17 @@ def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     Raises:
         ValueError: There is no such sampler.
     """
-    assert isinstance(own, ConfigMixin), "all schedulers have a configuration"
+    import diffusers
+
+    assert isinstance(own, diffusers.ConfigMixin), "all schedulers have a configuration"
     if name == DEFAULT:
         fresh = type(own).from_config(own.config)
     elif name in _KINDS:
         kind, settings = _KINDS[name]
-        fresh = kind.from_config(own.config, **settings)
+        fresh = getattr(diffusers, kind).from_config(own.config, **settings)
     else:
         raise ValueError(f"sampler {name!r}: must be one of {', '.join(SAMPLERS)}")
-    assert isinstance(fresh, SchedulerMixin)
+    assert isinstance(fresh, diffusers.SchedulerMixin)
     return fresh
 
 
@@ -64,9 +53,12 @@ def sampler_name(name: str, own: SchedulerMixin) -> str:
     """The name that A1111 has for a sampler, or the class of a base's own that has none."""
     if name != DEFAULT:
         return name
-    assert isinstance(own, ConfigMixin), "all schedulers have a configuration"
+    import diffusers
+
+    assert isinstance(own, diffusers.ConfigMixin), "all schedulers have a configuration"
     for known, (kind, settings) in _KINDS.items():
-        if type(own) is kind and all(own.config.get(key) == value for key, value in settings.items()):
+        is_that = type(own) is getattr(diffusers, kind)
+        if is_that and all(own.config.get(key) == value for key, value in settings.items()):
             return known
     return type(own).__name__.removesuffix("Scheduler")
 

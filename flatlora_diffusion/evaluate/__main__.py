@@ -3,18 +3,12 @@
 from typing import NoReturn
 
 from flatlora_diffusion.common.command import run_command
+from flatlora_diffusion.evaluate.command import main
 
 
 def run() -> NoReturn:
     """Run the command with the arguments of this process."""
-    run_command(_main)
-
-
-def _main() -> None:
-    # Inside: imports, which take seconds, are interrupted and report their errors as the work does.
-    from flatlora_diffusion.evaluate.command import main
-
-    main()
+    run_command(main)
 
 
 if __name__ == "__main__":

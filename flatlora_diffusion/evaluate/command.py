@@ -11,45 +11,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from flatlora_diffusion.common.command import OneLineParser, hide_progress_bars, invoked_as, parse_adapter
-from flatlora_diffusion.common.devices import DTYPES, checked_device
+from flatlora_diffusion.common.command import (
+    DTYPE_NAMES,
+    OneLineParser,
+    hide_progress_bars,
+    invoked_as,
+    parse_adapter,
+)
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.extras import import_extra
-from flatlora_diffusion.common.files import write_atomically
-from flatlora_diffusion.common.lock import check_writable, output_lock
-from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, Sample, find_samples
-from flatlora_diffusion.draw.stamp import BASE
-from flatlora_diffusion.evaluate.evaluation import PARTS, Evaluation, Plan
-from flatlora_diffusion.evaluate.plots import write_plots
-from flatlora_diffusion.evaluate.tables import markdown
-
-TABLES = "evaluation.md"
-
-
-def evaluate(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Measure a plan; write `evaluation.json`, `evaluation.md` and the plots into a folder.
-
-    An evaluation that was stopped goes on where it was; what was measured in the same way is kept.
-
-    Returns:
-        The report: see `evaluate.report`.
-
-    Raises:
-        UserError: Something is missing, damaged, or doesn't fit; nothing has been written.
-    """
-    import_extra("matplotlib", "drawing plots")  # before hours of measuring, not after them
-    check_writable("--output", folder)
-    evaluation = Evaluation(plan, folder)
-    with output_lock(folder, "--output"):
-        report = evaluation.run()
-        paths = write_plots(report, folder)
-        images = "".join(f"\n![{path.stem}]({path.name})\n" for path in paths)
-        write_atomically(folder / TABLES, (markdown(report) + images).encode())
-    return report
+from flatlora_diffusion.evaluate.plan import PARTS
 
 
 def evaluation_parser() -> OneLineParser:
@@ -118,66 +89,22 @@ def evaluation_parser() -> OneLineParser:
     add("--device", help="Such as cuda or cpu (default: the accelerator at hand).")
     add(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_NAMES,
         help="Precision (default: fp32; half precision rounds away much of what adapters differ in).",
     )
     add("--output", type=Path, metavar="FOLDER", help="Where the results go (default: evaluation).")
     return parser
 
 
-def read_plan(given: dict[str, Any]) -> Plan:
-    """The evaluation that the flags ask for.
-
-    Args:
-        given: Flag without its dashes -> value, for each that was given.
-
-    Raises:
-        UserError: Names what is missing, wrong or too much.
-    """
-    if "retention" in given and "prompt" in given:
-        raise UserError("--retention and --prompt: give only one of them")
-    if "prompt" in given and "clip" not in given:
-        raise UserError("--prompt needs --clip: it asks for pictures, which a CLIP compares")
-    adapters: dict[str, Path] = {}
-    for label, path in given["adapter"]:
-        if label == BASE:
-            raise UserError(f"--adapter {label}={path}: the base itself is called so; give it another name")
-        if label in adapters:
-            raise UserError(
-                f"--adapter {label}={path}: {label} is {adapters[label]} already; give another name"
-            )
-        adapters[label] = path
-    for flag in ("resolution", "steps"):
-        if flag in given and (given[flag] < 1 or (flag == "resolution" and given[flag] % 8)):
-            what = "a multiple of 8" if flag == "resolution" else "1 or more"
-            raise UserError(f"--{flag} {given[flag]}: must be {what}")
-    samples = {
-        flag: _samples(flag, given[flag], given.get("instance_prompt"))
-        for flag in ("heldout", "training", "retention")
-        if flag in given
-    }
-    names = ("clip", "resolution", "steps", "guidance", "parts", "dtype")
-    return Plan(
-        base=given["base"],
-        adapters=adapters,
-        prompts=given.get("prompt", ()),
-        device=checked_device(given.get("device")),
-        **samples,
-        **{name: given[name] for name in names if name in given},
-    )
-
-
-def _samples(flag: str, folder: Path, instance_prompt: str | None) -> list[Sample]:
-    samples = find_samples(folder, instance_prompt or PROMPT_PLACEHOLDER, f"--{flag} {folder}")
-    for sample in samples:
-        if PROMPT_PLACEHOLDER in sample.caption:
-            raise UserError(f"--{flag} {folder}: {sample.path.name} has no caption; give --instance_prompt")
-    return samples
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = vars(evaluation_parser().parse_all(sys.argv[1:] if arguments is None else list(arguments)))
+    # After parsing: --help and bad flags answer at once.
+    import torch
+
+    from flatlora_diffusion.evaluate.request import TABLES, evaluate, read_plan
+    from flatlora_diffusion.evaluate.tables import markdown
+
     plan = read_plan(given)
     hide_progress_bars()
     folder = given.get("output", Path("evaluation"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from tqdm import tqdm
 
 from flatlora_diffusion.adapter.check import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES, release
-from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
@@ -32,8 +29,10 @@ from flatlora_diffusion.evaluate.flatness import (
     landscape_plane,
     top_eigenvalue,
 )
+from flatlora_diffusion.evaluate.kept import finite, merge, stored, write
 from flatlora_diffusion.evaluate.likeness import Likeness
 from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet
+from flatlora_diffusion.evaluate.plan import PARTS, Plan
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.sdxl.base import check_scheduler
 from flatlora_diffusion.sdxl.encoding import tell_cut
@@ -41,7 +40,6 @@ from flatlora_diffusion.sdxl.encoding import tell_cut
 REPORT = "evaluation.json"
 PICTURES = "pictures"
 MEASURED = "measured"
-PARTS = ("losses", "drawn", "flatness", "tradeoff", "sharpness")
 
 BANDS = 4
 TIMESTEPS = 4  # of each picture where many losses are taken
@@ -54,41 +52,6 @@ LINE = tuple(round(-0.5 + 0.1 * k, 1) for k in range(11))
 DIRECTIONS = 3
 PLANE = tuple(round(-0.5 + 0.125 * k, 3) for k in range(9))
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is evaluated, and how.
-
-    Attributes:
-        base: Folder or hub name of the base.
-        adapters: Label -> file, or folder of a run.
-        heldout: Pictures of the taught style whose subjects were never trained, with their captions.
-        training: Those that were; empty where they aren't at hand.
-        retention: Pictures of the base's own styles, with their captions; or empty.
-        prompts: In their place: what the base draws for these prompts stands for its own styles.
-        clip: Folder or hub name of a CLIP, or None: no picture is drawn for CLIP-I, CLIP-T and drift.
-        resolution: Of pictures and losses; None is the base's own.
-        steps: Denoising steps of drawn pictures.
-        guidance: Of drawn pictures.
-        parts: Those of `PARTS` that are measured.
-        device: Where.
-        dtype: Name of the precision.
-    """
-
-    base: str
-    adapters: Mapping[str, Path]
-    heldout: Sequence[Sample]
-    training: Sequence[Sample] = ()
-    retention: Sequence[Sample] = ()
-    prompts: Sequence[str] = ()
-    clip: str | None = None
-    resolution: int | None = None
-    steps: int = 30
-    guidance: float = 5.0
-    parts: Sequence[str] = PARTS
-    device: str = "cpu"
-    dtype: str = "fp32"
 
 
 class Evaluation:
@@ -150,7 +113,7 @@ class Evaluation:
             for label, part in bar:
                 bar.set_description(f"{part} of {label}")
                 key, file = self._key(part, label), self._file(part, label)
-                result = self._stored(file, key)
+                result = stored(file, key)
                 if result is None:
                     if part not in self.plan.parts or part in too_large:
                         continue
@@ -165,9 +128,9 @@ class Evaluation:
                         continue
                     finally:
                         release()
-                    _write(file, {"key": key, "result": result})
-                _merge(self.report["methods"][label], result)
-        _write(self.folder / REPORT, _finite(self.report))
+                    write(file, {"key": key, "result": result})
+                merge(self.report["methods"][label], result)
+        write(self.folder / REPORT, finite(self.report))
         return self.report
 
     # The parts: each gives what it adds to a method's entry.
@@ -375,37 +338,3 @@ class Evaluation:
             own["sharpness"] = [settings["sharpness"], self._layers]
         content = [own, part, settings["adapters"].get(label), SCALES, BANDS, HELDOUT_TIMESTEPS]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def _stored(self, file: Path, key: str) -> dict[str, Any] | None:
-        """What an earlier evaluation measured in the same way."""
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return stored["result"] if stored["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was damaged
-            return None
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{file.parent}: cannot be made ({error.strerror})") from error
-    write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _finite(content: Any) -> Any:
-    """The same with None, which JSON has, for numbers that it hasn't."""
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _merge(target: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put values into a nested dictionary, beside those that are there."""
-    for name, value in more.items():
-        if isinstance(value, dict) and isinstance(target.get(name), dict):
-            _merge(target[name], value)
-        else:
-            target[name] = value

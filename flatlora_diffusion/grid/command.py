@@ -6,10 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from flatlora_diffusion.common.command import hide_progress_bars
-from flatlora_diffusion.common.devices import checked_device
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.grid.draw import SHEET_NAME, draw_grid
-from flatlora_diffusion.grid.flags import at_base_size, grid_parser, read_recipe
+from flatlora_diffusion.grid.flags import grid_parser
 from flatlora_diffusion.sheet.command import main as sheet_main
 
 
@@ -23,6 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = given.get("output")
     if output is None:
         raise UserError("--output is missing; name the folder for the pictures")
+    # After parsing: --help and bad flags answer at once.
+    from flatlora_diffusion.common.devices import checked_device
+    from flatlora_diffusion.grid.draw import SHEET_NAME, draw_grid
+    from flatlora_diffusion.grid.request import at_base_size, read_recipe
+
     recipe = at_base_size(read_recipe(given), given)
     device = checked_device(given.get("device"))
     hide_progress_bars()

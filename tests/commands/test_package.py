@@ -63,3 +63,20 @@ def test_an_installed_package_has_its_commands(tmp_path):
     assert done(told).split() == [version, str(linked.parent / "flatlora_diffusion" / "__init__.py")]
     for name, process in helps.items():
         assert done(process).startswith(f"usage: flatlora-{name} ")
+
+
+def test_every_command_answers_help_without_a_slow_import():
+    code = """if True:
+        import importlib, sys
+        for home in sys.argv[1:]:
+            sys.argv = [home, "--help"]
+            try:
+                importlib.import_module("flatlora_diffusion." + home).main()
+            except SystemExit as stop:
+                assert stop.code == 0
+        print(*sys.modules.keys() & {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio"})
+    """
+    homes = ("kohya", *(f"{name}.__main__" for name in COMMANDS if name != "kohya"))
+    told = done(run(sys.executable, "-c", code, *homes, folder=PROJECT))
+    assert told.count("usage: ") >= len(COMMANDS)
+    assert told.endswith("\n\n"), told.splitlines()[-1]  # none of them

@@ -18,7 +18,8 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_captions, dataset_samples
 from flatlora_diffusion.data.images import EmbeddedImage, Framing, Sample, variants
-from flatlora_diffusion.grid.flags import grid_parser, read_recipe
+from flatlora_diffusion.grid.flags import grid_parser
+from flatlora_diffusion.grid.request import read_recipe
 from flatlora_diffusion.train.arms import train
 from tests.conftest import assert_equal, global_rng_state, run, stop_after
 

@@ -15,12 +15,13 @@ from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
 from flatlora_diffusion.evaluate import evaluation, plots
-from flatlora_diffusion.evaluate.command import TABLES, evaluation_parser, main, read_plan
+from flatlora_diffusion.evaluate.command import evaluation_parser, main
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.evaluation import REPORT, Evaluation
 from flatlora_diffusion.evaluate.flatness import expected_rise, landscape_plane, top_eigenvalue
 from flatlora_diffusion.evaluate.merged import adapted_layers, merged_unet
 from flatlora_diffusion.evaluate.plots import tradeoff
+from flatlora_diffusion.evaluate.request import TABLES, read_plan
 from flatlora_diffusion.sdxl.lora import add_lora
 from tests.conftest import global_rng_state
 

@@ -15,9 +15,10 @@ from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.grid import draw
 from flatlora_diffusion.grid.command import main
 from flatlora_diffusion.grid.draw import draw_cells, draw_grid
-from flatlora_diffusion.grid.flags import grid_parser, read_recipe
+from flatlora_diffusion.grid.flags import grid_parser
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
+from flatlora_diffusion.grid.request import read_recipe
 from flatlora_diffusion.sheet.layout import contact_sheet
 
 METHODS = [Method("base"), Method("LoRA x 0.5", "one", 0.5), Method("LoRA x 1", "one")]
