@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flatlora_diffusion.app.flags import parse_app_arguments
+from flatlora_diffusion.app.proxies import keep_own_page_off_proxies
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.extras import import_extra
 
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # After parsing: --help and bad flags answer at once. What is imported stays: looking for garbage in it
     # would take a second, and time again later.
     gc.disable()
+    keep_own_page_off_proxies(given.host)
     import_extra("gradio", "app.py")
     from flatlora_diffusion.app.serve import serve
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget
-from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
+from flatlora_diffusion.app.limits import DRAWS, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.site import Site, check_prompt, warn_of_cut
 from flatlora_diffusion.app.tally import tally_html
 from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
@@ -104,9 +104,7 @@ class BlindTab:
     def _build_settings(self) -> None:
         presets, methods = self._site.presets, list(self._methods)
         first = next(iter(presets.values()), [""])[0]
-        self.prompt = gr.Textbox(
-            first, label="Prompt", max_length=MAX_PROMPT, lines=2, elem_id="blind-prompt"
-        )
+        self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="blind-prompt")
         with gr.Row():
             self.draw_button = gr.Button(
                 "Draw a pair", variant="primary", elem_id="blind-draw", min_width=120
@@ -192,6 +190,7 @@ class BlindTab:
             self._tell_tally,
             methods,
             gr.JSON(visible=False),
+            queue=False,
             api_name="tally",
             api_description="The votes on two methods: counts, share of the first, 95% interval, p-value.",
         )

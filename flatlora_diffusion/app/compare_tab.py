@@ -16,7 +16,7 @@ from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import KEPT_SECONDS, forget, zipped
-from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SCALE, MAX_SEED, PRIVATE
+from flatlora_diffusion.app.limits import DRAWS, MAX_SCALE, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.links import COMPARE_IF_LINKED, SHOW_LINK, Field, from_link
 from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed, warn_of_cut
 from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
@@ -75,14 +75,21 @@ class CompareTab:
     def _build_settings(self) -> None:
         site = self._site
         first = next(iter(site.presets.values()), [""])[0]
-        self.prompt = gr.Textbox(first, label="Prompt", max_length=MAX_PROMPT, lines=2, elem_id="prompt")
+        self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
         preset_prompts(site.presets, self.prompt)
         with gr.Row(elem_classes="beside-field"):
             self.seed = gr.Number(
-                0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=140
+                # Without `precision`: that would round what is typed, and not say so.
+                0,
+                label="Seed",
+                step=1,
+                minimum=0,
+                maximum=MAX_SEED,
+                elem_id="seed",
+                min_width=140,
             )
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
         self.scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="Scale of the adapters")
@@ -182,6 +189,7 @@ class CompareTab:
             [self.drawn, *sides],
             pair,
             show_progress="hidden",
+            queue=False,
             **PRIVATE,
         )
         shown.success(None, sides, None, js=_DESCRIBE_SLIDER, **PRIVATE)
@@ -193,7 +201,7 @@ class CompareTab:
             queue=False,
             **PRIVATE,
         )
-        filled = page.load(self._fill, None, [*self._settings, *sides], **PRIVATE)
+        filled = page.load(self._fill, None, [*self._settings, *sides, self.status], queue=False, **PRIVATE)
         filled.then(None, js=COMPARE_IF_LINKED, **PRIVATE)
         self._connect_api()
 
@@ -213,6 +221,7 @@ class CompareTab:
             self._describe_methods,
             None,
             facts,
+            queue=False,
             api_name="methods",
             api_description="What the methods are: rank, alpha, hash of each adapter.",
         )
@@ -355,9 +364,10 @@ class CompareTab:
         return described
 
     def _fill(self, request: gr.Request) -> list[Any]:
-        """The settings that a link names; others, and bad ones, stay as they are."""
+        """The settings that a link names, and a status; other settings, and bad ones, stay as they are."""
         query = dict(request.query_params)
         values: list[Any] = []
+        left_out: list[str] = []
         names = (
             "prompt",
             "negative_prompt",
@@ -370,9 +380,13 @@ class CompareTab:
             "height",
         )
         for name, component in zip(names, self._settings, strict=True):
-            values.append(from_link(query.get(name), component, name))
-        values += [from_link(query.get(side), getattr(self, side), side) for side in ("left", "right")]
-        return values
+            values.append(from_link(query.get(name), component, name, left_out))
+        values += [
+            from_link(query.get(side), getattr(self, side), side, left_out) for side in ("left", "right")
+        ]
+        # In the status: a warning would need the queue, which may be full.
+        told = f"Left out of the link, for this page has no such: {', '.join(left_out)}."
+        return [*values, progress(told) if left_out else gr.skip()]
 
 
 # Gradio gives the slider's pictures no alternative texts.

@@ -108,6 +108,7 @@ class Studio:
         self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
+        self._running: dict[threading.Thread, threading.Event] = {}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -156,8 +157,11 @@ class Studio:
                 pass
             except BaseException as error:
                 events.put(error)
+            finally:
+                self._running.pop(worker, None)
 
         worker = threading.Thread(target=work, name="drawing", daemon=True)
+        self._running[worker] = stop
         worker.start()
         try:
             while (event := events.get()) is not None:
@@ -166,6 +170,23 @@ class Studio:
                 yield event
         finally:
             stop.set()  # without waiting: a server's event loop may be what closes this
+
+    def close(self, seconds: float = 5.0) -> bool:
+        """Stop all that is being drawn, and wait for it: a thread inside torch doesn't survive Python's end.
+
+        Args:
+            seconds: To wait at most; a step of a large picture may take longer.
+
+        Returns:
+            Whether nothing is being drawn any more.
+        """
+        running = dict(self._running)
+        for stop in running.values():
+            stop.set()
+        end = time.monotonic() + seconds
+        for worker in running:
+            worker.join(max(0.0, end - time.monotonic()))
+        return not any(worker.is_alive() for worker in running)
 
     def stamp(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float = 1.0) -> Stamp:
         """What a picture says of its making."""

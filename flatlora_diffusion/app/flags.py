@@ -53,6 +53,14 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
         "--host", default="127.0.0.1", help="Address to serve on (default: 127.0.0.1, this machine alone)."
     )
     parser.add_argument("--port", type=_port, help="Default: the first free one from 7860.")
+    parser.add_argument(
+        "--known_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="A name that the page is asked for under, such as a reverse proxy's; may be given several "
+        "times. Known without it: numbers, localhost, this machine's name, --host and that of --share.",
+    )
     parser.add_argument("--share", action="store_true", help="Serve at a public address of Gradio's, too.")
     parser.add_argument("--auth", type=_auth, metavar="USER:PASSWORD", help="Ask visitors for these first.")
     return parser.parse_all(arguments)

@@ -141,8 +141,9 @@ class GridTab:
         """The grid that the fields ask for; one that is too large is refused before anything is drawn."""
         how = self._site.drawing(*drawing)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if any(len(line) > MAX_PROMPT for line in lines):
-            raise refusal(f"A prompt must have at most {MAX_PROMPT} characters.")
+        longest = max(map(len, lines), default=0)
+        if longest > MAX_PROMPT:
+            raise refusal(f"Each prompt must have at most {MAX_PROMPT} characters; one has {longest}.")
         factors = [check_scale(scale) for scale in _numbers(scales, "scale")]
         rows, columns = _LAYOUTS[layout]
         columns_of = {

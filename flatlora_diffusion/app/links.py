@@ -15,7 +15,8 @@ SHOW_LINK = """(query) => {
 }"""
 
 COMPARE_IF_LINKED = """() => {
-    if (new URLSearchParams(location.search).has("prompt")) {
+    const bad = document.querySelector("#status").innerText.includes("Left out");
+    if (new URLSearchParams(location.search).has("prompt") && !bad) {
         document.getElementById("compare").click();
     }
 }"""
@@ -24,8 +25,15 @@ COMPARE_IF_LINKED = """() => {
 Field = gr.Textbox | gr.Dropdown | gr.Slider | gr.Number
 
 
-def from_link(text: str | None, component: Field, name: str) -> Any:
-    """A component's value from a link, or its own where the link names none or a bad one."""
+def from_link(text: str | None, component: Field, name: str, left_out: list[str]) -> Any:
+    """A component's value from a link, or its own where the link names none or a bad one.
+
+    Args:
+        text: What the link says.
+        component: The field.
+        name: What the link calls it.
+        left_out: Names of bad ones are added.
+    """
     if text is None:
         return gr.skip()
     if isinstance(component, gr.Dropdown):
@@ -43,5 +51,5 @@ def from_link(text: str | None, component: Field, name: str) -> Any:
             value = int(value)
     if good:
         return value
-    gr.Warning(f"The link's {name.replace('_', ' ')} is not one that this page has; it was left out.")
+    left_out.append(name.replace("_", " "))
     return gr.skip()

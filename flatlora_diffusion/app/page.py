@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from flatlora_diffusion.app.blind_tab import BlindTab
+from flatlora_diffusion.app.checked import CheckedBlocks
 from flatlora_diffusion.app.compare_tab import CompareTab
 from flatlora_diffusion.app.grid_tab import GridTab
+from flatlora_diffusion.app.guard import Guard, KnownHosts
 from flatlora_diffusion.app.runs_tab import runs_tab
 from flatlora_diffusion.app.site import Site
 
@@ -20,7 +23,7 @@ _DAY = 86_400
 def build(site: Site) -> gr.Blocks:
     """The page, with its queue."""
     # Files that were handed out go after a day.
-    with gr.Blocks(title="Flat-LoRA", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
+    with CheckedBlocks(title="Flat-LoRA", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
         gr.Markdown("# Flat-LoRA\nThe same prompt, seed and initial noise with each method.")
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
@@ -37,9 +40,14 @@ def build(site: Site) -> gr.Blocks:
     return page
 
 
-def launch_settings() -> dict[str, Any]:
-    """Arguments of `launch` that the page needs to look right and to be safe."""
+def launch_settings(hosts: KnownHosts | None = None) -> dict[str, Any]:
+    """Arguments of `launch` that the page needs to look right and to be safe.
+
+    Args:
+        hosts: Names that it may be asked for under. Default: those of this machine.
+    """
     return {
+        "app_kwargs": {"middleware": [Middleware(Guard, hosts=hosts or KnownHosts())]},
         "theme": _theme(),
         "css_paths": [Path(__file__).with_name("style.css")],
         "footer_links": ["api"],
@@ -48,7 +56,7 @@ def launch_settings() -> dict[str, Any]:
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
-        "max_file_size": "1mb",  # nothing is uploaded
+        "max_file_size": "1mb",  # nothing is uploaded: see `Guard`
     }
 
 

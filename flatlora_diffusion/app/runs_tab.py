@@ -12,6 +12,7 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
+from flatlora_diffusion.app.limits import PRIVATE
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.pictures import open_image
@@ -43,7 +44,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
             raise gr.Error(f"There is no such training run; there are: {known}.", print_exception=False)
         return run_record(runs[label])
 
-    gr.api(training_run, api_name="training_run")
+    gr.api(training_run, api_name="training_run", queue=False)
     if not runs:
         gr.Markdown("No training run was given: start the app with `--run` and the output folder of one.")
         return
@@ -115,8 +116,9 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
     ]
     inputs = [chosen, smooth, steps]
     events = [chosen.input, smooth.input, steps.input, refresh.click]
-    gr.on(events, show, inputs, outputs, api_visibility="private", show_progress="minimal")
-    gr.on(None, lambda: show(list(runs), True, []), None, outputs, api_visibility="private")  # at every load
+    # Past the queue, as all that doesn't draw: a page must open also while others wait for pictures.
+    gr.on(events, show, inputs, outputs, show_progress="minimal", queue=False, **PRIVATE)
+    gr.on(None, lambda: show(list(runs), True, []), None, outputs, queue=False, **PRIVATE)  # at every load
 
 
 def run_record(run: RunFolder) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.guard import KnownHosts
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.presets import DEMO, presets
 from flatlora_diffusion.app.site import Site
@@ -56,6 +60,7 @@ def serve(given: argparse.Namespace) -> None:
         votes=VoteFile(given.votes),
     )
     page = build(site)
+    hosts = KnownHosts(given.host, given.known_host)
     try:
         _, address, public = page.launch(
             server_name=given.host,
@@ -64,12 +69,23 @@ def serve(given: argparse.Namespace) -> None:
             auth=given.auth,
             prevent_thread_lock=True,
             quiet=True,
-            **launch_settings(),
+            **launch_settings(hosts),
         )
     except OSError as error:  # gradio's own line says which ports it has tried
         raise UserError(f"--host {given.host} --port {given.port or 7860}: {error}") from error
     print(f"the page is at {public or address} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    if public:
+        hosts.add(str(urlsplit(public).hostname))
+    try:
+        while page.is_running:
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # SIGTERM, too
+        print("the page is closed", flush=True)
+    page.close(verbose=False)
+    if not studio.close():
+        # A step that takes long: when Python ends, torch aborts the process from within that thread.
+        logging.shutdown()
+        os._exit(0)
 
 
 def demo_folder(project: Path) -> Path:

@@ -75,7 +75,7 @@ class Site:
         """Fields in the current context for what `drawing` takes, in its order."""
         sides: dict[str, Any] = {"minimum": self.smallest_side, "maximum": self.largest_side, "step": 8}
         return [
-            gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT),
+            gr.Textbox("", label="Negative prompt"),
             gr.Slider(1, MAX_STEPS, self.steps, step=1, label="Denoising steps"),
             gr.Slider(0, MAX_GUIDANCE, self.guidance, step=0.1, label="Guidance"),
             gr.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler"),
@@ -92,7 +92,10 @@ class Site:
             gradio.Error: One of them is out of its limits.
         """
         if len(negative_prompt) > MAX_PROMPT:
-            raise refusal(f"The negative prompt must have at most {MAX_PROMPT} characters.")
+            raise refusal(
+                f"The negative prompt has {len(negative_prompt)} characters; "
+                f"it must have at most {MAX_PROMPT}."
+            )
         _require("Steps", steps, 1, MAX_STEPS, 1)
         _require("Guidance", guidance, 0, MAX_GUIDANCE)
         for name, side in (("Width", width), ("Height", height)):
@@ -170,7 +173,7 @@ def check_prompt(prompt: str) -> str:
     """
     prompt = prompt.strip()
     if not prompt or len(prompt) > MAX_PROMPT:
-        raise refusal(f"The prompt must have 1 to {MAX_PROMPT} characters.")
+        raise refusal(f"The prompt has {len(prompt)} characters; it must have 1 to {MAX_PROMPT}.")
     return prompt
 
 
@@ -198,7 +201,12 @@ def _require(name: str, value: Any, least: float, most: float, step: int | None 
     number = isinstance(value, (int, float)) and math.isfinite(value)
     if not number or not least <= value <= most or (step and value % step):
         kind = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
-        raise refusal(f"{name} must be {kind} from {least:g} to {most:g}.")
+        raise refusal(f"{name} must be {kind} from {_plain(least)} to {_plain(most)}.")
+
+
+def _plain(number: float) -> str:
+    """A number as people write it: large ones with all their digits."""
+    return f"{number:g}" if number % 1 else f"{number:.0f}"
 
 
 def refusal(told: str) -> gr.Error:

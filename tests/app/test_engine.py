@@ -99,6 +99,15 @@ def test_a_run_waits_for_another_until_that_is_closed(studio):
     waiting.close()
 
 
+def test_closing_the_studio_stops_all_that_is_drawn(studio):
+    runs = [studio.run(jobs(studio, seed, drawing=Drawing(16, 16, 100_000, 3.0))) for seed in (1, 2)]
+    next(runs[0])
+    waiting = threading.Thread(target=lambda: list(runs[1]), daemon=True)
+    waiting.start()
+    assert studio.close(30)
+    assert not [thread for thread in threading.enumerate() if thread.name == "drawing"]
+
+
 @pytest.mark.slow
 def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monkeypatch):
     def fail(*arguments, **settings):

@@ -85,8 +85,10 @@ def test_what_a_run_left_is_served(launcher, comparison):
     assert client.predict("LoRA", api_name="/training_run")["losses"]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.2:{port}/")  # it listens on one address
-    os.kill(running.pid, signal.SIGINT)
-    assert running.wait() == 0 and "Traceback" not in running.stderr
+    client.submit("a icon", "", 3, 100, 3.0, 1.0, "default", 24, 24, api_name="/compare")
+    os.kill(running.pid, signal.SIGTERM)  # while it draws, or is about to
+    assert running.wait() == 0
+    assert running.stdout.endswith("the page is closed\n") and not running.stderr
 
 
 def test_visitors_are_asked_for_the_password(launcher, base_path, adapters):
