@@ -3,8 +3,10 @@
 Test files say `pytest_plugins = ["tests.browser"]`, take the fixture `open_page`, and import `served`; an
 imported fixture would be made once for each file. PYTEST_DONT_REWRITE: the import comes before the plugin.
 
-Chromium is one process for all tests; Playwright's driver is started for each test anew. While that driver
-runs, the thread counts as running an event loop, and whatever calls `asyncio.run` there fails.
+Chromium is one process for all tests. The first page of a test on a desktop is opened in its own profile,
+which keeps the page's scripts compiled and forgets what the page has stored; other pages have contexts of
+their own. Playwright's driver is started for each test anew. While that driver runs, the thread counts as
+running an event loop, and whatever calls `asyncio.run` there fails.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 
 import gradio as gr
 import pytest
-from playwright.sync_api import Page, Request, Response, Route, sync_playwright
+from playwright.sync_api import Page, Request, Response, sync_playwright
 
 LOOPBACK = "127.0.0.1"
 DEVICES = {
@@ -74,7 +76,10 @@ def chromium(tmp_path_factory) -> Iterator[str]:
         "--disable-gpu",
         "--disable-background-networking",
         "--disable-component-update",
+        "--disable-extensions",
+        "--disable-features=SpareRendererForSitePerProcess",
         "--no-first-run",
+        f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {LOOPBACK}",
         "--remote-debugging-port=0",
         f"--user-data-dir={profile}",
         "about:blank",
@@ -110,19 +115,37 @@ def open_page(chromium) -> Iterator[OpenPage]:
     with sync_playwright() as playwright, contextlib.ExitStack() as contexts:
         browser = playwright.chromium.connect_over_cdp(chromium)
 
+        profile = browser.contexts[0]
+        others = len(profile.pages)
+
         def open_page(url: str, device: str = "desktop", dark: bool = False) -> Page:
-            context = browser.new_context(**DEVICES[device], color_scheme="dark" if dark else "light")
-            contexts.callback(context.close)
-            context.route("**/*", _loopback_only)
-            page = context.new_page()
+            scheme = "dark" if dark else "light"
+            if device == "desktop" and len(profile.pages) == others:
+                page = profile.new_page()
+                contexts.callback(page.close)
+                page.set_viewport_size(DEVICES[device]["viewport"])
+                page.emulate_media(color_scheme=scheme)
+                forget(page, url)
+            else:
+                context = browser.new_context(**DEVICES[device], color_scheme=scheme)
+                contexts.callback(context.close)
+                page = context.new_page()
             watch(page, url, problems)
-            page.goto(f"{url}{'&' if '?' in url else '?'}__theme={'dark' if dark else 'light'}")
+            page.goto(f"{url}{'&' if '?' in url else '?'}__theme={scheme}")
             page.locator(".gradio-container").first.wait_for()
             return page
 
         yield open_page
         watched = list(problems)  # closing a page aborts what it still asks for
     assert not watched, "\n".join(watched)
+
+
+def forget(page: Page, url: str) -> None:
+    """Let the page meet its visitor for the first time: what the server's site has stored is removed."""
+    page.context.clear_cookies()
+    origin = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    stored = {"origin": origin, "storageTypes": "cookies,indexeddb,local_storage,service_workers"}
+    page.context.new_cdp_session(page).send("Storage.clearDataForOrigin", stored)
 
 
 def watch(page: Page, url: str, problems: list[str]) -> None:
@@ -141,10 +164,3 @@ def watch(page: Page, url: str, problems: list[str]) -> None:
     page.on("pageerror", lambda error: problems.append(f"JavaScript: {error}"))
     page.on("requestfailed", failed)
     page.on("response", answered)
-
-
-def _loopback_only(route: Route) -> None:
-    if urlsplit(route.request.url).hostname == LOOPBACK:
-        route.continue_()
-    else:
-        route.abort()
