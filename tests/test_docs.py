@@ -15,7 +15,7 @@ import torch
 
 from flatlora_diffusion.adapter.command import main as kohya
 from flatlora_diffusion.app.flags import parse_app_arguments
-from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.config.command_line import WITHOUT_EFFECT, parse_train_config
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
 from flatlora_diffusion.sheet.command import main as sheet
@@ -148,7 +148,7 @@ def test_the_table_of_flags_is_that_of_the_settings():
 
 def test_the_table_has_every_flag_once():
     rows = re.findall(r"^\| `--(\w+)", flags_table.table(), re.MULTILINE)
-    assert sorted(rows) == sorted({*FIELDS, *FLAGS})
+    assert sorted(rows) == sorted({*FIELDS, *FLAGS, *WITHOUT_EFFECT})
 
 
 def test_the_additions_to_the_diffusers_script_are_listed():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.check import check_config, find_file, require_finite, scale_and_alpha
-from flatlora_diffusion.adapter.file import adapter_tensors, load_adapter_tensors, read_facts
+from flatlora_diffusion.adapter.file import adapter_tensors, read_facts
 from flatlora_diffusion.adapter.formats import read_adapter
 from flatlora_diffusion.adapter.kohya import complete_layers, part_config, shaped, to_diffusers
 from flatlora_diffusion.adapter.kohya_names import (
@@ -99,8 +99,8 @@ def read_start(
     return to_diffusers(layers)[0]
 
 
-def load_start(models: dict[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:
-    """Put the tensors of `read_start` into models with new adapters.
+def require_layers(models: dict[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:
+    """See that models with new adapters have just the layers of `read_start`.
 
     Raises:
         UserError: Names a layer that only one of them has, or has in another shape.
@@ -111,4 +111,3 @@ def load_start(models: dict[str, nn.Module], tensors: dict[str, Tensor], path: s
         if shapes.get(name) != expected.get(name):
             met = f"{name} is {shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
             raise UserError(f"{_FLAG} {path}: its layers aren't those of this run ({met}); set --lora_layers")
-    load_adapter_tensors(models, tensors)

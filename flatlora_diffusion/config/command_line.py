@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import logging
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -24,9 +25,24 @@ logger = logging.getLogger(__name__)
 # Flags of the diffusers script that mean nothing here, and why.
 WITHOUT_EFFECT = {
     "dataloader_num_workers": "the images are encoded once before training, so no step waits for them",
+    "cache_latents": "the latents of the images are always cached",  # of the advanced script
     "local_rank": "the launcher tells each process its rank",
     "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used, which is as lean",
 }
+# Settings that the diffusers script doesn't have. Its own flags may be abbreviated as there, these may not.
+ADDITIONS = frozenset(
+    (
+        *("flat_sigma", "flat_schedule", "flat_noise", "compare"),
+        *("quantize_base", "lora_weights", "lora_alpha", "use_rslora", "lora_layers", "init_lora_weights"),
+        *("scale_weight_norms", "use_ema", "ema_decay", "kohya_folders", "background", "aspect_buckets"),
+        *("caption_dropout_rate", "shuffle_caption", "keep_tokens", "noise_offset", "loraplus_lr_ratio"),
+        *("heldout_data_dir", "heldout_split", "heldout_steps", "text_encoder_2_lr"),
+        *("train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac"),
+        *("token_abstraction", "num_new_tokens_per_abstraction", "cache_latents", "class_resolution"),
+        *("validation_inference_steps", "validation_guidance_scale", "validation_sampler"),
+        *("validation_resolution", "final_inference_steps"),
+    )
+)
 # Flags of the diffusers script that are refused: why, and what to do.
 REFUSED = {
     "do_edm_style_training": "is for Playground v2.5; SDXL is trained on epsilon or velocity; leave it out",
@@ -51,7 +67,7 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         parser.add_argument(
             f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-    given = vars(parser.parse_all(arguments))
+    given = vars(parser.parse_all(unabbreviated(sys.argv[1:] if arguments is None else arguments)))
     for name, reason in REFUSED.items():
         if name in given:
             raise UserError(f"--{name}: {reason}")
@@ -68,6 +84,23 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     if missing:
         raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
     return TrainConfig(**values)
+
+
+def unabbreviated(words: Sequence[str]) -> list[str]:
+    """A command line with the flags of the diffusers script in full where it has their beginnings.
+
+    As there a beginning must be that of one flag; what else the trainer has besides doesn't count.
+    """
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    own = {f"--{name}" for name in (*fields, *WITHOUT_EFFECT, *REFUSED)}
+    script = own - {f"--{name}" for name in ADDITIONS}
+    whole: list[str] = []
+    for word in words:
+        flag, separator, value = word.partition("=")
+        meant = [name for name in script if name.startswith(flag)] if flag.startswith("--") else []
+        is_abbreviation = len(flag) > 2 and flag not in own and len(meant) == 1
+        whole.append(f"{meant[0]}{separator}{value}" if is_abbreviation else word)
+    return whole
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

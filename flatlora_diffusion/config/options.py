@@ -62,6 +62,7 @@ NOT_NEGATIVE = Rule("must be 0 or more", lambda value: value >= 0)
 BELOW_ONE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 FRACTION = Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)
 LEARNING_RATE = (NOT_NEGATIVE, Rule("must be at most 1e30", lambda value: value <= 1e30))
+FROM_8 = Rule("must be 8 or more", lambda value: value >= 8)
 MULTIPLE_OF_8 = Rule("must be a multiple of 8", lambda value: value % 8 == 0)
 INITIALISATION = Rule(
     "must be gaussian, default, pissa, pissa_niter_N (with N at least 1), olora, eva or lora_ga",

@@ -7,6 +7,7 @@ both have. Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.options import (
     BELOW_ONE,
     FRACTION,
+    FROM_8,
     INITIALISATION,
     LEARNING_RATE,
     MULTIPLE_OF_8,
@@ -24,6 +26,8 @@ from flatlora_diffusion.config.options import (
     option,
 )
 
+logger = logging.getLogger(__name__)
+
 PLAIN, FLAT = "LoRA", "Flat-LoRA"
 """The methods: what a run, its adapter and its pictures are called by."""
 
@@ -32,6 +36,7 @@ OPTIMIZERS = ("adamw", "prodigy")
 FLAT_SCHEDULES = ("cosine", "linear", "constant")
 FLAT_NOISES = ("table", "gaussian")
 QUANTISATIONS = ("4bit", "8bit")
+VALIDATION_SAMPLERS = ("default", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "UniPC", "DDIM")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -100,7 +105,7 @@ class TrainConfig:
     resolution: int = option(
         1024,
         "Images are resized to this many pixels on their shorter side, and cropped.",
-        rules=(POSITIVE, MULTIPLE_OF_8),
+        rules=(POSITIVE, FROM_8),
     )
     aspect_buckets: bool = option(
         False, "Keep the shape of images: batches of one size each, all of about resolution x resolution."
@@ -133,6 +138,13 @@ class TrainConfig:
     prior_loss_weight: float = option(1.0, "Weight of the class images' loss.", rules=(NOT_NEGATIVE,))
     num_class_images: int = option(
         100, "How many class images there should be.", rules=(POSITIVE,), decides=False
+    )
+    class_resolution: int | None = option(
+        None,
+        "Side in pixels of the class images that are drawn. Default: that of the pictures that the base was "
+        "made for.",
+        rules=(POSITIVE, MULTIPLE_OF_8),
+        decides=False,
     )
     sample_batch_size: int = option(4, "Class images drawn at once.", rules=(POSITIVE,), decides=False)
     prior_generation_precision: str | None = option(
@@ -281,7 +293,7 @@ class TrainConfig:
         "LoRA+: the learning rate of B is so many times that of A; 16 is a usual ratio.",
         rules=(POSITIVE,),
     )
-    optimizer: str = option("adamw", "The optimizer.", OPTIMIZERS)
+    optimizer: str = option("adamw", "The optimizer; a name that isn't known means adamw.", OPTIMIZERS)
     use_8bit_adam: bool = option(False, "Keep AdamW's moments in 8 bits (needs bitsandbytes).")
     adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
     adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", rules=(BELOW_ONE,))
@@ -353,8 +365,8 @@ class TrainConfig:
     )
     num_validation_images: int = option(
         4,
-        "Pictures of each validation prompt, with seeds counted from --seed.",
-        rules=(POSITIVE,),
+        "Pictures of each validation prompt, with seeds counted from --seed; 0: none are drawn.",
+        rules=(NOT_NEGATIVE,),
         decides=False,
     )
     validation_epochs: int = option(
@@ -366,14 +378,32 @@ class TrainConfig:
     validation_inference_steps: int = option(
         50, "Denoising steps of a validation picture.", rules=(POSITIVE,), decides=False
     )
+    final_inference_steps: int | None = option(
+        None,
+        "Denoising steps of the pictures after training. Default: 25, or those of validation where these are "
+        "fewer.",
+        rules=(POSITIVE,),
+        decides=False,
+    )
+    validation_sampler: str = option(
+        "DPM++ 2M",
+        "Sampler of the pictures during and after training; default is the base's own.",
+        VALIDATION_SAMPLERS,
+        decides=False,
+    )
+    validation_resolution: int | None = option(
+        None,
+        "Side of these pictures in pixels. Default: that of the pictures that the base was made for.",
+        rules=(POSITIVE, MULTIPLE_OF_8),
+        decides=False,
+    )
     validation_guidance_scale: float = option(
         5.0, "Classifier-free guidance of a validation picture.", rules=(NOT_NEGATIVE,), decides=False
     )
 
     def __post_init__(self) -> None:
         """Check every value by itself, and those that depend on each other."""
-        # The diffusers script takes them in any case, and has AdamW for its default.
-        object.__setattr__(self, "optimizer", self.optimizer.lower())
+        self._choose_optimizer()
         if self.image_interpolation_mode == "nearest_exact":  # as torchvision does with Pillow's images
             object.__setattr__(self, "image_interpolation_mode", "nearest")
         for field in dataclasses.fields(self):
@@ -393,6 +423,18 @@ class TrainConfig:
             raise UserError(f"--seed {self.seed}: must be at most {last}")
         reject_contradictions(self)
 
+    def _choose_optimizer(self) -> None:
+        """Read the optimizer as the diffusers script does: in any case, and an unknown one as AdamW."""
+        name = self.optimizer.lower()
+        if name not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            logger.warning("--optimizer %s: not one of %s; AdamW is taken", self.optimizer, known)
+            name = "adamw"
+        object.__setattr__(self, "optimizer", name)
+        if self.use_8bit_adam and name != "adamw":
+            logger.warning("--use_8bit_adam has no effect with --optimizer %s", name)
+            object.__setattr__(self, "use_8bit_adam", False)
+
     def settings(self) -> dict[str, Any]:
         """Every setting by name, but for secrets: what may be written to files and sent to trackers."""
         secrets = {field.name for field in dataclasses.fields(self) if field.metadata["secret"]}
@@ -402,6 +444,16 @@ class TrainConfig:
     def method(self) -> str:
         """`FLAT` where the weights get noise, else `PLAIN`."""
         return FLAT if self.flat_sigma else PLAIN
+
+    @property
+    def prompts_to_draw(self) -> tuple[str, ...]:
+        """The validation prompts, where pictures of them are wanted."""
+        return (self.validation_prompt or ()) if self.num_validation_images else ()
+
+    @property
+    def final_steps(self) -> int:
+        """Denoising steps of the pictures after training."""
+        return self.final_inference_steps or min(25, self.validation_inference_steps)
 
     @property
     def second_text_encoder_lr(self) -> float:
@@ -463,8 +515,11 @@ def reject_contradictions(config: TrainConfig) -> None:
             f"--scale_weight_norms with {other}: its update isn't s*B@A, so scaling A and B doesn't "
             "scale it; leave out one of the two"
         )
-    if config.use_8bit_adam and config.optimizer != "adamw":
-        raise UserError(f"--use_8bit_adam is for --optimizer adamw, not {config.optimizer}; leave it out")
+    if config.aspect_buckets and config.resolution % 8:
+        raise UserError(
+            f"--aspect_buckets with --resolution {config.resolution}: the sides of buckets are multiples "
+            "of 8; give a resolution that is one too"
+        )
     if config.optimizer == "prodigy" and config.loraplus_lr_ratio:
         raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
     if not config.instance_data_dir and not config.dataset_name:

@@ -80,6 +80,12 @@ def dataset_samples(source: DatasetSource, split: str, instance_prompt: str) -> 
             kind = type(caption).__name__
             raise UserError(f"{where}: --caption_column {source.caption_column} holds a {kind}, not text")
         samples.append(Sample(image, complete_caption((caption or "").strip(), instance_prompt)))
+    count, own = len(samples), sum(bool((caption or "").strip()) for caption in captions)
+    source_of = f" ({own} from its column {source.caption_column})" if own else ""
+    logger.info(
+        "%s, %s: %d image%s, %d with captions%s, %d without",
+        *(flag, split, count, "s" * (count != 1), own, source_of, count - own),
+    )
     return samples
 
 

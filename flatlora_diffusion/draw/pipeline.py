@@ -92,19 +92,20 @@ def native_side(pipeline: StableDiffusionXLPipeline) -> int:
     return _native_side(pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
 
 
-def native_side_of(base: str, flag: str = "--base") -> int:
+def native_side_of(base: str, flag: str = "--base", revision: str | None = None) -> int:
     """The same of a base that isn't loaded: its configurations say it.
 
     Args:
         base: Folder or hub name of the pipeline.
         flag: How the user named it, for errors.
+        revision: Revision on the hub.
 
     Raises:
         UserError: It is missing or not SDXL, or doesn't say.
     """
     check_base(base, flag)
     unet, vae = (
-        load_whole(f"{flag} {base}: {folder}", kind.load_config, base, subfolder=folder)
+        load_whole(f"{flag} {base}: {folder}", kind.load_config, base, subfolder=folder, revision=revision)
         for kind, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
     )
     return _native_side(unet.get("sample_size"), 2 ** (len(vae.get("block_out_channels", ())) - 1))

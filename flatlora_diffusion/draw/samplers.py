@@ -49,6 +49,11 @@ def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     return fresh
 
 
+def scheduler_of(name: str) -> tuple[str, dict[str, Any]] | None:
+    """The class of diffusers and its settings that a sampler stands for; None for the base's own."""
+    return _KINDS.get(name)
+
+
 def sampler_name(name: str, own: SchedulerMixin) -> str:
     """The name that A1111 has for a sampler, or the class of a base's own that has none."""
     if name != DEFAULT:

@@ -17,7 +17,8 @@ from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_NAME, FACTS_KEY, replace_words
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
-from flatlora_diffusion.output.gallery import validation_drawing
+from flatlora_diffusion.draw.samplers import scheduler_of
+from flatlora_diffusion.output.gallery import final_drawing
 from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
 from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
@@ -209,11 +210,13 @@ def _snippet(
     repository: str | None,
 ) -> str:
     """Code that draws the card's first picture as it was drawn."""
-    drawing = validation_drawing(config)
+    vae = config.pretrained_vae_model_name_or_path
+    drawing = final_drawing(config)
+    scheduler = scheduler_of(drawing.sampler)
+    classes = ["AutoencoderKL"] * bool(vae) + ([scheduler[0]] if scheduler else [])
     prompt, seed = (config.validation_prompt or (config.instance_prompt,))[0], config.seed
     if exhibit and exhibit.examples:
         prompt, seed = exhibit.examples[0].prompt, exhibit.examples[0].seed
-    vae = config.pretrained_vae_model_name_or_path
     chosen = {
         "dtype": f"torch.{_DTYPES.get(precision, 'float32')}",
         "use_safetensors": "True",
@@ -233,7 +236,7 @@ def _snippet(
         embeddings, imports = _embeddings_lines(new_tokens["tokens"], subfolder, config, repository)
     lines = [
         "import torch",
-        f"from diffusers import {'AutoencoderKL, ' if vae else ''}StableDiffusionXLPipeline",
+        f"from diffusers import {', '.join([*classes, 'StableDiffusionXLPipeline'])}",
         *imports,
         "",
     ]
@@ -244,6 +247,7 @@ def _snippet(
         "pipeline = StableDiffusionXLPipeline.from_pretrained(",
         f"    {_arguments(_quoted(config.pretrained_model_name_or_path), chosen)}",
         ').to("cuda")',
+        *_scheduler_lines(scheduler),
         f"pipeline.load_lora_weights({_arguments(_quoted(repository or config.output_dir), file)})",
         *embeddings,
         "picture = pipeline(",
@@ -257,6 +261,15 @@ def _snippet(
         'picture.save("picture.png")',
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _scheduler_lines(scheduler: tuple[str, dict[str, Any]] | None) -> list[str]:
+    """Code that gives the pipeline the sampler of the pictures."""
+    if scheduler is None:
+        return []
+    kind, settings = scheduler
+    more = "".join(f", {name}={value!r}" for name, value in settings.items())
+    return [f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{more})"]
 
 
 def _embeddings_lines(

@@ -30,9 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 def validation_drawing(config: TrainConfig) -> Drawing:
-    """How validation pictures are drawn."""
-    side = config.resolution
-    return Drawing(side, side, config.validation_inference_steps, config.validation_guidance_scale)
+    """How validation pictures are drawn; their size must be set."""
+    side = config.validation_resolution
+    assert side is not None, "training sets it to the base's own"
+    return Drawing(
+        *(side, side, config.validation_inference_steps, config.validation_guidance_scale),
+        sampler=config.validation_sampler,
+    )
+
+
+def final_drawing(config: TrainConfig) -> Drawing:
+    """How the pictures after training are drawn; their size must be set."""
+    return dataclasses.replace(validation_drawing(config), steps=config.final_steps)
 
 
 def validation_seeds(config: TrainConfig) -> range:
@@ -40,14 +49,13 @@ def validation_seeds(config: TrainConfig) -> range:
     return range(config.seed, config.seed + config.num_validation_images)
 
 
-def footer(config: TrainConfig, images: int) -> str:
+def footer(config: TrainConfig, images: int, drawing: Drawing) -> str:
     """The small print of a sheet: what was trained, where there are training images, and how it was drawn."""
     trained = ""
     if images:
         trained = f", {images} training images, rank {config.rank}, learning rate {config.learning_rate:g}"
         if config.method == FLAT:
             trained += f", {FLAT} sigma {config.flat_sigma:g} ({config.flat_schedule})"
-    drawing = validation_drawing(config)
     base = Path(config.pretrained_model_name_or_path).name
     return f"{base}{trained}; {drawing.steps} denoising steps, guidance {drawing.guidance:g}"
 
@@ -64,13 +72,13 @@ class Gallery:
 
     def __init__(self, folder: Path, config: TrainConfig, precision: str, images: int) -> None:
         self.folder = folder
-        self._footer = footer(config, images)
+        self._footer = footer(config, images, validation_drawing(config))
         seeds = validation_seeds(config)
         self._layout = {
             "columns": [f"seed {seed}" for seed in seeds],
             "rows": [
                 {"label": prompt, "images": [f"{number:03d}-seed{seed}.png" for seed in seeds]}
-                for number, prompt in enumerate(config.validation_prompt or ())
+                for number, prompt in enumerate(config.prompts_to_draw)
             ],
             "drawing": {
                 "base": config.pretrained_model_name_or_path,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,6 +24,8 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 from flatlora_diffusion.sdxl.shapes import check_parts, check_shapes, check_tokens, check_vae
+
+logger = logging.getLogger(__name__)
 
 BASE_FLAG = "--pretrained_model_name_or_path"  # of the trainer; other commands have another
 
@@ -123,7 +128,7 @@ def load_base(
         name: Folder or hub name of the pipeline.
         flag: How the user named it, for errors.
         dtype: Precision of the UNet and the text encoders; the VAE is always in float32.
-        vae: Folder or hub name of a VAE to use in place of the pipeline's.
+        vae: Folder or hub name of a VAE to use in place of the pipeline's; see `load_vae`.
         revision: Revision on the hub.
         variant: Variant of the weight files.
         to_draw: No loss will be taken with it, so it needn't pass `check_scheduler`.
@@ -161,7 +166,7 @@ def load_base(
             part(CLIPTextModel, "text_encoder", **weights),
             part(CLIPTextModelWithProjection, "text_encoder_2", **weights),
         ),
-        vae=load_vae(vae) if vae else part(AutoencoderKL, "vae", **precise),
+        vae=load_vae(vae, revision, variant) if vae else part(AutoencoderKL, "vae", **precise),
         unet=part(UNet2DConditionModel, "unet", **weights),
         noise_scheduler=part(DDPMScheduler, "scheduler"),
         sampler=part(sampler, "scheduler"),
@@ -187,7 +192,9 @@ def _check_before_weights(
 
     one, two = text_config("text_encoder"), text_config("text_encoder_2")
     own_vae = (
-        load_whole(_vae_flag(vae), AutoencoderKL.load_config, vae) if vae else config(AutoencoderKL, "vae")
+        _load_as_base(AutoencoderKL.load_config, vae, {"revision": revision})
+        if vae
+        else config(AutoencoderKL, "vae")
     )
     check_vae(_vae_flag(vae) if vae else f"{flag}: vae", own_vae)
     check_shapes(flag, config(UNet2DConditionModel, "unet"), own_vae, one, two)
@@ -209,15 +216,37 @@ def check_scheduler(flag: str, scheduler: str) -> None:
             raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")
 
 
-def load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
     """A VAE in float32 from a folder or the hub.
+
+    Args:
+        name: Folder or hub name.
+        revision: That of the base. The VAE needn't have one that is called so; the log tells.
+        variant: The same.
 
     Raises:
         UserError: It is missing or damaged.
     """
-    return load_whole(
-        _vae_flag(name), AutoencoderKL.from_pretrained, name, use_safetensors=True, dtype=torch.float32
-    )
+    if variant and Path(name).is_dir() and not any(Path(name).glob(f"*.{variant}*safetensors*")):
+        logger.info("%s: no variant %s there; loaded without", _vae_flag(name), variant)
+        variant = None
+    wanted = {"variant": variant, "revision": revision}
+    weights = {"use_safetensors": True, "dtype": torch.float32}
+    return _load_as_base(AutoencoderKL.from_pretrained, name, wanted, **weights)
+
+
+def _load_as_base(load: Callable[..., Any], vae: str, wanted: dict[str, str | None], **settings: Any) -> Any:
+    """Call a loader for an own VAE with the base's revision and variant, and without those that it lacks."""
+    flag, given = _vae_flag(vae), {name: value for name, value in wanted.items() if value}
+    try:
+        return load_whole(flag, load, vae, **given, **settings)
+    except UserError:
+        if not given:
+            raise
+        name, value = next(iter(given.items()))
+        loaded = _load_as_base(load, vae, {**given, name: None}, **settings)
+        logger.info("%s: no %s %s there; loaded without", flag, name, value)
+        return loaded
 
 
 def _vae_flag(name: str) -> str:

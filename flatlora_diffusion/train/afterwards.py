@@ -22,9 +22,11 @@ from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.output.card import Exhibit, Making, comparison_exhibit, write_card
-from flatlora_diffusion.output.gallery import SideBySide, footer, validation_drawing, validation_seeds
+from flatlora_diffusion.output.gallery import SideBySide, final_drawing, footer, validation_seeds
 from flatlora_diffusion.output.hub import upload
 from flatlora_diffusion.output.names import COMPARISON
+from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
+from flatlora_diffusion.train.tracking import Tracked, report_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,17 @@ def present(
     samples: list[Sample],
     side_by_side: SideBySide | None,
     repository: str | None,
+    tracked: Tracked | None = None,
 ) -> None:
     """Draw, describe and upload what was trained: each of these, whatever became of those before.
+
+    Args:
+        config: Settings of the run, or of the comparison.
+        arms: Those of its runs.
+        samples: The training images.
+        side_by_side: Shows the validation pictures of a comparison.
+        repository: Its name on the hub, where it is uploaded.
+        tracked: The trackers of the last run, for the pictures.
 
     Raises:
         UserError: One of them failed.
@@ -66,9 +77,11 @@ def present(
     if side_by_side:
         attempt(side_by_side.draw_missing)
     exhibit = None
-    if config.compare or config.validation_prompt:
+    if config.num_validation_images and (config.compare or config.validation_prompt):
         exhibit = attempt(_draw_comparison, config, samples, adapters)
         release()
+        if exhibit:
+            attempt(report_final, tracked, Path(config.output_dir, "comparison"), list(adapters))
     state = AcceleratorState()
     making = Making(len(samples), state.num_processes, state.mixed_precision)
     if config.compare:
@@ -81,6 +94,27 @@ def present(
         raise UserError(f"{'; '.join(failures)} ({saved})")
 
 
+def report_final(tracked: Tracked | None, folder: Path, methods: list[str]) -> None:
+    """Send the pictures after training to the trackers: as `test`, of several methods as `test METHOD`.
+
+    Args:
+        tracked: The trackers that are open.
+        folder: Where the pictures and their manifest are.
+        methods: Those whose pictures are sent: columns of the manifest.
+    """
+    if tracked is None:
+        return
+    manifest = read_manifest(folder / MANIFEST)
+    for method in methods:
+        column = manifest["columns"].index(method)
+        files = [folder / row["images"][column] for row in manifest["rows"]]
+        captions = [f"{row['prompt']} (seed {row['seed']})" for row in manifest["rows"]]
+        phase = f"test {method}" if len(methods) > 1 else "test"
+        report_pictures(
+            tracked.trackers, phase, [open_image(file) for file in files], captions, tracked.epoch
+        )
+
+
 def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[str, Path]) -> Exhibit:
     """The base beside the adapters, loaded from disk as any user would load them."""
     output = Path(config.output_dir)
@@ -88,18 +122,18 @@ def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[
     prompts = list(dict.fromkeys(config.validation_prompt or captions[:4]))
     names = adapter_names(adapters)
     methods = [Method(BASE), *(Method(label, name) for label, name in names.items())]
-    state = AcceleratorState()
+    state, drawing = AcceleratorState(), final_drawing(config)
     recipe = Recipe(
         base=config.pretrained_model_name_or_path,
         grid=Grid(prompts, validation_seeds(config), methods),
-        drawing=validation_drawing(config),
+        drawing=drawing,
         adapters={names[label]: path for label, path in adapters.items()},
         dtype=state.mixed_precision if state.mixed_precision in DTYPES else "fp32",
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
         title="The same prompt, seed and initial noise in every row",
-        footer=footer(config, len(samples)),
+        footer=footer(config, len(samples), drawing),
         strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:MOST_IN_STRIP]],
     )
     folder, sheet = output / "comparison", output / COMPARISON

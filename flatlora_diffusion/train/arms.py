@@ -19,16 +19,18 @@ from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
 from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import Sample, find_samples, parse_background
+from flatlora_diffusion.draw.pipeline import native_side_of
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
 from flatlora_diffusion.output.names import ARMS, FOLDER
-from flatlora_diffusion.sdxl.base import check_base
+from flatlora_diffusion.sdxl.base import BASE_FLAG, check_base
 from flatlora_diffusion.sdxl.quantize import require_bitsandbytes
 from flatlora_diffusion.train import class_images
 from flatlora_diffusion.train.afterwards import present
 from flatlora_diffusion.train.callbacks import Callback, Callbacks
 from flatlora_diffusion.train.loop import Run
 from flatlora_diffusion.train.processes import from_main, join_processes, leave_processes
+from flatlora_diffusion.train.tracking import Tracked, check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
     """
     together = Callbacks(callbacks)
+    check_tracker(config.report_to)
     hide_progress_bars()
     join_processes()
     samples = _training_samples(config)
@@ -57,6 +60,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         require_words(config.abstractions, samples)
     parse_background(config.background)
     check_base(config.pretrained_model_name_or_path)
+    config = _with_size_of_pictures(config)
     if config.quantize_base:
         require_bitsandbytes(config.quantize_base)
     check_writable("--output_dir", Path(config.output_dir))
@@ -73,13 +77,26 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         class_samples = class_images.class_samples(config) if config.with_prior_preservation else ()
         repository = from_main(lambda: open_repository(config)) if config.push_to_hub else None
         side_by_side = _side_by_side(config, arms)
+        tracked = Tracked()
         for arm in arms:
+            tracked.finish()
             logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
-            Run(arm, samples, class_samples, heldout_samples, side_by_side, together).train()
+            tracked = Run(arm, samples, class_samples, heldout_samples, side_by_side, together).train()
             release()
-        if PartialState().is_main_process:
-            present(config, arms, samples, side_by_side, repository)
+        try:
+            if PartialState().is_main_process:
+                present(config, arms, samples, side_by_side, repository, tracked)
+        finally:
+            tracked.finish()
         leave_processes()
+
+
+def _with_size_of_pictures(config: TrainConfig) -> TrainConfig:
+    """The settings with the base's own size for validation pictures, where none is given."""
+    if config.validation_resolution:
+        return config
+    side = native_side_of(config.pretrained_model_name_or_path, BASE_FLAG, config.revision)
+    return dataclasses.replace(config, validation_resolution=side)
 
 
 def _training_samples(config: TrainConfig) -> list[Sample]:

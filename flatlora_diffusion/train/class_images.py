@@ -17,7 +17,7 @@ from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.folders import read_folder
 from flatlora_diffusion.data.images import Sample, find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline, native_side
 from flatlora_diffusion.sdxl.base import BASE_FLAG
 from flatlora_diffusion.train.processes import from_main
 
@@ -69,7 +69,8 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
-    drawing = Drawing(config.resolution, config.resolution)
+    side = config.class_resolution or native_side(pipeline)
+    drawing = Drawing(side, side)
     logger.info("drawing %d class images into %s", missing, folder)
     for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
         part = numbers[start : start + config.sample_batch_size]

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flatlora_diffusion.adapter.file import load_adapter_tensors
 from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace_words
-from flatlora_diffusion.adapter.start import load_start, read_start
+from flatlora_diffusion.adapter.start import read_start, require_layers
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.seeds import hash64, seeded
 from flatlora_diffusion.config.settings import TrainConfig
@@ -109,17 +110,19 @@ class Learner:
             self.tokens = NewTokens(words, base.tokenizers, base.text_encoders, config.seed)
             samples, heldout_samples = map(self.tokens.captioned, (samples, heldout_samples))
             self.tokens.require_room(samples)
-        self._cache_latents(dtype, samples, class_samples, heldout_samples)
         self.trained: dict[str, nn.Module] = {"unet": self.base.unet}
         self.prompts: PromptCache | None = None
         self._whole_samples = [*class_samples, *heldout_samples]
         text_encoders: dict[str, nn.Module] = {}
         if config.train_text_encoder or config.train_text_encoder_ti:
             text_encoders = dict(zip(TEXT_ENCODERS, self.base.text_encoders, strict=True))
-        else:
-            self._cache_prompts()
         if config.train_text_encoder:
             self.trained |= text_encoders
+        if not config.quantize_base:
+            self._add_lora()
+        self._cache_latents(samples, class_samples, heldout_samples)
+        if not text_encoders:
+            self._cache_prompts()
         self.learning = self.trained | text_encoders
         self._wrapped = self.learning
         self.objective: nn.Module = _Objective(self._wrapped, self._losses)
@@ -142,7 +145,7 @@ class Learner:
     def tell_cut_captions(self) -> None:
         """Say which captions and validation prompts are longer than the text encoders read."""
         prompts = [*self.latents.captions.whole, *(sample.caption for sample in self._whole_samples)]
-        prompts += map(self.in_tokens, self.config.validation_prompt or ())
+        prompts += map(self.in_tokens, self.config.prompts_to_draw)
         tell_cut(self.base.tokenizers, prompts)
 
     def freeze_text_encoders(self) -> None:
@@ -178,7 +181,6 @@ class Learner:
 
     def _cache_latents(
         self,
-        dtype: torch.dtype,
         samples: Sequence[Sample],
         class_samples: Sequence[Sample],
         heldout_samples: Sequence[Sample],
@@ -186,9 +188,8 @@ class Learner:
         """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
         config, vae = self.config, self.base.vae
         assert vae is not None, "it leaves memory with this call at the earliest"
-        # The base's own VAE overflows in half precision; one that the user chose says so itself.
-        chosen = config.pretrained_vae_model_name_or_path and not vae.config["force_upcast"]
-        vae.to(self.accelerator.device, dtype if chosen else torch.float32)
+        # Once for every image, so in float32 whatever the run's precision, as in the diffusers script.
+        vae.to(self.accelerator.device, torch.float32)
         hidden = not self.accelerator.is_local_main_process
 
         def cache(
@@ -224,7 +225,7 @@ class Learner:
             # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
             self.heldout_latents = cache(heldout_samples, 0, fixed)
         vae.to("cpu")  # pyright: ignore[reportArgumentType]
-        if not config.validation_prompt:
+        if not config.prompts_to_draw:
             self.base.vae = None
         release()
 
@@ -237,18 +238,16 @@ class Learner:
         prompts = [
             *self.latents.captions.prompts,
             *whole,
-            *map(self.in_tokens, self.config.validation_prompt or ()),
+            *map(self.in_tokens, self.config.prompts_to_draw),
             "",
         ]
         self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
         base.text_encoders = ()
         release()
 
-    def _add_adapters(self, resuming: bool) -> None:
+    def _add_lora(self) -> None:
+        """New adapters, where that can be before anything is encoded: --lora_weights must fit them."""
         config = self.config
-        if config.quantize_base:
-            quantize(self.base.unet, config.quantize_base, self.accelerator.device)
-            release()
         add_lora(
             self.trained,
             rank=config.rank,
@@ -260,13 +259,22 @@ class Learner:
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
         )
+        if self._start is not None:
+            require_layers(self.trained, self._start, str(config.lora_weights))
+
+    def _add_adapters(self, resuming: bool) -> None:
+        config = self.config
+        if config.quantize_base:
+            quantize(self.base.unet, config.quantize_base, self.accelerator.device)
+            release()
+            self._add_lora()
         for model in self.learning.values():
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(model)
             model.to(self.accelerator.device).train()
         check(self.trained, config.init_lora_weights, config.rank)
         if self._start is not None:
-            load_start(self.trained, self._start, str(config.lora_weights))
+            load_adapter_tensors(self.trained, self._start)
             self._start = None
         elif not resuming:
             initialise(

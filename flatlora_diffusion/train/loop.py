@@ -23,6 +23,7 @@ from flatlora_diffusion.common.command import invoked_as, shell_line
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
+from flatlora_diffusion.config.command_line import unabbreviated
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.data.images import Sample, digest
 from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpoint, write_checkpoint
@@ -34,6 +35,7 @@ from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
 from flatlora_diffusion.train.state import TrainingState
+from flatlora_diffusion.train.tracking import PROJECT, Tracked, named
 from flatlora_diffusion.train.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -81,13 +83,17 @@ class Run:
         require_same(self.settings)
         self.seconds: list[float] = []
 
-    def train(self) -> None:
-        """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder."""
+    def train(self) -> Tracked:
+        """Train, or go on from a checkpoint; leave the adapter and the summary in the output folder.
+
+        Returns:
+            The trackers, still open; none where the run was complete already.
+        """
         config = self.config
         resuming = config.resume_from_checkpoint == "latest"
         if resuming and from_main(self._is_complete):
             logger.info("%s is complete already", self.output)
-            return
+            return Tracked()
         stored = None
         wanted = config.resume_from_checkpoint
         if wanted:
@@ -107,6 +113,7 @@ class Run:
             start = self.public.step = stored.step
             logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
         self._start_trackers()
+        tracked = Tracked(self.accelerator.trackers, math.ceil(self.total_steps / self.steps_an_epoch) - 1)
         try:
             with stop_request() as stop:
                 self.validation.before(start)
@@ -116,10 +123,12 @@ class Run:
                 self._finish()
                 if self._anyone_stops(stop):  # it came while the adapter was being saved
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
+        except BaseException:
+            tracked.finish()
+            raise
         finally:
             self.state.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+        return tracked
 
     def _is_complete(self) -> bool:
         # The summary is written last: without it, a kill may have come before the kohya file too.
@@ -167,7 +176,9 @@ class Run:
             name: value if isinstance(value, (int, float, str, bool)) else str(value)
             for name, value in self.config.settings().items()
         }
-        self.accelerator.init_trackers("dreambooth-flat-lora", config=settings)
+        # With `compare` a project has both arms.
+        names = named(self.config.method) if self.side_by_side else {}
+        self.accelerator.init_trackers(PROJECT, config=settings, init_kwargs=names)
 
     # The loop.
 
@@ -271,7 +282,7 @@ class Run:
     def _stop(self, what: str, stop: StopRequest) -> NoReturn:
         resume = ["--resume_from_checkpoint", "latest"]
         installed = invoked_as("")
-        words = [installed or sys.argv[0], *without_token(sys.argv[1:])]
+        words = [installed or sys.argv[0], *without_token(unabbreviated(sys.argv[1:]))]
         command = shell_line(words if words[-2:] == resume else [*words, *resume])
         how = f"\n  {'' if installed else 'python '}{command}"
         if self.accelerator.num_processes > 1:  # the launcher's own words aren't known here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,10 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
-    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -23,6 +20,7 @@ from accelerate.utils import (
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.train.tracking import usable_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +62,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         UserError: As `join_processes`; or the tracker is unknown, or the device lacks the precision.
     """
     join_processes()
-    tracker = config.report_to if config.report_to not in (None, "none") else None
-    # TensorBoard is the default: nobody may have asked for it.
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        logger.warning("tensorboard isn't installed, so nothing is tracked (pip install tensorboard)")
-        tracker = None
-    if (
-        tracker in LoggerType.list()
-        and tracker != "all"
-        and tracker not in map(str, get_available_trackers())
-    ):
-        package = tracker.replace("_", "-")  # accelerate would train without a tracker
-        raise UserError(
-            f"--report_to {tracker} needs the package {package}: pip install {package}, or give none"
-        )
+    tracker = usable_tracker(config.report_to)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -86,7 +71,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
             ),
         )
-    except (ValueError, ImportError) as error:  # an unknown tracker, a precision that the device lacks
+    except (ValueError, ImportError) as error:  # a precision that the device lacks
         raise UserError(f"accelerate refuses these settings: {' '.join(str(error).split())}") from error
     steps = config.gradient_accumulation_steps
     if accelerator.gradient_accumulation_steps not in (1, steps):  # the launcher's replace those of a script

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from flatlora_diffusion.common.devices import release
@@ -22,6 +21,7 @@ from flatlora_diffusion.sdxl.encoding import PromptEmbeds
 from flatlora_diffusion.sdxl.lora import evaluating
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.state import TrainingState
+from flatlora_diffusion.train.tracking import report_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Validation:
     def _is_due(self, step: int) -> bool:
         config = self._config
         epoch, rest = divmod(step, self._steps_an_epoch)
-        if not config.validation_prompt or not config.validation_epochs or rest:
+        if not config.prompts_to_draw or not config.validation_epochs or rest:
             return False
         return (epoch - 1) % config.validation_epochs == 0
 
@@ -91,7 +91,8 @@ class Validation:
             pictures = draw_validation(self._learner, self._config)
         if pictures is None:
             return
-        report_validation(pictures, step, self._gallery, self._config, self._learner.accelerator)
+        trackers, epoch = self._learner.accelerator.trackers, step // self._steps_an_epoch - 1
+        report_validation(pictures, step, self._gallery, self._config, trackers, epoch)
         if self._side_by_side and self._side_by_side.last == self._gallery.folder:
             self._side_by_side.draw(step)
 
@@ -165,7 +166,8 @@ def report_validation(
     step: int,
     gallery: Gallery,
     config: TrainConfig,
-    accelerator: Accelerator,
+    trackers: Iterable[GeneralTracker],
+    epoch: int,
 ) -> None:
     """Write the pictures and their sheet into the gallery, and send them to TensorBoard or wandb.
 
@@ -173,20 +175,10 @@ def report_validation(
         UserError: The disk is full or not writable.
     """
     gallery.write(pictures, step_name(step), f"{config.method} after step {step}")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            stack = np.stack([np.asarray(picture) for picture in pictures])
-            tracker.log_images({"validation": stack}, step=step, dataformats="NHWC")
-        if tracker.name == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports]  # the user's, if at all
-
-            captioned = [
-                wandb.Image(picture, caption=f"{prompt} (seed {seed})")
-                for picture, (prompt, seed) in zip(pictures, _pictures(config), strict=True)
-            ]
-            tracker.log({"validation": captioned}, step=step)
+    captions = [f"{prompt} (seed {seed})" for prompt, seed in _pictures(config)]
+    report_pictures(trackers, "validation", pictures, captions, epoch)
 
 
 def _pictures(config: TrainConfig) -> list[tuple[str, int]]:
     """Prompt and seed of every picture, in the order in which they are drawn."""
-    return [(prompt, seed) for prompt in config.validation_prompt or () for seed in validation_seeds(config)]
+    return [(prompt, seed) for prompt in config.prompts_to_draw for seed in validation_seeds(config)]

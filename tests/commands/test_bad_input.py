@@ -402,11 +402,6 @@ FLAGS = {
         ["--with_prior_preservation", "--class_prompt", "a picture"],
         "--with_prior_preservation needs --class_data_dir",
     ),
-    "two optimizers": (
-        nothing,
-        ["--optimizer", "prodigy", "--use_8bit_adam"],
-        "--use_8bit_adam is for --optimizer adamw, not prodigy",
-    ),
     "seed of 65 bits": (nothing, ["--seed", 2**64], f"--seed {2**64}: must be at most"),
     "switch with another word": (nothing, ["--use_dora", "perhaps"], "--use_dora perhaps: the word after it"),
     "layer that isn't there": (

@@ -9,7 +9,7 @@ import pytest
 
 from flatlora_diffusion.common.command import nearest
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.config.command_line import ADDITIONS, parse_train_config
 from flatlora_diffusion.config.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,10 @@ OURS = {
     "seed": 0,
     "validation_inference_steps": 50,
     "validation_guidance_scale": 5.0,
+    "validation_sampler": "DPM++ 2M",
+    "validation_resolution": None,
+    "final_inference_steps": None,
+    "class_resolution": None,
 }
 
 
@@ -240,7 +244,11 @@ def test_every_kind_of_flag():
         ("--flat_sigam=0.1", "--flat_sigma"),
         ("--learning-rate", "--learning_rate"),
         ("--no-compar", "--no-compare"),
-        ("--res", None),  # abbreviations aren't guessed at: a later option could change their meaning
+        ("--res", None),  # --resolution, or --resume_from_checkpoint
+        (
+            "--flat_sig",
+            "--flat_sigma",
+        ),  # of this script only: a later option could change its meaning
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest_known_one(flag, meant):
@@ -249,6 +257,55 @@ def test_an_unknown_flag_is_named_with_the_nearest_known_one(flag, meant):
     message = str(error.value)
     assert message.startswith(f"unknown argument {flag.partition('=')[0]}")
     assert meant is None or message.endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max_train", 12], {"max_train_steps": 12}),
+        (["--learning=3e-4"], {"learning_rate": 3e-4}),
+        (["--lora", 0.5], {"lora_dropout": 0.5}),  # the one flag there that begins so; here there are more
+        (["--train_text"], {"train_text_encoder": True}),
+        (["--validation_e", 3, "--hub_t", "secret"], {"validation_epochs": 3, "hub_token": "secret"}),
+        (["--validation_prompt", "--rank 8 a fox"], {"validation_prompt": ("--rank 8 a fox",)}),
+    ],
+)
+def test_flags_of_the_diffusers_script_are_abbreviated_as_there(flags, expected):
+    assert parse(*flags) == config(**expected)
+
+
+def test_what_may_not_be_abbreviated_is_what_the_diffusers_script_has_not():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields - DIFFUSERS_DEFAULTS.keys() - {"seed"} - REQUIRED.keys() | {"cache_latents"} == ADDITIONS
+
+
+@pytest.mark.parametrize("word", ["sgd", "AdaFactor"])
+def test_another_optimizer_is_adamw_as_in_the_diffusers_script(word, caplog):
+    assert parse("--optimizer", word) == config()
+    assert caplog.messages == [f"--optimizer {word}: not one of adamw, prodigy; AdamW is taken"]
+
+
+def test_8_bits_have_no_effect_on_prodigy_as_in_the_diffusers_script(caplog):
+    assert parse("--optimizer", "prodigy", "--use_8bit_adam") == config(optimizer="prodigy")
+    assert caplog.messages == ["--use_8bit_adam has no effect with --optimizer prodigy"]
+
+
+def test_the_samplers_are_those_that_there_are():
+    from flatlora_diffusion.config.settings import VALIDATION_SAMPLERS
+    from flatlora_diffusion.draw.samplers import SAMPLERS
+
+    assert VALIDATION_SAMPLERS == SAMPLERS
+
+
+@pytest.mark.parametrize(("given", "steps"), [({}, 25), ({"validation_inference_steps": 8}, 8)])
+def test_the_pictures_after_training_have_25_steps_as_in_the_diffusers_script(given, steps):
+    assert config(**given).final_steps == steps
+    assert config(**given, final_inference_steps=40).final_steps == 40
+
+
+def test_no_pictures_are_prompts_without_use():
+    assert config(validation_prompt=("a fox",)).prompts_to_draw == ("a fox",)
+    assert config(validation_prompt=("a fox",), num_validation_images=0).prompts_to_draw == ()
 
 
 def test_nothing_is_suggested_where_nothing_is_near():
@@ -399,13 +456,14 @@ def test_a_missing_file_a_folder_and_bytes_that_are_no_text(tmp_path):
 DATASET = {"instance_data_dir": None, "dataset_name": "a/b"}
 POSITIVE = [
     *("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"),
-    *("num_validation_images", "validation_inference_steps", "resolution"),
+    *("validation_inference_steps", "final_inference_steps", "resolution"),
     *("max_train_steps", "checkpoints_total_limit", "lora_alpha", "max_grad_norm", "lr_num_cycles"),
 ]
 NOT_NEGATIVE = [
     *(
         "flat_sigma",
         "validation_epochs",
+        "num_validation_images",
         "learning_rate",
         "text_encoder_lr",
         "lr_warmup_steps",
@@ -457,7 +515,14 @@ def test_betas(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"resolution": 100}, "--resolution 100: must be a multiple of 8"),
+        ({"resolution": 7}, "--resolution 7: must be 8 or more"),
+        (
+            {"resolution": 100, "aspect_buckets": True},
+            "--aspect_buckets with --resolution 100: the sides of buckets are multiples of 8",
+        ),
+        ({"validation_resolution": 100}, "--validation_resolution 100: must be a multiple of 8"),
+        ({"class_resolution": 100}, "--class_resolution 100: must be a multiple of 8"),
+        ({"validation_sampler": "PLMS"}, "--validation_sampler PLMS: not one of default, Euler, "),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: not one of linear, cosine, "),
         ({"mixed_precision": "fp8"}, "--mixed_precision fp8: not one of no, fp16, bf16"),
         ({"flat_schedule": "step"}, "--flat_schedule step: not one of cosine, linear, constant"),

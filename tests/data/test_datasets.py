@@ -399,3 +399,16 @@ def test_versions_that_run_a_datasets_code_are_refused(config, monkeypatch):
         UserError, match=r"datasets 3\.6\.0 can run code of a dataset; 4\.0 or newer is needed"
     ):
         train(config)
+
+
+def test_the_log_says_how_many_images_and_captions_there_are(source, tmp_path, icons, caplog):
+    write_parquet(tmp_path / "set", icons=icons)
+    caplog.set_level("INFO")
+    dataset_samples(source, "train", "an icon")
+    dataset_samples(dataclasses.replace(source, caption_column=None), "train", "an icon")
+    flag = f"--dataset_name {source.name}"
+    assert caplog.messages == [
+        f"{flag}, train: 4 images, 2 with captions (2 from its column words), 2 without",
+        f"{flag}: no --caption_column, so the instance prompt is every caption",
+        f"{flag}, train: 4 images, 0 with captions, 4 without",
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EDMEulerScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.app.flags import parse_app_arguments
@@ -16,7 +16,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
-from flatlora_diffusion.sdxl.base import load_base
+from flatlora_diffusion.sdxl.base import load_base, load_vae
 from flatlora_diffusion.train.arms import train
 
 MODELS = {
@@ -159,3 +159,34 @@ def test_bases_of_another_objective_are_only_drawn_with(base_path, tmp_path):
     assert type(load_pipeline(str(base)).scheduler) is EDMEulerScheduler
     with pytest.raises(UserError, match="its scheduler is EDMEulerScheduler, and EDM-style training isn't"):
         load_base(str(base))
+
+
+@pytest.mark.parametrize("named", [{}, {"variant": "fp16"}, {"variant": "fp16", "revision": "other"}])
+def test_an_own_vae_is_loaded_with_what_it_has_of_the_base_s_variant(base_path, tmp_path, caplog, named):
+    """In its own variant where there is one; else without, and the log says so."""
+    caplog.set_level("INFO")
+    vae = AutoencoderKL.from_pretrained(base_path, subfolder="vae")
+    vae.save_pretrained(tmp_path)
+    loaded = load_vae(str(tmp_path), named.get("revision"), named.get("variant"))
+    assert torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
+    told = f"--pretrained_vae_model_name_or_path {tmp_path}: no variant fp16 there; loaded without"
+    assert [message for message in caplog.messages if "variant" in message] == [told] * ("variant" in named)
+    vae.quant_conv.weight.data.fill_(2)
+    vae.save_pretrained(tmp_path, variant="fp16")
+    caplog.clear()
+    loaded = load_vae(str(tmp_path), named.get("revision"), named.get("variant"))
+    assert torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight) == ("variant" in named)
+    assert told not in caplog.messages
+
+
+def test_the_revision_reaches_an_own_vae(base_path, monkeypatch):
+    asked = []
+    original = AutoencoderKL.from_pretrained
+
+    def load(name, **settings):
+        asked.append(settings.pop("revision", None))
+        return original(name, **settings)
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", load)
+    load_base(str(base_path), vae=str(base_path / "vae"), revision="other")
+    assert asked == ["other"]

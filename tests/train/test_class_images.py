@@ -11,6 +11,7 @@ from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.sdxl.loss import diffusion_losses
+from flatlora_diffusion.train import class_images as train_class_images
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.class_images import class_samples
 from flatlora_diffusion.train.learner import Learner
@@ -137,3 +138,16 @@ def test_a_file_in_place_of_the_class_folder_is_refused(config):
     with pytest.raises(UserError, match=r"--class_data_dir .*class: not a folder"):
         train(config)
     assert not images.Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(("given", "side"), [(None, 16), (24, 24)], ids=["base", "given"])
+def test_class_images_are_drawn_at_the_base_s_size_unless_told_otherwise(config, monkeypatch, given, side):
+    drawn = []
+
+    def draw(pipeline, adapter, pictures, drawing):
+        drawn.append((drawing.width, drawing.height, drawing.steps, drawing.sampler))
+        return [Image.new("RGB", (drawing.width, drawing.height)) for _ in pictures]
+
+    monkeypatch.setattr(train_class_images, "draw_batch", draw)
+    class_samples(dataclasses.replace(config, resolution=32, class_resolution=given))
+    assert drawn == [(side, side, 50, "default")]

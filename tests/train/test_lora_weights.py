@@ -13,6 +13,7 @@ from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_tensors
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.output.checkpoint import find_checkpoint
+from flatlora_diffusion.train import learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from tests.adapter.test_formats import saved_by_peft
@@ -68,8 +69,9 @@ def test_resumes_to_the_same_bits_and_knows_its_start_by_content(config, tmp_pat
         run(config, lora_weights=str(moved), resume_from_checkpoint="checkpoint-3")
 
 
-def test_what_differs_is_named(config, tmp_path):
+def test_what_differs_is_named_before_anything_is_encoded(config, tmp_path, monkeypatch):
     first = run(config, max_train_steps=1)
+    monkeypatch.setattr(learner, "encode_images", lambda *arguments: pytest.fail("images were encoded"))
     path = f"{config.output_dir}/{WEIGHTS_NAME}"
     bad = tmp_path / "bad.safetensors"
     save_file(dict(list(first.items())[2:]), bad)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
@@ -17,6 +18,7 @@ from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.lora import add_lora
+from flatlora_diffusion.train import learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
@@ -260,3 +262,40 @@ def test_validation_pictures_are_drawn_without_noise_and_reported(config):
         early, late = (strip.with_suffix("") / name for strip in strips)
         assert early.read_bytes() == late.read_bytes()
     assert list(output.glob("logs/**/events.out.tfevents*"))
+
+
+def test_an_own_vae_encodes_in_float32_as_in_the_diffusers_script(config, base_path, monkeypatch):
+    seen, original = set(), learner.encode_images
+
+    def look(vae, pixels):
+        seen.add(vae.dtype)
+        return original(vae, pixels)
+
+    monkeypatch.setattr(learner, "encode_images", look)
+    vae = AutoencoderKL.from_pretrained(base_path, subfolder="vae")
+    vae.register_to_config(force_upcast=False)
+    vae.save_pretrained(Path(config.output_dir, "vae"))
+    own = {"pretrained_vae_model_name_or_path": f"{config.output_dir}/vae"}
+    run(config, mixed_precision="bf16", max_train_steps=1, **own)
+    assert seen == {torch.float32}
+
+
+def test_a_resolution_that_is_no_multiple_of_8(config):
+    """As in the diffusers script the VAE leaves out what doesn't make a whole latent."""
+    shown = []
+
+    class Look(Callback):
+        def loss(self, run, compute):
+            hook = run.models["unet"].register_forward_pre_hook(
+                lambda unet, arguments, settings: shown.append(
+                    (arguments[0].shape, settings["added_cond_kwargs"]["time_ids"][0, 4:].tolist())
+                ),
+                with_kwargs=True,
+            )
+            try:
+                return compute()
+            finally:
+                hook.remove()
+
+    run(config, [Look()], resolution=25, max_train_steps=1)
+    assert shown == [((2, 4, 12, 12), [25, 25])]

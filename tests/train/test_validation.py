@@ -119,7 +119,7 @@ def test_the_pictures_are_those_that_anybody_draws_with_the_saved_adapter(undist
     drawn = undisturbed() / "validation" / "step-000004"
     for number, prompt in enumerate(PROMPTS):
         for seed in (3, 4):
-            expected = draw_with(pipeline, "mine", prompt, seed, Drawing(16, 16, 1, 5.0))
+            expected = draw_with(pipeline, "mine", prompt, seed, Drawing(16, 16, 1, 5.0, sampler="DPM++ 2M"))
             actual = Image.open(drawn / f"{number:03d}-seed{seed}.png")
             differences = [abs(a - b) for a, b in zip(actual.tobytes(), expected.tobytes(), strict=True)]
             assert max(differences) <= 1
@@ -189,7 +189,7 @@ def test_a_sheet_that_would_be_too_large_leaves_the_pictures(validated, tmp_path
     [
         {"validation_prompt": ("another icon", PROMPTS[1])},
         {"seed": 4},
-        {"resolution": 24},
+        {"validation_resolution": 24},
         {"validation_inference_steps": 2},
         {"validation_guidance_scale": 4.0},
         {"pretrained_model_name_or_path": "another"},
@@ -217,7 +217,7 @@ class Tracker:
         self.name = name
         self.logged = []
 
-    def log(self, values, step, **settings):
+    def log(self, values, step=None, **settings):
         self.logged.append((values, step, settings))
 
     log_images = log
@@ -229,18 +229,16 @@ def test_wandb_gets_the_pictures_with_captions(validated, tmp_path, monkeypatch)
         sys.modules, "wandb", SimpleNamespace(Image=lambda picture, caption: (picture, caption))
     )
     tracker, drawn = Tracker("wandb"), pictures(4)
-    accelerator = SimpleNamespace(trackers=[tracker])
-    report_validation(drawn, 4, Gallery(tmp_path, validated, "no", 4), validated, accelerator)
+    report_validation(drawn, 4, Gallery(tmp_path, validated, "no", 4), validated, [tracker], 1)
     captions = [f"{prompt} (seed {seed})" for prompt in PROMPTS for seed in (3, 4)]
-    assert tracker.logged == [({"validation": list(zip(drawn, captions, strict=True))}, 4, {})]
+    assert tracker.logged == [({"validation": list(zip(drawn, captions, strict=True))}, None, {})]
 
 
-def test_tensorboard_gets_the_pictures(validated, tmp_path):
+def test_tensorboard_gets_the_pictures_by_epoch(validated, tmp_path):
     tracker, drawn = Tracker("tensorboard"), pictures(4)
-    accelerator = SimpleNamespace(trackers=[tracker])
-    report_validation(drawn, 4, Gallery(tmp_path, validated, "no", 4), validated, accelerator)
+    report_validation(drawn, 4, Gallery(tmp_path, validated, "no", 4), validated, [tracker], 1)
     ((values, step, settings),) = tracker.logged
-    assert (values["validation"].shape, step, settings) == ((4, 16, 16, 3), 4, {"dataformats": "NHWC"})
+    assert (values["validation"].shape, step, settings) == ((4, 16, 16, 3), 1, {"dataformats": "NHWC"})
     assert [bytes(picture.data) for picture in values["validation"]] == [p.tobytes() for p in drawn]
 
 
@@ -251,7 +249,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
     output = undisturbed(compare=True)
     pipeline = load_pipeline(str(base_path))
     for number, prompt in enumerate(PROMPTS):
-        expected = draw_with(pipeline, None, prompt, 3, Drawing(16, 16, 1, 5.0))
+        expected = draw_with(pipeline, None, prompt, 3, Drawing(16, 16, 1, 5.0, sampler="DPM++ 2M"))
         drawn = Image.open(output / "validation" / "base" / f"{number:03d}-seed3.png")
         assert drawn.tobytes() == expected.tobytes()
     assert Sheet.load(output / "validation" / "base").footer == "tiny-sdxl; 1 denoising steps, guidance 5"
