@@ -10,6 +10,7 @@ import micro_captions
 import micro_clip
 import micro_data
 import micro_export
+import micro_models
 import micro_muon
 import micro_packages
 import micro_score
@@ -44,26 +45,25 @@ HELDOUT_COLOUR = (1, 2, 3)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
+def make_world(folder: Path, names: tuple[str, ...], size: int) -> Path:
     """A work folder as the data stage leaves it, with painted rectangles for icons.
 
     Of the base styles only noto has all subjects; the others have `OTHERS` and one that is held out.
     """
-    folder = tmp_path_factory.mktemp("recipe")
     rng = np.random.default_rng(0)
-    shape = (len(NAMES), micro_data.SIZE, micro_data.SIZE, 3)
+    shape = (len(names), size, size, 3)
     images = {style: np.full(shape, 255, np.uint8) for style in STYLES}
+    side = size * 15 // 32
     for pictures in images.values():
-        for name, picture in zip(NAMES, pictures, strict=True):
-            top, left = rng.integers(4, 40, 2)
+        for name, picture in zip(names, pictures, strict=True):
+            top, left = rng.integers(size // 32, size * 5 // 16, 2)
             held_out = name in HELDOUT_SUBJECTS
-            picture[top : top + 60, left : left + 60] = (
+            picture[top : top + side, left : left + side] = (
                 HELDOUT_COLOUR if held_out else rng.integers(10, 256, 3)
             )
     np.savez(folder / "images.npz", **images)
     subjects = []
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(names):
         styles = STYLES if name in (*OTHERS, HELDOUT_SUBJECTS[0]) else ("noto", *NEW_STYLES)
         icons = dict.fromkeys(styles, name)
         subjects.append(Subject(f"{index:x}", (name, f"{name} too"), ("alpha", "beta"), icons))
@@ -73,6 +73,11 @@ def work(tmp_path_factory) -> Path:
     merges = [("v", "e"), ("n", "o"), ("s", "t</w>"), ("r", "m</w>"), *letters, *whole]
     (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in merges))
     return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("recipe"), NAMES, micro_data.SIZE)
 
 
 def test_64_held_out_subjects_are_apart_from_the_demo() -> None:
@@ -243,17 +248,31 @@ def test_distorted_icons_keep_their_white_background() -> None:
     assert not torch.equal(views[0], views[1])
 
 
-def test_every_stage_runs_and_the_export_loads_and_is_gone_on_from(
-    work: Path, tmp_path: Path, monkeypatch
-) -> None:
+@pytest.mark.slow
+def test_every_stage_runs_and_the_export_loads_and_is_gone_on_from(tmp_path: Path, monkeypatch) -> None:
+    """With pictures of half the size, and less of everything."""
+    for module in (micro_models, micro_export, micro_unet):
+        monkeypatch.setattr(module, "IMAGE_SIZE", 64)
+    for module in (micro_models, micro_autoencoder):
+        monkeypatch.setattr(module, "LATENT_SIZE", 8)
+    monkeypatch.setattr(micro_autoencoder, "SIZE", 64)
+    monkeypatch.setattr(micro_autoencoder, "CROP", 32)
+    names = set(OTHERS)
+    for known in ("", "STREAMLINE_"):
+        for kind in (f"{known}DEMO_SUBJECTS", f"{known}HELDOUT_SUBJECTS"):
+            few = getattr(micro_subjects, kind)[:6]
+            names.update(few)
+            monkeypatch.setattr(micro_data, kind, few)
+    monkeypatch.setattr(micro_autoencoder, "HELDOUT_SUBJECTS", HELDOUT_SUBJECTS[:6])
+    (tmp_path / "work").mkdir()
+    work = make_world(tmp_path / "work", tuple(sorted(names)), 64)
     monkeypatch.setattr(micro_score, "PROMPTS", 6)
     monkeypatch.setattr(micro_score, "UNKNOWN_SUBJECTS", 2)
     monkeypatch.setattr(micro_score, "BLIND_PROMPTS", 2)
     monkeypatch.setattr(micro_score, "SPEED_REPEATS", 1)
     monkeypatch.setattr(micro_score, "STEPS", 2)
     monkeypatch.setattr(micro_score, "independent_tower", lambda: micro_score.own_tower(work))
-    monkeypatch.setattr(micro_text, "RETRIEVAL_POOL", 50)
-    monkeypatch.setattr(micro_autoencoder, "HELDOUT_SUBJECTS", HELDOUT_SUBJECTS[:6])
+    monkeypatch.setattr(micro_text, "RETRIEVAL_POOL", 20)
     monkeypatch.setattr(micro_clip, "PAIRS", 16)
     for module in (micro_autoencoder, micro_text, micro_unet):
         monkeypatch.setattr(module, "BATCH", 8)
