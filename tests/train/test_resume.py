@@ -1,13 +1,14 @@
 """Killed at any instant and resumed, a run ends in the same file as one never interrupted."""
 
+import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.lock import LOCK_NAME
+from flatlora_diffusion.config.command_line import parse_train_config
+from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from tests.script import ROOT, SCRIPT
 
 LATEST = ("--resume_from_checkpoint", "latest")
@@ -100,28 +105,90 @@ def undisturbed(base_path, three_icons, tmp_path_factory, launcher) -> str:
     return digest(output / WEIGHTS_NAME)
 
 
+class Killed(BaseException):
+    """Ends a run in this process where a kill would."""
+
+
+class Killer(Callback):
+    """Ends a run at some moment, after it has kept the files as a kill at that moment leaves them.
+
+    What the run does to its folder on the way out `restore` undoes: a kill needs no process of its own.
+    """
+
+    def __init__(self, output: Path, moment: str, draw: random.Random, patch: pytest.MonkeyPatch) -> None:
+        self.output, self.moment = output, moment
+        self.kept = output.with_name("kept")
+        self._seconds = draw.uniform(0, 0.3 if moment == "while loading" else 0.08)
+        self._syncs = draw.randrange(10)
+        self._fsync = os.fsync
+        patch.setattr(os, "fsync", self._sync)
+        # Time of the processor: on a busy machine it is the same moment.
+        self._previous = signal.signal(signal.SIGPROF, self._kill)
+        if moment == "while loading":
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)
+
+    def on_checkpoint(self, run: TrainingRun) -> None:
+        if self.moment == "between two checkpoints":
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)
+
+    def _sync(self, descriptor: int) -> None:
+        if self.moment == "while a checkpoint is written" and list(self.output.glob(UNFINISHED)):
+            self._syncs -= 1
+            if self._syncs < 0:
+                self._kill()
+        self._fsync(descriptor)
+
+    def _kill(self, *_: object) -> None:
+        if not self.kept.exists():
+            shutil.copytree(self.output, self.kept) if self.output.exists() else self.kept.mkdir()
+            raise Killed
+
+    def restore(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, self._previous)
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.kept.rename(self.output)
+
+
+def killed_here(words: list[str], output: Path, moment: str, draw: random.Random) -> None:
+    """Let a run in this process be killed."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        killer = Killer(output, moment, draw, patch)
+        with contextlib.suppress(Killed):
+            train(parse_train_config(words), callbacks=[killer])
+        assert killer.kept.exists(), "the run was over before it could be killed 20 times"
+        killer.restore()
+
+
+def killed_there(words: list[str], output: Path, moment: str, launcher) -> None:
+    """Kill a process."""
+    before = steps(output)
+    running = launcher.start(*words, prepare=slow_disk)
+    if moment == "between two checkpoints":
+        assert running.wait_until(lambda: steps(output)[-1:] > before[-1:])
+    else:
+        assert running.wait_until(lambda: list(output.glob(UNFINISHED)))
+    running.kill()
+    assert running.code == -signal.SIGKILL, "the run was over before it could be killed 20 times"
+
+
 def test_twenty_kills_and_resumes_end_in_the_same_file(base_path, three_icons, tmp_path, launcher):
-    """The undisturbed twin is run as users do, so this compares both kinds of processes too."""
+    """Two of them kill a process; the others leave the same files behind without one."""
     twin, output = tmp_path / "twin", tmp_path / "out"
     longer = ("--max_train_steps", 64, "--checkpoints_total_limit", 3)
-    subprocess.run(command(base_path, three_icons, twin, *longer), check=True, capture_output=True)
+    assert launcher.run(*flags(base_path, three_icons, twin, *longer)).code == 0
     words = flags(base_path, three_icons, output, *longer, *LATEST)
     draw = random.Random(0)
     met = []
+    processes = {"between two checkpoints", "while a checkpoint is written"}  # of each kind the first one
     for moment in draw.sample(KILLS, len(KILLS)):
         before = steps(output)
-        written = moment == "while a checkpoint is written"
-        running = launcher.start(*words, prepare=functools.partial(slow_disk, 0.05 if written else 0.01))
-        if moment == "while loading":
-            time.sleep(draw.uniform(0, 0.4))
-        elif moment == "between two checkpoints":
-            assert running.wait_until(lambda before=before: steps(output)[-1:] > before[-1:])
-            time.sleep(draw.uniform(0, 0.06))
+        if moment in processes:
+            processes.remove(moment)
+            killed_there(words, output, moment, launcher)
         else:
-            assert running.wait_until(lambda: list(output.glob(UNFINISHED)))
-            time.sleep(draw.uniform(0, 0.15))
-        running.kill()
-        assert running.code == -signal.SIGKILL, "the run was over before it could be killed 20 times"
+            killed_here(words, output, moment, draw)
         met.append("writing" if list(output.glob(UNFINISHED)) else steps(output) != before)
     assert met.count("writing") >= 5 and met.count(True) >= 5 and met.count(False) >= 2, met
     last = launcher.run(*words)
