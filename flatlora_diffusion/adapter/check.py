@@ -32,6 +32,7 @@ from flatlora_diffusion.adapter.kohya_names import (
     parse_kohya_key,
     split_diffusers_key,
 )
+from flatlora_diffusion.common.command import is_unicode
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.weights import weight_of
 
@@ -182,12 +183,14 @@ def find_file(path: Path) -> Path:
     """An adapter's safetensors file, also where its folder is given.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or safetensors can't open it.
     """
     file = adapter_file(path)
     if file.suffix != ".safetensors" and file.is_file():
         raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
     if file.is_file():
+        if not is_unicode(str(file)):
+            raise UserError(f"{file}: safetensors opens no path that isn't UTF-8; rename it")
         return file
     if not path.is_dir():
         raise UserError(f"{file}: not a sound safetensors file (no such file)")

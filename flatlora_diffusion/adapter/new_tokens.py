@@ -160,19 +160,26 @@ class NewTokens:
             for sample in samples
         ]
 
-    def require_room(self, samples: Iterable[Sample]) -> None:
-        """Refuse training of a token that is cut off in the captions of all samples (from `captioned`).
+    def require_room(self, samples: Iterable[Sample], chunks: int = 1) -> None:
+        """Refuse training of a token that is cut off in the captions of all samples.
+
+        Args:
+            samples: From `captioned`.
+            chunks: Pieces in which captions are read, see `sdxl.encoding.encode_prompts`.
 
         Raises:
             UserError: Names the token.
         """
         tokenizer = self._tokenizers[0]
-        ids = tokenizer([sample.caption for sample in samples], truncation=True).input_ids
+        own = tokenizer.num_special_tokens_to_add()
+        room = chunks * (tokenizer.model_max_length - own)
+        captions = [sample.caption for sample in samples]
+        ids = tokenizer(captions, truncation=True, max_length=room + own).input_ids
         kept = {token for caption in ids for token in tokenizer.convert_ids_to_tokens(caption)}
         for token in self._tokens:
             if token not in kept:
                 raise UserError(
-                    f"--train_text_encoder_ti: {token} lies beyond the {tokenizer.model_max_length} tokens "
+                    f"--train_text_encoder_ti: {token} lies beyond the {room + own} tokens "
                     "of a prompt in every caption; shorten them, or lower --num_new_tokens_per_abstraction"
                 )
 

@@ -88,15 +88,24 @@ class Studio:
         pipeline: A base without adapters.
         base: What it is called in public: no local path.
         adapters: Label -> the adapter's file or folder.
+        caption_chunks: Pieces in which prompts are read.
 
     Attributes:
         adapters: Label -> what the adapter's file is.
+        caption_chunks: For drawings.
 
     Raises:
         UserError: An adapter is missing, damaged, called like the base, or doesn't fit it.
     """
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, base: str, adapters: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        base: str,
+        adapters: Mapping[str, Path],
+        *,
+        caption_chunks: int = 1,
+    ) -> None:
         if BASE in adapters:
             raise UserError(f"an adapter is called {BASE}, as the base is; give it another name")
         self.base = base
@@ -105,6 +114,7 @@ class Studio:
             label: load_adapter(pipeline, names[label], path) for label, path in adapters.items()
         }
         self._pipeline = pipeline
+        self.caption_chunks = caption_chunks
         self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
@@ -127,7 +137,9 @@ class Studio:
 
     def where_cut(self, prompt: str) -> str | None:
         """Where a prompt ends that is longer than the text encoders read with some method, else None."""
-        found = (where_cut_in(self._pipeline, name, prompt) for name in self._names.values())
+        found = (
+            where_cut_in(self._pipeline, name, prompt, self.caption_chunks) for name in self._names.values()
+        )
         return next(filter(None, found), None)
 
     def sampler(self, drawing: Drawing) -> str:
@@ -207,6 +219,7 @@ class Studio:
             dtype=self.dtype,
             device=self._pipeline.device.type,
             versions=versions(),
+            caption_chunks=drawing.caption_chunks,
         )
 
     def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:

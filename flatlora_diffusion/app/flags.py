@@ -43,6 +43,13 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
     parser.add_argument("--device", help="Such as cuda or cpu. Default: the accelerator at hand.")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="Precision (default: fp32).")
     parser.add_argument(
+        "--caption_chunks",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="Read prompts in N pieces, of 75 tokens for SDXL (default: 1), as in training.",
+    )
+    parser.add_argument(
         "--votes",
         type=Path,
         default=Path("flatlora-votes.jsonl"),
@@ -71,6 +78,12 @@ def _auth(argument: str) -> tuple[str, str]:
     if not (user and separator and password):
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")  # and not what was given: it's a secret
     return user, password
+
+
+def _count(argument: str) -> int:
+    if not argument.isdecimal() or not int(argument):
+        raise argparse.ArgumentTypeError(f"{argument}: must be a whole number from 1")
+    return int(argument)
 
 
 def _port(argument: str) -> int:

@@ -102,7 +102,8 @@ class Site:
             _require(name, side, self.smallest_side, self.largest_side, 8)
         if sampler not in SAMPLERS:
             raise refusal(f"The sampler must be one of {', '.join(SAMPLERS)}.")
-        return Drawing(int(width), int(height), int(steps), float(guidance), negative_prompt or None, sampler)
+        negative, chunks = negative_prompt or None, self.studio.caption_chunks
+        return Drawing(int(width), int(height), int(steps), float(guidance), negative, sampler, chunks)
 
     def picture_files(
         self,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import io
 import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.signals import sigterm_interrupts
@@ -39,12 +40,38 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def parse_all(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse; an unknown flag is named together with the nearest known one."""
+        """Parse; an unknown flag is named together with the nearest known one.
+
+        Raises:
+            UserError: A bad flag or value, or a text that isn't UTF-8. Paths may have any bytes.
+        """
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             flag = unknown[0].partition("=")[0]
             raise UserError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
+        for name, value in vars(known).items():
+            for text in _texts(value):
+                if not is_unicode(text):
+                    raise UserError(f"--{name} {text!a}: not text in UTF-8; give it another name")
         return known
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The strings in the value of a flag."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in cast("Sequence[object]", value):
+            yield from _texts(part)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; what stands in names and arguments for other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def invoked_as(script: str) -> str:
@@ -83,6 +110,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step
+    # A path goes out with the bytes that it came in with.
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="surrogateescape")
     try:
         with sigterm_interrupts():
             command()

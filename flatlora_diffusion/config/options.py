@@ -17,6 +17,7 @@ def option(
     rules: tuple[Rule, ...] = (),
     secret: bool = False,
     decides: bool = True,
+    later: bool = False,
 ) -> Any:
     """A field of the configuration.
 
@@ -28,6 +29,8 @@ def option(
         secret: It is never written anywhere.
         decides: Runs that differ in it may end in different adapters. The data counts by its content, the
             steps where a schedule stretches over them: not by the settings that name or count them.
+        later: It came when there were checkpoints without it already, whose runs had its default: that is
+            not recorded.
     """
     metadata = {
         "help": help,
@@ -35,6 +38,7 @@ def option(
         "rules": rules,
         "secret": secret,
         "decides": decides,
+        "later": later,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)

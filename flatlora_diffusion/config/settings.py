@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+from flatlora_diffusion.common.command import is_unicode
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.options import (
     BELOW_ONE,
@@ -125,6 +126,13 @@ class TrainConfig:
     )
     keep_tokens: int = option(
         0, "So many tags at the start of a caption keep their place.", rules=(NOT_NEGATIVE,)
+    )
+    caption_chunks: int = option(
+        1,
+        "Read captions and prompts in so many pieces, of 75 tokens for SDXL: longer ones are not cut, as in "
+        "A1111, ComfyUI and kohya's scripts.",
+        rules=(POSITIVE,),
+        later=True,
     )
 
     # Prior preservation.
@@ -413,7 +421,7 @@ class TrainConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{field.name} {value}: must be a finite number")
             for text in cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,):
-                if isinstance(text, str) and not _is_unicode(text):
+                if isinstance(text, str) and not is_unicode(text):
                     raise UserError(f"--{field.name} {text!a}: not text in UTF-8; give it another name")
             for rule in field.metadata["rules"]:
                 if value is not None and not rule.holds(value):
@@ -482,15 +490,6 @@ class TrainConfig:
     def alpha(self) -> float:
         """LoRA alpha: the rank where none is given."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; what stands in names and arguments for other bytes cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def reject_contradictions(config: TrainConfig) -> None:

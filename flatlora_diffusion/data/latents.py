@@ -160,6 +160,7 @@ class PromptCache:
         text_encoders: On the device and in the precision in which they run.
         prompts: All prompts that will be asked for.
         spell: What the text encoders are told in the place of a prompt.
+        chunks: Pieces in which they read it, see `encode_prompts`.
     """
 
     def __init__(
@@ -168,11 +169,12 @@ class PromptCache:
         text_encoders: Sequence[nn.Module],
         prompts: Iterable[str],
         spell: Callable[[str], str] = str,
+        chunks: int = 1,
     ) -> None:
         self._embeds = {}
         with torch.no_grad():
             for prompt in dict.fromkeys(prompts):
-                embeds = encode_prompts(tokenizers, text_encoders, [spell(prompt)])
+                embeds = encode_prompts(tokenizers, text_encoders, [spell(prompt)], chunks)
                 self._embeds[prompt] = PromptEmbeds(embeds.tokens.cpu(), embeds.pooled.cpu())
 
     def embed(self, prompts: Iterable[str]) -> PromptEmbeds:

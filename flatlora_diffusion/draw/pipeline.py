@@ -29,7 +29,7 @@ from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl.base import check_base, load_base
-from flatlora_diffusion.sdxl.encoding import where_cut
+from flatlora_diffusion.sdxl.encoding import encode_prompts, where_cut
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Drawing:
         guidance: Scale of classifier-free guidance.
         negative_prompt: What guidance steers away from.
         sampler: One of `samplers.SAMPLERS`.
+        caption_chunks: Pieces in which prompts are read, see `sdxl.encoding.encode_prompts`.
     """
 
     width: int
@@ -54,6 +55,7 @@ class Drawing:
     guidance: float = 5.0
     negative_prompt: str | None = None
     sampler: str = DEFAULT
+    caption_chunks: int = 1
 
 
 OnStep = Callable[[int, Tensor], None]
@@ -250,7 +252,7 @@ def draw_batch(
     words = loaded_words(pipeline, adapter)
     negative = drawing.negative_prompt and replace_words(drawing.negative_prompt, words)
     known = {
-        prompt: _encode(pipeline, replace_words(prompt, words), negative, drawing.guidance)
+        prompt: conditions_of(pipeline, replace_words(prompt, words), negative, drawing)
         for prompt in dict.fromkeys(prompt for prompt, _ in pictures)
     }
     conditions = {
@@ -263,26 +265,37 @@ def draw_batch(
     ]
 
 
-def where_cut_in(pipeline: StableDiffusionXLPipeline, adapter: str | None, prompt: str) -> str | None:
+def where_cut_in(
+    pipeline: StableDiffusionXLPipeline, adapter: str | None, prompt: str, chunks: int = 1
+) -> str | None:
     """Where a prompt ends that is too long with an adapter, whose new tokens count; see `where_cut`."""
     tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-    return where_cut(tokenizers, replace_words(prompt, loaded_words(pipeline, adapter)))
+    return where_cut(tokenizers, replace_words(prompt, loaded_words(pipeline, adapter)), chunks)
 
 
 @torch.no_grad()
-def _encode(
-    pipeline: StableDiffusionXLPipeline, prompt: str, negative: str | None, guidance: float
+def conditions_of(
+    pipeline: StableDiffusionXLPipeline, prompt: str, negative: str | None, drawing: Drawing
 ) -> dict[str, Tensor]:
-    """One prompt's conditions as the pipeline's arguments. Alone: its bits depend on no other's length."""
-    guided = guidance > 1  # the pipeline's own rule
-    names = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-    tensors = pipeline.encode_prompt(prompt, negative_prompt=negative, do_classifier_free_guidance=guided)
-    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    """One prompt's embeddings as the pipeline's arguments. Alone: its bits depend on no other's length.
+
+    Args:
+        pipeline: With the wanted adapter active.
+        prompt: As the text encoders are told it.
+        negative: The same; None for none.
+        drawing: Its guidance and pieces count here.
+    """
+    guided = drawing.guidance > 1  # the pipeline's own rule
+    encoders = (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2)
+    wanted = encode_prompts(*encoders, [prompt], drawing.caption_chunks)
+    conditions = {"prompt_embeds": wanted.tokens, "pooled_prompt_embeds": wanted.pooled}
+    if guided:
+        against = encode_prompts(*encoders, [negative or ""], drawing.caption_chunks)
+        tokens, pooled = against.tokens, against.pooled
+        if negative is None and pipeline.config["force_zeros_for_empty_prompt"]:
+            tokens, pooled = torch.zeros_like(tokens), torch.zeros_like(pooled)
+        conditions |= {"negative_prompt_embeds": tokens, "negative_pooled_prompt_embeds": pooled}
+    return conditions
 
 
 def _denoise(

@@ -47,6 +47,7 @@ class Stamp:
         dtype: Precision, such as `fp32`.
         device: Its kind: `cpu` or `cuda`.
         versions: Package -> version (`versions`).
+        caption_chunks: Pieces in which prompts were read.
 
     Raises:
         ValueError: The base is a path.
@@ -67,6 +68,7 @@ class Stamp:
     dtype: str
     device: str
     versions: dict[str, str]
+    caption_chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.base.count("/") > 1 or self.base.startswith(("/", ".", "~")):
@@ -101,6 +103,7 @@ def parameters(stamp: Stamp) -> str:
         "Method": stamp.method,
         "Adapter hash": own and own[:_HASH_LENGTH],
         "Adapter scale": None if stamp.scale is None else _number(stamp.scale),
+        "Caption chunks": stamp.caption_chunks if stamp.caption_chunks > 1 else None,
         "Version": f"flatlora_diffusion {stamp.versions['flatlora_diffusion']}",
     }
     lines = [stamp.prompt]

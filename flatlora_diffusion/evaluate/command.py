@@ -72,6 +72,11 @@ def evaluation_parser() -> OneLineParser:
     )
     add("--instance_prompt", metavar="TEXT", help="In place of missing captions, as in training.")
     add(
+        "--kohya_folders",
+        action="store_true",
+        help="Read sub-folders that are named as for kohya's scripts (10_fox) too, as in training.",
+    )
+    add(
         "--clip",
         metavar="CLIP",
         help="Folder or hub name of a CLIP, such as openai/clip-vit-large-patch14. Without it nothing is "
@@ -80,6 +85,12 @@ def evaluation_parser() -> OneLineParser:
     add("--resolution", type=int, metavar="PIXELS", help="Of pictures and losses (default: the base's own).")
     add("--steps", type=int, metavar="N", help="Denoising steps of drawn pictures (default: 30).")
     add("--guidance", type=float, metavar="X", help="Classifier-free guidance of them (default: 5).")
+    add(
+        "--caption_chunks",
+        type=int,
+        metavar="N",
+        help="Read captions and prompts in N pieces, of 75 tokens for SDXL (default: 1), as in training.",
+    )
     add(
         "--parts",
         nargs="+",

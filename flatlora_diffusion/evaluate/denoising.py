@@ -124,13 +124,16 @@ class DenoisingSet:
         ]
 
 
-def embed(pipeline: StableDiffusionXLPipeline, adapter: str | None, captions: Sequence[str]) -> PromptCache:
+def embed(
+    pipeline: StableDiffusionXLPipeline, adapter: str | None, captions: Sequence[str], chunks: int = 1
+) -> PromptCache:
     """Embeddings of captions by the text encoders as they are now.
 
     Args:
         pipeline: With the adapter active, at the scale that is wanted.
         adapter: Name of the active adapter, whose new tokens stand in for the words that mean them.
         captions: In words; they are what the embeddings are asked for by.
+        chunks: Pieces in which they are read, see `sdxl.encoding.encode_prompts`.
     """
     words = loaded_words(pipeline, adapter)
     return PromptCache(
@@ -138,4 +141,5 @@ def embed(pipeline: StableDiffusionXLPipeline, adapter: str | None, captions: Se
         (pipeline.text_encoder, pipeline.text_encoder_2),
         captions,
         lambda caption: replace_words(caption, words),
+        chunks,
     )

@@ -71,6 +71,7 @@ class Drawer:
             "height": drawing.height,
             "steps": drawing.steps,
             "guidance": drawing.guidance,
+            "caption_chunks": drawing.caption_chunks,
             "sampler": sampler_name(drawing.sampler, pipeline.scheduler),
             "base": f"{base_name(base)}@{fingerprint(pipeline)}",
             "dtype": names[pipeline.unet.dtype],

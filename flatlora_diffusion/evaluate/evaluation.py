@@ -83,7 +83,8 @@ class Evaluation:
             self.facts[name] = load_adapter(self.pipeline, name, path)
         samples = (*plan.heldout, *plan.training, *plan.retention)
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-        tell_cut(tokenizers, [*(sample.caption for sample in samples), *plan.prompts])
+        told = [*(sample.caption for sample in samples), *plan.prompts]
+        tell_cut(tokenizers, told, plan.caption_chunks)
         self.resolution = plan.resolution or native_side(self.pipeline)
         self.report: dict[str, Any] = {
             "base": plan.base,
@@ -209,7 +210,9 @@ class Evaluation:
         # Before the adapter is made the active one: this may draw with the base.
         samples = [*self.plan.heldout, *self.plan.training, *self._retention_samples]
         unet = merged_unet(self.pipeline, name, scale)
-        return unet, embed(self.pipeline, name, [sample.caption for sample in samples])
+        return unet, embed(
+            self.pipeline, name, [sample.caption for sample in samples], self.plan.caption_chunks
+        )
 
     def _set(self, samples: Sequence[Sample], count: int) -> DenoisingSet:
         return DenoisingSet(self.pipeline, samples, self.resolution, count)
@@ -247,8 +250,9 @@ class Evaluation:
 
     @functools.cached_property
     def _drawer(self) -> Drawer:
-        drawing = Drawing(self.resolution, self.resolution, self.plan.steps, self.plan.guidance)
-        return Drawer(self.pipeline, self.plan.base, self.facts, drawing, self.folder / PICTURES)
+        plan, side = self.plan, self.resolution
+        drawing = Drawing(side, side, plan.steps, plan.guidance, caption_chunks=plan.caption_chunks)
+        return Drawer(self.pipeline, plan.base, self.facts, drawing, self.folder / PICTURES)
 
     @functools.cached_property
     def _personalisation(self) -> Personalisation:
@@ -307,6 +311,8 @@ class Evaluation:
             },
             **samples,
             "prompts": list(plan.prompts),
+            # Only where it isn't 1: what was measured before there was a choice is kept.
+            **({"caption_chunks": plan.caption_chunks} if plan.caption_chunks > 1 else {}),
             "resolution": self.resolution,
             "dtype": plan.dtype,
             "device": self.pipeline.device.type,

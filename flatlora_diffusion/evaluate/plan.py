@@ -28,6 +28,7 @@ class Plan:
         resolution: Of pictures and losses; None is the base's own.
         steps: Denoising steps of drawn pictures.
         guidance: Of drawn pictures.
+        caption_chunks: Pieces in which captions and prompts are read, see `sdxl.encoding.encode_prompts`.
         parts: Those of `PARTS` that are measured.
         device: Where.
         dtype: Name of the precision.
@@ -43,6 +44,7 @@ class Plan:
     resolution: int | None = None
     steps: int = 30
     guidance: float = 5.0
+    caption_chunks: int = 1
     parts: Sequence[str] = PARTS
     device: str = "cpu"
     dtype: str = "fp32"

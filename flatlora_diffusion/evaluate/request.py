@@ -64,16 +64,16 @@ def read_plan(given: dict[str, Any]) -> Plan:
                 f"--adapter {label}={path}: {label} is {adapters[label]} already; give another name"
             )
         adapters[label] = path
-    for flag in ("resolution", "steps"):
+    for flag in ("resolution", "steps", "caption_chunks"):
         if flag in given and (given[flag] < 1 or (flag == "resolution" and given[flag] % 8)):
             what = "a multiple of 8" if flag == "resolution" else "1 or more"
             raise UserError(f"--{flag} {given[flag]}: must be {what}")
     samples = {
-        flag: _samples(flag, given[flag], given.get("instance_prompt"))
+        flag: _samples(flag, given[flag], given.get("instance_prompt"), given.get("kohya_folders", False))
         for flag in ("heldout", "training", "retention")
         if flag in given
     }
-    names = ("clip", "resolution", "steps", "guidance", "parts", "dtype")
+    names = ("clip", "resolution", "steps", "guidance", "caption_chunks", "parts", "dtype")
     return Plan(
         base=given["base"],
         adapters=adapters,
@@ -84,8 +84,9 @@ def read_plan(given: dict[str, Any]) -> Plan:
     )
 
 
-def _samples(flag: str, folder: Path, instance_prompt: str | None) -> list[Sample]:
-    samples = find_samples(folder, instance_prompt or PROMPT_PLACEHOLDER, f"--{flag} {folder}")
+def _samples(flag: str, folder: Path, instance_prompt: str | None, kohya_folders: bool) -> list[Sample]:
+    prompt = instance_prompt or PROMPT_PLACEHOLDER
+    samples = find_samples(folder, prompt, f"--{flag} {folder}", kohya_folders=kohya_folders)
     for sample in samples:
         if PROMPT_PLACEHOLDER in sample.caption:
             raise UserError(f"--{flag} {folder}: {sample.path.name} has no caption; give --instance_prompt")

@@ -163,9 +163,13 @@ def draw_grid(
 
 def _tell_cut(pipeline: StableDiffusionXLPipeline, recipe: Recipe) -> None:
     """A line in the log for each prompt that is longer than the text encoders read."""
-    negative = [recipe.drawing.negative_prompt] if recipe.drawing.negative_prompt else []
+    drawing = recipe.drawing
+    negative = [drawing.negative_prompt] if drawing.negative_prompt else []
     for prompt in (*dict.fromkeys(recipe.grid.prompts), *negative):
-        found = (where_cut_in(pipeline, method.adapter, prompt) for method in recipe.grid.methods)
+        found = (
+            where_cut_in(pipeline, method.adapter, prompt, drawing.caption_chunks)
+            for method in recipe.grid.methods
+        )
         if told := next(filter(None, found), None):
             logger.warning("%s", told)
 
@@ -195,6 +199,7 @@ def _stamp(
         dtype=recipe.dtype,
         device=device,
         versions=versions,
+        caption_chunks=drawing.caption_chunks,
     )
 
 

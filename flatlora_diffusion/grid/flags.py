@@ -46,6 +46,11 @@ def grid_parser() -> OneLineParser:
     add("--dataset_name", metavar="NAME", help="The same of a Hugging Face dataset, of its split train.")
     add("--caption_column", metavar="KEY", help="Where the captions are: a column, a key of metadata.jsonl.")
     add("--instance_prompt", metavar="TEXT", help="In place of missing captions, as in training.")
+    add(
+        "--kohya_folders",
+        action="store_true",
+        help="Read sub-folders of --captions that are named as for kohya's scripts (10_fox) too.",
+    )
     add("--limit", type=int, metavar="N", help="Take the first N prompts.")
     add("--seed", nargs="+", type=int, metavar="N", help="One or more seeds for each prompt (default: 0).")
     add("--rows", nargs="+", choices=AXES, help="What goes downwards, slowest first (default: prompt seed).")
@@ -59,6 +64,12 @@ def grid_parser() -> OneLineParser:
     add("--steps", type=int, metavar="N", help="Denoising steps (default: 50).")
     add("--guidance", type=float, metavar="X", help="Classifier-free guidance (default: 5).")
     add("--sampler", choices=SAMPLERS, help="Default: the base's own.")
+    add(
+        "--caption_chunks",
+        type=int,
+        metavar="N",
+        help="Read prompts in N pieces, of 75 tokens for SDXL (default: 1), as in training.",
+    )
     add(
         "--batch_size",
         type=int,

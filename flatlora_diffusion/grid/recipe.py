@@ -200,6 +200,8 @@ class Recipe:
             "the base's own sampler" if sampler == DEFAULT else sampler,
             *(f"{drawing.width} x {drawing.height} px", self.dtype),
         ]
+        if drawing.caption_chunks > 1:
+            parts.append(f"prompts in {drawing.caption_chunks} pieces")
         silent = [m for m in grid.methods if m.adapter and not m.label.endswith(f" x {m.scale:g}")]
         if len({method.scale for method in silent}) == 1:
             parts.append(f"adapter scale {silent[0].scale:g}")
@@ -227,8 +229,9 @@ def check_drawing(drawing: Drawing) -> None:
         value = getattr(drawing, name)
         if value < 8 or value % 8:
             raise UserError(f"{name} {value}: must be a multiple of 8 greater than 0")
-    if drawing.steps < 1:
-        raise UserError(f"steps {drawing.steps}: must be greater than 0")
+    for name in ("steps", "caption_chunks"):
+        if getattr(drawing, name) < 1:
+            raise UserError(f"{name} {getattr(drawing, name)}: must be greater than 0")
     if not 0 <= drawing.guidance < math.inf:
         raise UserError(f"guidance {drawing.guidance}: must be a finite number that is 0 or more")
     if drawing.sampler not in SAMPLERS:
@@ -260,7 +263,8 @@ def _deciding(grid: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | 
     """What of a manifest decides its pictures: settings, and the hashes of the adapters."""
     settings = {name: value for name, value in grid.items() if name not in _WITHOUT_EFFECT}
     hashes = {name: file["sha256"] for name, file in settings.pop("adapters").items()}
-    return settings | dict(settings.pop("drawing")), hashes
+    drawing = Drawing(**settings.pop("drawing"))  # an older manifest doesn't have all that there is now
+    return settings | dataclasses.asdict(drawing), hashes
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -42,9 +42,8 @@ def read_recipe(given: dict[str, Any]) -> Recipe:
         rest = [axis for axis in AXES if axis not in named]
         axes = {"rows": rest, "columns": rest} | axes
     resolution = given.get("resolution", _SDXL)
-    drawing = {
-        name: given[name] for name in ("steps", "guidance", "negative_prompt", "sampler") if name in given
-    }
+    own = ("steps", "guidance", "negative_prompt", "sampler", "caption_chunks")
+    drawing = {name: given[name] for name in own if name in given}
     try:
         strip = expanded(given.get("strip", []))
     except ValueError as error:
@@ -130,7 +129,9 @@ def _captions(given: dict[str, Any]) -> list[str]:
     instance_prompt = given.get("instance_prompt", PROMPT_PLACEHOLDER)
     if "captions" in given:
         flag, key = f"--captions {given['captions']}", given.get("caption_column", CAPTION_KEY)
-        captions = [sample.caption for sample in find_samples(given["captions"], instance_prompt, flag, key)]
+        kohya = given.get("kohya_folders", False)
+        samples = find_samples(given["captions"], instance_prompt, flag, key, kohya_folders=kohya)
+        captions = [sample.caption for sample in samples]
     elif "caption_column" in given:
         flag = f"--dataset_name {given['dataset_name']}"
         own = dataset_captions(given["dataset_name"], given["caption_column"])

@@ -325,6 +325,7 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         "prior preservation": f"{_code(config.class_prompt or '')}, weight {config.prior_loss_weight:g}"
         if prior
         else "",
+        "caption chunks": str(config.caption_chunks) if config.caption_chunks > 1 else "",
         "resolution": str(config.resolution),
         "steps": str(known["steps"]),
         "batch size": str(config.train_batch_size * config.gradient_accumulation_steps * making.processes),

@@ -36,6 +36,7 @@ def validation_drawing(config: TrainConfig) -> Drawing:
     return Drawing(
         *(side, side, config.validation_inference_steps, config.validation_guidance_scale),
         sampler=config.validation_sampler,
+        caption_chunks=config.caption_chunks,
     )
 
 

@@ -28,7 +28,12 @@ def deciding_settings(
     config: TrainConfig, total_steps: int, data_digest: str, accelerator: Accelerator
 ) -> dict[str, Any]:
     """All that decides the adapter, by name: two runs that agree in it end in the same adapter."""
-    deciding = {field.name for field in dataclasses.fields(config) if field.metadata["decides"]}
+    deciding = {
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata["decides"]
+        and not (field.metadata["later"] and getattr(config, field.name) == field.default)
+    }
     settings = {name: value for name, value in config.settings().items() if name in deciding}
     settings |= {
         "lora_alpha": config.alpha,
@@ -76,6 +81,7 @@ def facts(
         "settings_sha256": _digest(settings),
         "versions": _versions(config),
         **({"quantize_base": config.quantize_base} if config.quantize_base else {}),
+        **({"caption_chunks": config.caption_chunks} if config.caption_chunks > 1 else {}),
     }
 
 

@@ -70,7 +70,7 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     except OSError as error:
         raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
     side = config.class_resolution or native_side(pipeline)
-    drawing = Drawing(side, side)
+    drawing = Drawing(side, side, caption_chunks=config.caption_chunks)
     logger.info("drawing %d class images into %s", missing, folder)
     for start in tqdm(range(0, missing, config.sample_batch_size), "class images", unit="batch"):
         part = numbers[start : start + config.sample_batch_size]

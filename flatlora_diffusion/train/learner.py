@@ -109,7 +109,7 @@ class Learner:
             words = new_tokens(config.abstractions, config.num_new_tokens_per_abstraction)
             self.tokens = NewTokens(words, base.tokenizers, base.text_encoders, config.seed)
             samples, heldout_samples = map(self.tokens.captioned, (samples, heldout_samples))
-            self.tokens.require_room(samples)
+            self.tokens.require_room(samples, config.caption_chunks)
         self.trained: dict[str, nn.Module] = {"unet": self.base.unet}
         self.prompts: PromptCache | None = None
         self._whole_samples = [*class_samples, *heldout_samples]
@@ -146,7 +146,7 @@ class Learner:
         """Say which captions and validation prompts are longer than the text encoders read."""
         prompts = [*self.latents.captions.whole, *(sample.caption for sample in self._whole_samples)]
         prompts += map(self.in_tokens, self.config.prompts_to_draw)
-        tell_cut(self.base.tokenizers, prompts)
+        tell_cut(self.base.tokenizers, prompts, self.config.caption_chunks)
 
     def freeze_text_encoders(self) -> None:
         """Train the text encoders no further; without effect where they aren't trained.
@@ -241,7 +241,8 @@ class Learner:
             *map(self.in_tokens, self.config.prompts_to_draw),
             "",
         ]
-        self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts)
+        chunks = self.config.caption_chunks
+        self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts, chunks=chunks)
         base.text_encoders = ()
         release()
 
@@ -325,7 +326,8 @@ class Learner:
             prompts = self.prompts.embed(batch.captions)
         else:
             encoders = [self._wrapped[name] for name in TEXT_ENCODERS]
-            prompts = encode_prompts(self.base.tokenizers, encoders, batch.captions)
+            tokenizers, chunks = self.base.tokenizers, self.config.caption_chunks
+            prompts = encode_prompts(tokenizers, encoders, batch.captions, chunks)
         if self.config.quantize_base:
             # Layers of bitsandbytes keep the dtype of their input, also under autocast: begin in the base's.
             dtype = self.base.unet.conv_in.weight.dtype

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.draw.pipeline import draw
+from flatlora_diffusion.draw.pipeline import conditions_of, draw
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.gallery import Gallery, SideBySide, validation_drawing, validation_seeds
 from flatlora_diffusion.output.names import step_name
@@ -138,7 +138,7 @@ def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
     def conditions(prompt: str) -> dict[str, Any]:
         prompt = learner.in_tokens(prompt)
         if prompts is None:
-            return {"prompt": prompt}
+            return conditions_of(pipeline, prompt, None, drawing)
         wanted, empty = prompts.embed([prompt]), prompts.embed([""])
         if base.zeros_for_empty_prompt:
             empty = PromptEmbeds(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))

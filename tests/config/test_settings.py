@@ -92,6 +92,7 @@ DIFFUSERS_DEFAULTS = {
 OURS = {
     "quantize_base": None,
     "kohya_folders": False,
+    "caption_chunks": 1,
     "lora_weights": None,
     "background": "white",
     "lora_alpha": None,

@@ -339,6 +339,7 @@ def test_another_adapter_under_a_name_is_measured_anew(command, adapters, merged
         ({"--prompt": ["a cat"]}, "--retention and --prompt: give only one of them"),
         ({"--resolution": ["20"]}, "--resolution 20: must be a multiple of 8"),
         ({"--steps": ["0"]}, "--steps 0: must be 1 or more"),
+        ({"--caption_chunks": ["0"]}, "--caption_chunks 0: must be 1 or more"),
         ({"--clip": ["missing"]}, "missing: no such folder"),
         ({"--device": ["nowhere"]}, "--device nowhere: "),
         ({"--base": ["missing/base/x"]}, "no such folder"),
@@ -350,6 +351,13 @@ def test_bad_input_is_one_line_before_anything_is_written(command, tmp_path, cha
         main(words(command | changes))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_sub_folders_in_kohya_s_layout(command, heldout):
+    (heldout / "3_sks fox").mkdir()
+    Image.new("RGB", (8, 8)).save(heldout / "3_sks fox" / "a.png")
+    given = vars(evaluation_parser().parse_all([*words(command), "--kohya_folders"]))
+    assert next(sample.caption for sample in read_plan(given).heldout) == "sks fox"
 
 
 def test_captions_that_are_missing_are_asked_for(command):

@@ -403,6 +403,9 @@ def test_prompts_from_files_and_captions(icons, tmp_path):
     assert recipe_of("--captions", str(icons), *named).grid.prompts == ("x", "no")
     (icons / "green.txt").write_text("{instance_prompt} in green")
     assert recipe_of("--captions", str(icons), *named).grid.prompts == ("x", "x in green", "no")
+    (icons / "10_sks fox").mkdir()
+    Image.new("RGB", (8, 8)).save(icons / "10_sks fox" / "fox.png")
+    assert recipe_of("--captions", str(icons), *named, "--kohya_folders").grid.prompts[0] == "sks fox"
     with pytest.raises(UserError, match=r"--captions .*: a caption has .instance_prompt.; say with"):
         recipe_of("--captions", str(icons))
 
@@ -444,6 +447,7 @@ P = ("--prompt", "p")
         ([*P, "--resolution", "12"], "width 12: must be a multiple of 8 greater than 0"),
         ([*P, "--height", "0"], "height 0: must be a multiple of 8"),
         ([*P, "--steps", "0"], "steps 0: must be greater than 0"),
+        ([*P, "--caption_chunks", "0"], "caption_chunks 0: must be greater than 0"),
         ([*P, "--guidance", "inf"], "guidance inf: must be a finite number"),
         ([*P, "--batch_size", "0"], "batch_size 0: must be greater than 0"),
         ([*P, "--seed", "-1"], "seed -1: must be 0 or more"),
