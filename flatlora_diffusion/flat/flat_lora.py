@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TypedDict
 
@@ -11,16 +11,17 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.flat.hooks import (
     Detach,
     attach_to_attention,
+    attach_to_layer,
     attach_to_module,
     is_attention,
     is_diffusers_attention,
 )
-from flatlora_diffusion.flat.layer import PerturbedLayer, refresh_row_norms
-from flatlora_diffusion.flat.noise import SCHEDULES, Draw, GaussianSource, NoiseSource, TableSource, sigma_at
+from flatlora_diffusion.flat.layer import Contents, PerturbedLayer, Prepared
+from flatlora_diffusion.flat.noise import SCHEDULES, GaussianSource, NoiseSource, TableSource, sigma_at
+from flatlora_diffusion.flat.prepare import prepare
 
 NOISE_SOURCES = ("table", "gaussian")
 
@@ -80,7 +81,7 @@ class FlatLoRA:
     ) -> None:
         self._adapter_name = adapter_name
         self._configure(sigma, total_steps, schedule, seed, noise)
-        self._global_step = 0
+        self.global_step = 0
         self._pauses = 0
         self._detach: list[Detach] = []
         self._perturbed: dict[str, PerturbedLayer] = {}
@@ -111,9 +112,9 @@ class FlatLoRA:
         if not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"global_step={step!r} must be an integer >= 0")
         self._global_step = step
-        # Some optimizers write through `parameter.data`, which no version counter sees.
-        for layer in self._perturbed.values():
-            layer.forget_row_norms()
+        # What was prepared is of an earlier moment: some optimizers write through `parameter.data`, which no
+        # version counter sees.
+        self._moment = object()
 
     @property
     def sigma_t(self) -> float:
@@ -130,21 +131,20 @@ class FlatLoRA:
         With DoRA the merged weight is `magnitude * (W + s*B@A) / ||W + s*B@A||`.
         """
         layer = self._perturbed[name]
-        refresh_row_norms([layer])
-        inputs = layer.shape[1]
+        norms = self._prepared(layer).row_norms
         scale = layer.dora_scale()
-        norms = layer.row_norms if scale is None else layer.row_norms * scale.abs()
-        return norms * (self.sigma_t / inputs**0.5)
+        if scale is not None:
+            norms = norms * scale.abs()
+        return norms * (self.sigma_t / layer.shape[1] ** 0.5)
 
     def epsilon(self, name: str) -> Tensor:
         """The noise (m, n) on a layer's merged weight at this step, in the weight's dtype.
 
-        Without DoRA the forward pass in training computes with the very bits of `W + epsilon`. Convolutions
-        count as (m, in * kernel).
+        The forward pass in training computes with `W + epsilon`, by a multiply-add that rounds once where
+        that sum rounds twice. Convolutions count as (m, in * kernel).
         """
         layer = self._perturbed[name]
-        refresh_row_norms([layer])
-        eps = self._draw(layer, self.sigma_t).epsilon()
+        eps = self._prepared(layer).draw.epsilon()
         scale = layer.dora_scale()
         return eps if scale is None else eps * scale[:, None].to(eps.dtype)
 
@@ -184,17 +184,27 @@ class FlatLoRA:
 
     def on(self, layers: Sequence[PerturbedLayer]) -> None:
         """Perturb those of the layers that are in training (called by the hooks)."""
-        sigma = self.sigma_t
-        if self._pauses or sigma == 0:
+        if self._pauses or self.sigma_t == 0:
             return
+        perturbed: list[PerturbedLayer] = []
+        all_prepared = True
+        for layer in layers:
+            if layer.training:
+                contents = layer.contents()
+                if self._is_perturbed(contents):
+                    perturbed.append(layer)
+                    all_prepared = all_prepared and layer.is_prepared(self._moment, contents)
+        if not all_prepared:
+            self._prepare(
+                layer
+                for layer in self._perturbed.values()
+                if layer.training and self._is_perturbed(layer.contents())
+            )
         try:
-            for layer in layers:
-                if self._is_on(layer):
-                    if not layer.row_norms_are_current():
-                        refresh_row_norms(filter(self._is_on, self._perturbed.values()))
-                    layer.perturb(self._draw(layer, sigma))
+            for layer in perturbed:
+                layer.perturb()
         except BaseException:
-            self.off(layers)
+            self.off(perturbed)
             raise
 
     def off(self, layers: Sequence[PerturbedLayer]) -> None:
@@ -248,17 +258,24 @@ class FlatLoRA:
             host = modules[name]
             if is_diffusers_attention(host):
                 self._detach.append(attach_to_attention(host, layers, self))
+            elif host is layers[0].module:
+                self._detach.append(attach_to_layer(layers[0], self))
             else:
                 self._detach.append(attach_to_module(host, layers, self))
 
-    def _is_on(self, layer: PerturbedLayer) -> bool:
-        if not layer.training:
-            return False
-        active = layer.active_adapters()
-        return bool(active) if self._adapter_name is None else self._adapter_name in active
+    def _is_perturbed(self, contents: Contents) -> bool:
+        names = contents.names
+        return bool(names) if self._adapter_name is None else self._adapter_name in names
 
-    def _draw(self, layer: PerturbedLayer, sigma: float) -> Draw:
-        return layer.draw(sigma, self._source, hash64(self._seed, self._global_step, _rank(), layer.name))
+    def _prepare(self, layers: Iterable[PerturbedLayer]) -> None:
+        key = self._seed, self._global_step, _rank()
+        prepare(layers, self._moment, self.sigma_t, self._source, key)
+
+    def _prepared(self, layer: PerturbedLayer) -> Prepared:
+        """What holds for a layer at this step, whether it is in training or not."""
+        if not layer.is_prepared(self._moment, layer.contents()):
+            self._prepare([layer])
+        return layer.prepared
 
 
 def _host(name: str, modules: dict[str, nn.Module]) -> str:

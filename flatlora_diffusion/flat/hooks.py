@@ -71,6 +71,26 @@ class FlatLoRAAttnProcessor:
         return self._call
 
 
+class _NoisyLayer:
+    """The `forward` of a LoRA layer outside of any attention block, perturbed while it runs.
+
+    A pre-hook would come too late: a module looks its `forward` up before it calls its hooks.
+    """
+
+    def __init__(self, layer: PerturbedLayer, switch: Switch) -> None:
+        self._layers, self._switch = (layer,), switch
+        self._module = layer.module
+        self._original: Callable[..., Any] = self._module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._switch.on(self._layers)
+        try:
+            forward = self._module.forward
+            return (self._original if forward is self else forward)(*args, **kwargs)
+        finally:
+            self._switch.off(self._layers)
+
+
 class _TurnOn:
     """A forward pre-hook; a class of its own so that a second attachment is recognised."""
 
@@ -110,8 +130,29 @@ def attach_to_attention(
     return detach
 
 
+def attach_to_layer(layer: PerturbedLayer, switch: Switch) -> Detach:
+    """Perturb a LoRA layer while it runs.
+
+    Raises:
+        ValueError: It is attached to already.
+    """
+    module = layer.module
+    original = module.__dict__.get("forward")
+    if isinstance(original, _NoisyLayer):
+        raise ValueError(_ATTACHED_ALREADY)
+    layer.host_forward = module.__dict__["forward"] = _NoisyLayer(layer, switch)
+
+    def detach() -> None:
+        if original is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = original
+
+    return detach
+
+
 def attach_to_module(module: nn.Module, layers: Sequence[PerturbedLayer], switch: Switch) -> Detach:
-    """Perturb the layers while `module` runs: an attention module of transformers, or a LoRA layer itself.
+    """Perturb the layers while `module`, an attention module of transformers, runs.
 
     Raises:
         ValueError: The module has such hooks already.

@@ -1,16 +1,17 @@
 """One LoRA layer of PEFT under noise: what its merged weight is, and a forward pass with `W + eps`.
 
-The base weight is never written. While a layer is perturbed, the `forward` of its base layer is replaced by
-one that computes with a transient `W + eps`; the backward pass builds the sum again from the noise's key.
+The base weight is never written. While a layer is perturbed, its `forward` is replaced by one that computes
+with a transient `W + eps`; the backward pass builds the sum again from the noise's draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraLayer
 from peft.tuners.lora.variants import (
@@ -20,86 +21,88 @@ from peft.tuners.lora.variants import (
     DoraLinearVariant,
 )
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input  # pyright: ignore[reportUnknownVariableType]
 from torch.utils.hooks import RemovableHandle
 
 from flatlora_diffusion.common.weights import weight_of
-from flatlora_diffusion.flat.noise import Draw, NoiseSource, with_noise
+from flatlora_diffusion.flat.fused import FusedConvolution, FusedLinear, Geometry, compute_dtype
+from flatlora_diffusion.flat.noise import Draw
+from flatlora_diffusion.flat.noisy_base import Base, NoisyBase
 from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes, is_quantized
-from flatlora_diffusion.flat.row_norms import merged_row_norms, row_norms_squared
+from flatlora_diffusion.flat.row_norms import row_norms_squared
 
 _DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _PEFT_ON_BITSANDBYTES = "peft.tuners.lora.bnb"  # not imported here: it would import bitsandbytes
-
-Base = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-"""What can be perturbed; the linear layers of bitsandbytes are `nn.Linear` too."""
 _BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLUTIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    nn.Conv1d: (F.conv1d, conv1d_input),
-    nn.Conv2d: (F.conv2d, conv2d_input),
-    nn.Conv3d: (F.conv3d, conv3d_input),
-}
-"""Kind of convolution -> it as a function, and the gradient of its input."""
+_FUSED = (Linear, Conv1d, Conv2d, Conv3d)
+"""Kinds of layers of PEFT that the fused operation knows."""
 
 
-class _Context(FunctionCtx):
-    """What `_NoisyForward` keeps for its backward pass."""
+class Contents(NamedTuple):
+    """All that the merged weight depends on.
 
-    draw: Draw
-    read: Callable[[Tensor], Tensor]
-    input_grad: Callable[[Tensor, Tensor, torch.Size], Tensor]
-    x_shape: torch.Size
-    x_dtype: torch.dtype
-    channel_dim: int
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-
-class _NoisyForward(torch.autograd.Function):
-    """`apply_weight(x, W + eps, bias)`, keeping W's reference and the draw: neither the noise nor the sum.
-
-    `read` makes W of what is stored: the same tensor, or where it is quantised a new one in either pass.
-    Under autocast the sum is formed in the weight's own dtype and then cast, as autocast does with a weight.
-    The weight is frozen; the bias may be trained.
+    Attributes:
+        names: The adapters that the forward pass adds to the base weight.
+        scalings: Their factors.
+        versions: Those of W and of the adapters' weights.
     """
 
-    @staticmethod
-    def forward(
-        ctx: _Context,
-        x: Tensor,
-        stored: Tensor,
-        bias: Tensor | None,
-        draw: Draw,
-        read: Callable[[Tensor], Tensor],
-        apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        input_grad: Callable[[Tensor, Tensor, torch.Size], Tensor],
-    ) -> Tensor:
-        ctx.save_for_backward(stored)
-        ctx.draw, ctx.read, ctx.input_grad = draw, read, input_grad
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.channel_dim = 1 if stored.dim() > 2 else -1
-        # A linear layer returns a view of a matrix product, which autograd would protect from being modified
-        # in place, as AdaLoRA does; `.data` is no view.
-        return apply_weight(x, with_noise(read(stored), draw), bias).data
+    names: tuple[str, ...]
+    scalings: tuple[float, ...]
+    versions: tuple[object, ...]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            (stored,) = ctx.saved_tensors
-            noisy = with_noise(ctx.read(stored), ctx.draw).to(grad.dtype)
-            with torch.autocast(grad.device.type, enabled=False):
-                grad_x = ctx.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.movedim(ctx.channel_dim, 0).flatten(1).sum(dim=1)
-        return grad_x, None, grad_bias, None, None, None, None
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a layer needs for the forward passes of one step.
+
+    Attributes:
+        moment: The step, as an object of its own.
+        contents: What the merged weight was made of.
+        row_norms: Norm of each row of `W + sum_k s_k B_k A_k`, before any rescaling by DoRA: (m,), float32.
+        draw: The noise on the base weight.
+        branch: The low-rank branch, where the fused operation knows all of the layer.
+    """
+
+    moment: object
+    contents: Contents
+    row_norms: Tensor
+    draw: Draw
+    branch: Branch | None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The one low-rank branch of a layer that the fused operation computes.
+
+    Attributes:
+        modules: Those of A, B and dropout, which are passed by.
+        scaling: Factor s of the branch.
+        geometry: That of a convolution.
+        a: The weight (r, n), or (r, in, *kernel).
+        b: The weight (m, r), or (m, r, *ones).
+        hooks: What somebody may hang onto the modules and the base layer: dictionaries that are empty.
+    """
+
+    modules: tuple[nn.Module, nn.Module, nn.Module]
+    scaling: float
+    geometry: Geometry | None
+    a: Tensor
+    b: Tensor
+    hooks: Sequence[dict[Any, Any]]
+
+    def is_of(self, modules: tuple[nn.Module, nn.Module, nn.Module], scaling: float) -> bool:
+        """Whether it is the branch of these modules still."""
+        same = self.scaling == scaling and all(map(operator.is_, self.modules, modules))
+        return same and self.a is modules[0].weight and self.b is modules[1].weight
+
+    def is_passable(self) -> bool:
+        """Whether nobody notices that the modules are never called."""
+        return not any(self.hooks) and not any("forward" in module.__dict__ for module in self.modules)
 
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
     """Changes whenever the tensor is written in place, replaced, cast or moved."""
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
+    return tensor.data_ptr(), tensor._version, tensor.dtype
 
 
 def _use_base_layer(
@@ -130,17 +133,22 @@ class PerturbedLayer:
         self.layer = layer
         self.base: Base = _supported_base(name, layer)
         self._quantized = QuantizedWeight(self.base) if is_of_bitsandbytes(self.base) else None
+        self._factors: list[nn.ModuleDict | nn.ParameterDict] = [layer.lora_A, layer.lora_B]
+        if isinstance(layer, SVDLinear):
+            self._factors.append(layer.lora_E)
+        self.host_forward: Callable[..., Tensor] | None = (
+            None  # the layer's `forward` where the noise hangs on it
+        )
+        self._noisy_base = NoisyBase(self.base, self._quantized)
         self._weight_norms: tuple[tuple[object, ...], Tensor] | None = None
-        self._row_norms: tuple[list[object], Tensor] | None = None
-        self._draw: tuple[tuple[object, ...], Draw] | None = None
-        self._perturbed = False
-        self._replaced_forward: Callable[..., Tensor] | None = None
+        self._prepared: Prepared | None = None
+        self._replaced: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         self._dora_hooks: list[RemovableHandle] = []
 
     @property
     def weight(self) -> Tensor:
         """The frozen base weight W, (m, n) or (m, in, *kernel); where it is quantised, a new tensor."""
-        return self._read(self.base.weight)
+        return self._noisy_base.weight_in(self.base.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -149,119 +157,113 @@ class PerturbedLayer:
         return shape[0], shape[1:].numel()
 
     @property
-    def training(self) -> bool:
-        """Whether the layer is in `train()` mode."""
-        assert isinstance(self.layer, nn.Module)  # PEFT's `LoraLayer` is a mixin
-        return self.layer.training
-
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that the forward pass adds to the base weight just now."""
-        if self.layer.disable_adapters or self.layer.merged:
-            return []
-        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
-
-    def row_norms_are_current(self) -> bool:
-        """Whether `row_norms` still belongs to the weights as they are."""
-        return self._row_norms is not None and self._row_norms[0] == self._state()
+    def module(self) -> nn.Module:
+        """The layer as a module: PEFT's `LoraLayer` is a mixin."""
+        assert isinstance(self.layer, nn.Module)
+        return self.layer
 
     @property
-    def row_norms(self) -> Tensor:
-        """Norm of each row of `W + sum_k s_k B_k A_k`, before any rescaling by DoRA: (m,), float32."""
-        assert self._row_norms is not None, "refresh_row_norms comes first"
-        return self._row_norms[1]
+    def training(self) -> bool:
+        """Whether the layer is in `train()` mode."""
+        return self.module.training
 
-    def keep_row_norms(self, row_norms: Tensor) -> None:
-        """Take over what `refresh_row_norms` computed."""
-        self._row_norms = self._state(), row_norms
-        self._draw = None
+    def contents(self) -> Contents:
+        """What the merged weight is made of just now: no adapter where they are disabled or merged."""
+        layer, first = self.layer, self._factors[0]
+        if layer.disable_adapters or layer.merged:
+            names = ()
+        else:
+            names = tuple(name for name in layer.active_adapters if name in first)
+        versions = [_version(self.base.weight)]
+        for group in self._factors:
+            versions += [_version(_factor(group, name)) for name in names]
+        return Contents(names, tuple(map(self._scaling, names)), tuple(versions))
 
-    def forget_row_norms(self) -> None:
-        """The adapter may have changed in a way that `row_norms_are_current` cannot notice."""
-        self._row_norms = None
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """The dtype in which `W + eps` is formed."""
+        return (self._quantized or self.base.weight).dtype
 
-    def reject_mixed_dora(self) -> None:
-        """Raise ValueError where DoRA is active together with other adapters."""
-        active = self.active_adapters()
-        if len(active) > 1 and any(name in self.layer.lora_magnitude_vector for name in active):
-            raise ValueError(
-                f"{self.name}: DoRA together with other active adapters ({', '.join(active)}) has no single "
-                "merged weight; activate one adapter"
-            )
+    def is_prepared(self, moment: object, contents: Contents) -> bool:
+        """Whether what was prepared is of this step and of those contents."""
+        prepared = self._prepared
+        return prepared is not None and prepared.moment is moment and prepared.contents == contents
+
+    def prepare(self, moment: object, contents: Contents, row_norms: Tensor, draw: Draw) -> None:
+        """Take over what `prepare.prepare` computed for this step."""
+        self._prepared = Prepared(moment, contents, row_norms, draw, self._branch(contents))
+
+    @property
+    def prepared(self) -> Prepared:
+        """Row norms and noise of the step; `prepare` comes first."""
+        assert self._prepared is not None
+        return self._prepared
 
     def dora_scale(self) -> Tensor | None:
         """DoRA's factor `magnitude / ||W'_i||` on each row of the merged weight: (m,), float32; else None."""
-        for name in self.active_adapters():
+        for name in self.prepared.contents.names:
             if name in self.layer.lora_magnitude_vector:
                 magnitude = weight_of(self.layer.lora_magnitude_vector[name]).detach()
-                return magnitude.float().flatten() / self.row_norms
+                return magnitude.float().flatten() / self.prepared.row_norms
         return None
 
-    def draw(self, sigma: float, source: NoiseSource, key: int) -> Draw:
-        """The noise on the base weight, of standard deviation `sigma / sqrt(n) * ||W'_i||` (equation 7)."""
-        request = (sigma, source, key)
-        if self._draw is None or self._draw[0] != request:
-            inputs = self.shape[1]
-            dtype = (self._quantized or self.base.weight).dtype
-            row_std = (self.row_norms * (sigma / inputs**0.5)).to(dtype)
-            self._draw = request, source.draw(key, row_std, inputs)
-        return self._draw[1]
-
-    def perturb(self, draw: Draw) -> None:
-        """Make the base layer compute with `W + eps` until `restore` is called."""
-
-        def forward(input: Tensor) -> Tensor:
-            bias = self.base.bias
-            if self._quantized is None:
-                return self._noisy_forward(input, bias, draw)
-            dtype = self._quantized.compute_dtype(input)
-            bias = None if bias is None else bias.to(dtype)
-            return self._noisy_forward(input.to(dtype), bias, draw).to(input.dtype)
-
-        # The attribute of the instance shadows the method; somebody else's may be there already.
-        self._replaced_forward = self.base.__dict__.get("forward")
-        self.base.forward = forward
-        self._perturbed = True
+    def perturb(self) -> None:
+        """Compute with the prepared noise until `restore` is called."""
+        # An attribute of the instance shadows the method; somebody else's may be there already.
+        self._replace(self.base, self._base_forward)
+        if self.prepared.branch is not None:
+            self._replace(self.module, self._fused_forward)
         # DoRA with dropout multiplies by the base weight itself instead of calling the base layer.
         for vector in self.layer.lora_magnitude_vector.values():
             self._dora_hooks.append(vector.register_forward_pre_hook(_use_base_layer, with_kwargs=True))
 
     def restore(self) -> None:
         """Undo `perturb`; does nothing where there is nothing to undo."""
-        if not self._perturbed:
-            return
-        if self._replaced_forward is None:
-            del self.base.forward
-        else:
-            self.base.forward = self._replaced_forward
-        self._replaced_forward = None
-        self._perturbed = False
+        while self._replaced:
+            module, forward = self._replaced.pop()
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
         while self._dora_hooks:
             self._dora_hooks.pop().remove()
 
-    def _noisy_forward(self, x: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
-        return _NoisyForward.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            x, self.base.weight, bias, draw, self._read, self._apply_weight, self._input_grad
-        )
+    def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        # Past `nn.Module.__setattr__`, which looks through all of the module's tensors first.
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
 
-    def _read(self, stored: Tensor) -> Tensor:
-        """W from the tensor that holds it."""
-        return stored if self._quantized is None else self._quantized.dequantized()
+    def _base_forward(self, input: Tensor) -> Tensor:
+        return self._noisy_base(input, self.prepared.draw)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._quantized is not None:
-            weight = weight.to(x.dtype)
-        if isinstance(self.base, nn.Linear):
-            return F.linear(x, weight, bias)
-        conv = self.base
-        convolve, _ = _CONVOLUTIONS[type(conv)]
-        return convolve(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def _fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        prepared = self.prepared
+        branch, weight, bias = prepared.branch, self.base.weight, self.base.bias
+        dtype = None
+        if branch is not None and not args and not kwargs and branch.is_passable():
+            dtype = compute_dtype(x, weight, branch.a, branch.b)
+        if branch is None or dtype is None:
+            # The reference path: PEFT's own layer, whose base layer is perturbed.
+            return type(self.module).forward(self.module, x, *args, **kwargs)
+        common = x, weight, bias, branch.a, branch.b, branch.scaling, prepared.draw, dtype
+        if branch.geometry is None:
+            return FusedLinear.apply(*common)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return FusedConvolution.apply(*common, branch.geometry)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
-    def _input_grad(self, grad: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        if isinstance(self.base, nn.Linear):
-            return grad @ weight
-        conv = self.base
-        _, input_gradient = _CONVOLUTIONS[type(conv)]
-        return input_gradient(x_shape, weight, grad, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def _branch(self, contents: Contents) -> Branch | None:
+        """The low-rank branch, where it is one that the fused operation computes as PEFT's layer does."""
+        layer = self.layer
+        if len(contents.names) != 1 or type(layer) not in _FUSED or self._quantized is not None:
+            return None
+        (name,), (scaling,) = contents.names, contents.scalings
+        if name in layer.lora_variant or self.module.__dict__.get("forward") is not self.host_forward:
+            return None
+        modules = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if self._prepared is not None:
+            known = self._prepared.branch
+            if known is not None and known.is_of(modules, scaling):
+                return known
+        return _branch_of(self.base, modules, scaling)
 
     def weight_norms_squared(self) -> Tensor:
         """Squared norm of each row of the base weight: (m,), float32; computed once."""
@@ -270,39 +272,34 @@ class PerturbedLayer:
             self._weight_norms = version, row_norms_squared(self.weight.detach().flatten(1))
         return self._weight_norms[1]
 
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (m, r) in float32 with `dW = B @ A`, over all active adapters."""
-        factors_a: list[Tensor] = []
-        factors_b: list[Tensor] = []
-        for name in self.active_adapters():
-            a, b = _factor(self.layer.lora_A, name), _factor(self.layer.lora_B, name)
-            scaling = self._scaling(name)
+    def low_rank(self, contents: Contents) -> tuple[Tensor, Tensor, float]:
+        """A (r, n) and B (m, r) in float32 and a factor s with `dW = s * B @ A`, over all active adapters.
+
+        Raises:
+            ValueError: DoRA is active together with other adapters: there is no single merged weight.
+        """
+        factors: list[tuple[Tensor, Tensor, float]] = []
+        for name, scaling in zip(contents.names, contents.scalings, strict=True):
+            a, b = _factor(self._factors[0], name), _factor(self._factors[1], name)
             if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
-                scaling = scaling / (self.layer.ranknum[name] + 1e-5)
-                a = a * self.layer.lora_E[name]
-            else:
+                a, b = a * self.layer.lora_E[name], b / (self.layer.ranknum[name] + 1e-5)
+            elif a.dim() > 2:
                 a, b = a.flatten(1), b.flatten(1)
-            factors_a.append(a.float())
-            factors_b.append(b.float() * scaling)
-        if len(factors_a) == 1:
-            return factors_a[0], factors_b[0]
+            factors.append((a.float(), b.float(), scaling))
+        if len(factors) == 1:
+            return factors[0]
+        if any(name in self.layer.lora_magnitude_vector for name in contents.names):
+            raise ValueError(
+                f"{self.name}: DoRA together with other active adapters ({', '.join(contents.names)}) has no "
+                "single merged weight; activate one adapter"
+            )
         m, n = self.shape
         none = torch.empty(0, device=self.base.weight.device)  # there may be no active adapter
         return (
-            torch.cat([none.view(0, n), *factors_a]),
-            torch.cat([none.view(m, 0), *factors_b], dim=1),
+            torch.cat([none.view(0, n), *(a for a, _, _ in factors)]),
+            torch.cat([none.view(m, 0), *(b * scaling for _, b, scaling in factors)], dim=1),
+            1.0,
         )
-
-    def _state(self) -> list[object]:
-        """All that the merged weight depends on."""
-        state: list[object] = [_version(self.base.weight)]
-        groups: list[nn.ModuleDict | nn.ParameterDict] = [self.layer.lora_A, self.layer.lora_B]
-        if isinstance(self.layer, SVDLinear):
-            groups.append(self.layer.lora_E)
-        for name in self.active_adapters():
-            state += [name, self._scaling(name)]
-            state += [_version(_factor(group, name)) for group in groups if name in group]
-        return state
 
     def _scaling(self, name: str) -> float:
         return self.layer.scaling[name]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -312,6 +309,33 @@ def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
     """A or B of an adapter: PEFT keeps a layer with that weight, for AdaLoRA the parameter itself."""
     entry = group[name]
     return entry if isinstance(entry, Tensor) else weight_of(entry)
+
+
+def _branch_of(base: Base, modules: tuple[nn.Module, nn.Module, nn.Module], scaling: float) -> Branch | None:
+    """The branch of those modules, if they are PEFT's plain ones."""
+    a, b, dropout = modules
+    if not isinstance(dropout, nn.Identity) or any(
+        type(factor) is not type(base) or factor.bias is not None for factor in (a, b)
+    ):
+        return None
+    geometry = None if isinstance(base, nn.Linear) else _geometry(base)
+    if geometry is not None and _geometry(a) != geometry:
+        return None
+    hooks = [hooks for module in (base, *modules) for hooks in _hooks(module)]
+    return Branch(modules, scaling, geometry, weight_of(a), weight_of(b), hooks)
+
+
+def _geometry(module: nn.Module) -> Geometry:
+    """How a convolution moves."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    assert not isinstance(module.padding, str)  # such a base is not supported
+    return Geometry(module.stride, module.padding, module.dilation)
+
+
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
+    """What runs when the module is called, beside its `forward`."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [getattr(module, kind) for kind in kinds]
 
 
 def _supported_base(name: str, layer: LoraLayer) -> Base:
@@ -345,30 +369,3 @@ def _supported_base(name: str, layer: LoraLayer) -> Base:
     raise ValueError(
         f"{name}: Flat-LoRA cannot perturb {problem}; remove this layer from the adapter's target_modules"
     )
-
-
-@torch.no_grad()
-def refresh_row_norms(layers: Iterable[PerturbedLayer]) -> None:
-    """Compute `row_norms` of the layers, those of one shape together: it saves hundreds of small operations.
-
-    Raises:
-        ValueError: DoRA is active together with other adapters.
-    """
-    groups: dict[
-        tuple[torch.Size, torch.Size, torch.device], list[tuple[PerturbedLayer, Tensor, Tensor]]
-    ] = {}
-    for layer in layers:
-        layer.reject_mixed_dora()
-        a, b = layer.low_rank()
-        groups.setdefault((a.shape, b.shape, a.device), []).append((layer, a, b))
-    for (_, _, device), group in groups.items():
-        members = [layer for layer, _, _ in group]
-        with torch.autocast(device.type, enabled=False):
-            norms = merged_row_norms(
-                (layer.weight.flatten(1) for layer in members),  # one dequantised weight at a time
-                torch.stack([layer.weight_norms_squared() for layer in members]),
-                torch.stack([a for _, a, _ in group]),
-                torch.stack([b for _, _, b in group]),
-            )
-        for layer, row_norms in zip(members, norms, strict=True):
-            layer.keep_row_norms(row_norms)

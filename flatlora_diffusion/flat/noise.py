@@ -40,27 +40,31 @@ class Draw(Protocol):
         """The noise `eps[i, j] = row_std[i] * z[i, j]` (equation 7): a new tensor (m, n), always the same."""
         ...
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        """A new tensor `W + eps` of the weight's shape (m, ...): all dimensions but the first are inputs.
 
-class NoiseSource(Protocol):
-    """Noise as a pure function of a key."""
-
-    def draw(self, key: int, row_std: Tensor, inputs: int) -> Draw:
-        """Noise for a weight with rows of standard deviations `row_std` (m,) and `inputs` columns.
-
-        The noise has the dtype and device of `row_std`.
+        A fused multiply-add: it rounds once where `weight + epsilon()` rounds twice.
         """
         ...
 
 
-def with_noise(weight: Tensor, draw: Draw) -> Tensor:
-    """A new tensor `W + eps`; all dimensions of the weight but the first count as inputs.
+class NoiseSource(Protocol):
+    """Noise as a pure function of a key."""
 
-    The noise is rounded before the sum (no fused multiply-add), so that a weight to which `epsilon` has been
-    added has the same bits.
-    """
-    noisy = draw.epsilon().view_as(weight)
-    noisy += weight
-    return noisy
+    def draws(self, keys: Sequence[int], row_std: Tensor, inputs: int) -> Sequence[Draw]:
+        """Noise for L weights of one shape, with a key each.
+
+        Args:
+            keys: The L keys.
+            row_std: Standard deviations of the weights' rows, (L, m). The noise has its dtype and device.
+            inputs: Columns n of each weight.
+        """
+        ...
+
+
+def _per_row(values: Tensor, weight: Tensor) -> Tensor:
+    """A value for each row of the weight, shaped to be multiplied with it."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,25 @@ class GaussianDraw:
 
     def epsilon(self) -> Tensor:
         """See `Draw.epsilon`."""
+        return self._normals().mul_(self.row_std[:, None])
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """See `Draw.added_to`."""
+        normals = self._normals().view(weight.shape)
+        return torch.addcmul(weight, normals, _per_row(self.row_std, weight), out=normals)
+
+    def _normals(self) -> Tensor:
         std = self.row_std
         generator = torch.Generator(device=std.device).manual_seed(self.key)
-        shape = (len(std), self.inputs)
-        return torch.randn(shape, generator=generator, dtype=std.dtype, device=std.device).mul_(std[:, None])
+        return torch.randn((len(std), self.inputs), generator=generator, dtype=std.dtype, device=std.device)
 
 
 class GaussianSource:
     """Fresh normals for every key."""
 
-    def draw(self, key: int, row_std: Tensor, inputs: int) -> GaussianDraw:
-        """See `NoiseSource.draw`."""
-        return GaussianDraw(key, row_std, inputs)
+    def draws(self, keys: Sequence[int], row_std: Tensor, inputs: int) -> list[GaussianDraw]:
+        """See `NoiseSource.draws`."""
+        return [GaussianDraw(key, std, inputs) for key, std in zip(keys, row_std, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,22 @@ class TableDraw:
         """See `Draw.epsilon`."""
         blocks = [normals * signed_std for normals, signed_std in self.windows]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """See `Draw.added_to`."""
+        if len(self.windows) == 1:
+            normals, signed_std = self.windows[0]
+            if weight.dim() > 2:
+                normals, signed_std = normals.view(weight.shape), _per_row(signed_std, weight)
+            return torch.addcmul(weight, normals, signed_std)
+        noisy = torch.empty_like(weight)
+        start = 0
+        for normals, signed_std in self.windows:
+            rows = slice(start, start + len(normals))
+            block = weight[rows]
+            torch.addcmul(block, normals.view(block.shape), _per_row(signed_std, block), out=noisy[rows])
+            start += len(normals)
+        return noisy
 
 
 _SMALLEST_TABLE, _LARGEST_TABLE = 1 << 20, 1 << 24
@@ -131,19 +158,22 @@ class TableSource:
             self._tables[dtype, device] = table
         return table
 
-    def draw(self, key: int, row_std: Tensor, inputs: int) -> TableDraw:
-        """See `NoiseSource.draw`."""
+    def draws(self, keys: Sequence[int], row_std: Tensor, inputs: int) -> list[TableDraw]:
+        """See `NoiseSource.draws`. A few operations for all of the weights; the windows are views."""
         table = self._table(row_std.dtype, row_std.device)
-        m = len(row_std)
+        m = row_std.shape[1]
         rows_at_once = min(m, max(1, self._size // 4 // inputs))
-        windows: list[tuple[Tensor, Tensor]] = []
+        windows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in keys]
         for start in range(0, m, rows_at_once):
-            std = row_std[start : start + rows_at_once]
-            count = len(std) * inputs
-            window_hash, sign_hash = divmod(hash64(key, start), 1 << 32)
-            offset = window_hash % (self._size - count + 1)
-            sign_offset = sign_hash % (self._size - len(std) + 1)
-            signs = table[sign_offset : sign_offset + len(std)]
-            window = table[offset : offset + count].view(len(std), inputs)
-            windows.append((window, torch.copysign(std, signs)[:, None]))
-        return TableDraw(windows)
+            std = row_std[:, start : start + rows_at_once]
+            rows = std.shape[1]
+            hashes = [divmod(hash64(key, start), 1 << 32) for key in keys]
+            sign_offsets = [sign_hash % (self._size - rows + 1) for _, sign_hash in hashes]
+            places = torch.tensor(sign_offsets, device=table.device)[:, None]
+            signs = table[places + torch.arange(rows, device=table.device)]
+            signed = torch.copysign(std, signs)[:, :, None].unbind()
+            for of_weight, signed_std, (window_hash, _) in zip(windows, signed, hashes, strict=True):
+                offset = window_hash % (self._size - rows * inputs + 1)
+                window = table.as_strided((rows, inputs), (inputs, 1), offset)
+                of_weight.append((window, signed_std))
+        return [TableDraw(of_weight) for of_weight in windows]

@@ -30,6 +30,12 @@ def row_norms_squared(weight: Tensor) -> Tensor:
     return torch.cat([_vecdot(block, block) for block in _row_blocks(weight)])
 
 
+def _projection(weight: Tensor, factor: Tensor) -> Tensor:
+    """`weight @ factor`, (m, r), in float32."""
+    blocks = [block @ factor for block in _row_blocks(weight)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
 def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Norm of each row of `W' = W + B @ A` for L layers of one shape, forming no `W'`: (L, m), float32.
 
@@ -45,11 +51,8 @@ def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a:
         b: The L factors B (L, m, r), float32, times their scalings.
     """
     projections = torch.stack(
-        [
-            torch.cat([block @ factor.T for block in _row_blocks(weight)])
-            for weight, factor in zip(weights, a, strict=True)
-        ]
-    )  # W A^T, (L, m, r)
+        [_projection(weight, factor.T) for weight, factor in zip(weights, a, strict=True)]
+    )
     cross_and_square = _vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
     # Rounding can leave a tiny negative where the adapter cancels a row of the base weight.
     return (weight_norms_squared + cross_and_square).clamp_min_(0).sqrt_()

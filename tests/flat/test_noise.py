@@ -4,15 +4,19 @@ import pytest
 import torch
 
 from flatlora_diffusion.common.seeds import hash64
-from flatlora_diffusion.flat.noise import GaussianSource, TableSource, sigma_at, with_noise
+from flatlora_diffusion.flat.noise import GaussianSource, TableSource, sigma_at
 from flatlora_diffusion.flat.row_norms import merged_row_norms, row_norms_squared
 
 SOURCES = [GaussianSource(), TableSource(0, elements=1 << 20)]
 source_of_each_kind = pytest.mark.parametrize("source", SOURCES, ids=["gaussian", "table"])
 
 
+def draw(source, key, std, inputs):
+    return source.draws([key], std[None], inputs)[0]
+
+
 def normals(source, key, *shape, dtype=torch.float32):
-    return source.draw(key, torch.ones(shape[0], dtype=dtype), shape[1]).epsilon()
+    return draw(source, key, torch.ones(shape[0], dtype=dtype), shape[1]).epsilon()
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -70,7 +74,7 @@ def test_variance_of_the_noise_and_of_the_output(source, n):
     weight = random(m, n, seed=3)
     norms = weight.norm(dim=1)
     std = sigma / math.sqrt(n) * norms
-    eps = torch.stack([source.draw(hash64(n, d), std, n).epsilon() for d in range(draws)])
+    eps = torch.stack([draw(source, hash64(n, d), std, n).epsilon() for d in range(draws)])
     per_row = eps.square().mean(dim=(0, 2)) / std.square()
     assert (per_row - 1).abs().max() < 6 * math.sqrt(2 / (draws * n)) + 0.006
     # For inputs of unit variance, output i has variance ||W_i||^2, and ||W_i + eps_i||^2 with noise.
@@ -90,10 +94,21 @@ def test_a_key_always_gives_the_same_noise_and_another_key_another(source):
 
 
 @source_of_each_kind
-def test_a_convolution_counts_as_its_flattened_filters(source):
-    weight, std = random(33, 4, 5, 5), random(33, seed=1).abs()
-    expected = weight + (std[:, None] * normals(source, 7, 33, 100)).view_as(weight)
-    assert torch.equal(with_noise(weight, source.draw(7, std, 100)), expected)
+@pytest.mark.parametrize("shape", [(33, 100), (33, 4, 5, 5)], ids=["linear", "convolution"])
+def test_a_weight_takes_the_noise_in_its_flattened_filters(source, shape):
+    weight, std = random(*shape).double(), random(33, seed=1).abs().double()
+    expected = weight + (std[:, None] * normals(source, 7, 33, 100, dtype=torch.float64)).view(shape)
+    before = weight.clone()
+    torch.testing.assert_close(draw(source, 7, std, 100).added_to(weight), expected, rtol=1e-14, atol=1e-15)
+    assert torch.equal(weight, before)
+
+
+@source_of_each_kind
+def test_draws_taken_together_are_those_taken_alone(source):
+    std = random(3, 40, seed=1).abs()
+    together = source.draws([5, 6, 7], std, 50)
+    for key, row_std, one in zip([5, 6, 7], std, together, strict=True):
+        assert torch.equal(one.epsilon(), draw(source, key, row_std, 50).epsilon())
 
 
 def test_table_draws_look_like_fresh_normals():
@@ -126,6 +141,9 @@ def test_a_weight_larger_than_the_table_is_covered():
     assert len(z[:, 0].unique()) > 1800
     starts = z[::262]  # the first rows of the windows
     assert len(starts[:, 0].unique()) == len(starts)
+    weight, std = random(1850, 1000), random(1850, seed=1).abs()
+    one = draw(source, 1, std, 1000)
+    torch.testing.assert_close(one.added_to(weight), weight + one.epsilon(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_same_table_in_every_precision():

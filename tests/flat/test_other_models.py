@@ -58,7 +58,7 @@ def clip_vision():
 
 
 def run_clip_vision(model):
-    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     return model(pixel_values=pixels).last_hidden_state, pixels
 
 
@@ -97,7 +97,7 @@ def adapted(architecture, wrapped):
             model = get_peft_model(model, config)
         else:
             model.add_adapter(config)
-    return model.train()
+    return model.double().train()
 
 
 for_every_model = pytest.mark.parametrize(

@@ -4,6 +4,7 @@ All of it runs on the CPU with the kernels that bitsandbytes has for it.
 """
 
 import builtins
+import copy
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ from transformers import LlamaForCausalLM
 from flatlora_diffusion import FlatLoRA
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.flat import layer as flat_layer
+from flatlora_diffusion.flat.noise import TableDraw
 from flatlora_diffusion.flat.quantized import QuantizedWeight
 from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.sdxl.quantize import quantize
@@ -39,7 +40,15 @@ from tests.conftest import (
     run,
     unet_inputs,
 )
-from tests.flat.test_flat_lora import EVERYWHERE, SIGMA, assert_same_outcome, outcome, run_unet, tiny_unet
+from tests.flat.test_flat_lora import (
+    EVERYWHERE,
+    SIGMA,
+    assert_as_good_as,
+    outcome,
+    relative_errors,
+    run_unet,
+    tiny_unet,
+)
 from tests.flat.test_other_models import llama, run_llama
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -47,8 +56,18 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"
 CPU = torch.device("cpu")
 KINDS = ("4bit", "8bit")
 for_both_kinds = pytest.mark.parametrize("kind", KINDS)
-# bitsandbytes multiplies the 8-bit codes and their scale in another order.
-TOLERANCE = {"4bit": 1e-6, "8bit": 3e-5}
+TOLERANCE = 3e-5  # bitsandbytes multiplies the 8-bit codes and their scale in another order
+
+
+def assert_equals(kind, actual, twin, run):
+    """The twin's outcome: as exact as it in 4 bits, where the multiply-add rounds once instead of twice."""
+    expected = outcome(twin, run)
+    if kind == "8bit":
+        assert max(relative_errors(actual, expected).values()) <= TOLERANCE
+    else:
+        exact = outcome(copy.deepcopy(twin).double(), run)
+        assert_as_good_as(actual, expected, exact)
+        assert max(relative_errors(actual, exact).values()) < 1e-5
 
 
 def is_quantized(module):
@@ -179,8 +198,7 @@ def test_equals_a_twin_with_dequantized_weights_and_materialised_noise(kind, noi
     plain = outcome(unet, run_unet)
     flat = attach(unet, noise=noise)
     actual = outcome(unet, run_unet)
-    expected = outcome(twin_of(unet, tiny_unet(targets), flat), run_unet)
-    assert_same_outcome(actual, expected, TOLERANCE[kind])
+    assert_equals(kind, actual, twin_of(unet, tiny_unet(targets), flat), run_unet)
     assert (actual[0] - plain[0]).norm() / plain[0].norm() > 0.1, "the noise must show"
 
 
@@ -191,7 +209,7 @@ def test_gradient_checkpointing_sees_the_same_noise(kind, reentrant):
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
     flat = attach(unet)
     actual = outcome(unet, run_unet)
-    assert_same_outcome(actual, outcome(twin_of(unet, tiny_unet(), flat), run_unet), TOLERANCE[kind])
+    assert_equals(kind, actual, twin_of(unet, tiny_unet(), flat), run_unet)
 
 
 @for_both_kinds
@@ -257,7 +275,7 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
         monkeypatch.setattr(owner, name, watched)
 
     watch(QuantizedWeight, "dequantized")
-    watch(flat_layer, "with_noise")
+    watch(TableDraw, "added_to")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = model(x)
     assert m * n not in saved and saved
@@ -270,8 +288,11 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
     noisy = dequantized(base).to(base_dtype if kind == "4bit" else torch.float32) + flat.epsilon("0")
     noisy = noisy.to(compute)
     expected = torch.nn.functional.linear(x.to(compute), noisy, base.bias.to(compute)).to(input_dtype)
-    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, (upstream.to(compute) @ noisy).to(input_dtype), rtol=1e-6, atol=1e-6)
+    # The layer's sum rounds once, the one above twice.
+    bound = max(1e-6, torch.finfo(base_dtype).eps / 2) if kind == "4bit" else 1e-6
+    gradient = (upstream.to(compute) @ noisy).to(input_dtype)
+    assert (output - expected).float().norm() <= bound * expected.float().norm()
+    assert (x.grad - gradient).float().norm() <= bound * gradient.float().norm()
 
 
 @for_both_kinds
@@ -325,7 +346,7 @@ def test_transformers_bases_that_are_loaded_in_4_bits(tmp_path):
     model, plain = (get_peft_model(m.requires_grad_(False), config).train() for m in (model, plain))
     flat = attach(model)
     actual = outcome(model, run_llama)
-    assert_same_outcome(actual, outcome(twin_of(model, plain, flat), run_llama))
+    assert_equals("4bit", actual, twin_of(model, plain, flat), run_llama)
 
 
 # Nothing is left behind, and without noise nothing is changed.
