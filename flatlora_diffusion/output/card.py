@@ -334,6 +334,7 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         "min-SNR gamma": "" if config.snr_gamma is None else f"{config.snr_gamma:g}",
         "precision": _DTYPES.get(making.precision, "float32"),
         "seed": str(known["seed"]),
+        "changed on the way": "; ".join(known.get("changes", ())),
         "versions": ", ".join(f"{name} {number}" for name, number in known["versions"].items()),
     }
     cells = [(name, value.replace("|", "\\|")) for name, value in rows.items() if value]

@@ -6,6 +6,7 @@ A checkpoint is a folder `checkpoint-STEP`, written under another name, synced t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.adapter.formats import read_tensors
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import sync_folder
+from flatlora_diffusion.output.going_on import Differences, differences
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Stored:
-    """A sound checkpoint on disk."""
+    """A sound checkpoint on disk.
+
+    Attributes:
+        folder: Where it is.
+        step: Optimizer steps done.
+        settings: Those that it was made with.
+        scalars: See `Checkpoint`.
+        differences: What the run that goes on from it has other settings in.
+    """
 
     folder: Path
     step: int
     settings: dict[str, Any]
     scalars: dict[str, Any]
+    differences: Differences = field(default_factory=dict)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of one of its safetensors files."""
@@ -118,7 +129,7 @@ def write_checkpoint(output_dir: Path, checkpoint: Checkpoint, total_limit: int 
 
 
 def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> Stored | None:
-    """The checkpoint to resume from: verified, and made by a run with the same settings.
+    """The checkpoint to resume from: verified, and of a run that can go on with the present settings.
 
     A damaged checkpoint is named in the log and the newest sound one before it is taken.
 
@@ -133,7 +144,7 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
 
     Raises:
         UserError: The named checkpoint doesn't exist, is of the diffusers script, no checkpoint is sound, or
-            the settings differ.
+            settings that must stay differ (`going_on.BINDING`).
     """
     if output_dir.is_dir():
         for leftover in output_dir.glob(f"{_UNFINISHED}*"):
@@ -164,8 +175,7 @@ def find_checkpoint(output_dir: Path, wanted: str, settings: dict[str, Any]) -> 
                 raise UserError(f"{folder}: {_what_to_start_from(folder)}")
             logger.warning("%s is damaged (%s); looking for an earlier one", folder, problem)
             continue
-        _require_same_settings(folder, stored.settings, settings)
-        return stored
+        return _compared(stored, settings)
     if steps:
         raise UserError(f"{place}: no checkpoint is sound; start again in another --output_dir")
     return None
@@ -176,8 +186,7 @@ def _renamed(folder: Path, settings: dict[str, Any]) -> Stored:
     problem, stored = _verify(folder)
     if stored is None:
         raise UserError(f"{folder}: the checkpoint is damaged ({problem}); give another one")
-    _require_same_settings(folder, stored.settings, settings)
-    return stored
+    return _compared(stored, settings)
 
 
 def _of_diffusers(folder: Path) -> bool:
@@ -304,17 +313,9 @@ def _state_hash(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same_settings(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))  # tuples become lists, as they did when they were written
-    different = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-    if different:
-        shown = ", ".join(
-            f"{name} {then.get(name)!r} then and {now.get(name)!r} now" for name in different[:3]
-        )
-        raise UserError(
-            f"{folder} belongs to other settings ({shown}{', ...' if len(different) > 3 else ''}); "
-            "resume with those, or give another --output_dir"
-        )
+def _compared(stored: Stored, settings: dict[str, Any]) -> Stored:
+    found = differences(stored.folder, stored.settings, settings)
+    return dataclasses.replace(stored, differences=found)
 
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:

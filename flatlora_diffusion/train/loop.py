@@ -26,8 +26,9 @@ from flatlora_diffusion.common.signals import StopRequest, stop_request
 from flatlora_diffusion.config.command_line import unabbreviated
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.data.images import Sample, digest
-from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpoint, write_checkpoint
+from flatlora_diffusion.output.checkpoint import Stored, find_checkpoint, newest_checkpoint, write_checkpoint
 from flatlora_diffusion.output.gallery import SideBySide
+from flatlora_diffusion.output.going_on import in_words
 from flatlora_diffusion.output.hub import without_token
 from flatlora_diffusion.output.names import FOLDER, KOHYA_NAME, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
@@ -75,6 +76,7 @@ class Run:
         images, class_images = (sum(sample.repeats for sample in own) for own in (samples, class_samples))
         samples_an_epoch = max(images * config.repeats, class_images)
         self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
+        self.left_over = samples_an_epoch % self.samples_a_step
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
         self.text_encoder_steps = config.text_encoder_steps(self.total_steps)
         self.settings = deciding_settings(
@@ -101,6 +103,8 @@ class Run:
             stored = from_main(lambda: find_checkpoint(self.output, wanted, self.settings))
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
+            else:
+                self._require_steps_left(stored)
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._prepare(resuming=stored is not None)
@@ -130,6 +134,20 @@ class Run:
             self.state.close()
         return tracked
 
+    def _require_steps_left(self, stored: Stored) -> None:
+        """Refuse a checkpoint from which there is no way to the end that these settings ask for."""
+        done, differ = stored.step, ", ".join(in_words(stored.differences))
+        if done > self.total_steps:
+            raise UserError(
+                f"{stored.folder} has {done} steps, more than the {self.total_steps} of this run; give a "
+                "larger --max_train_steps, or the name of an earlier checkpoint"
+            )
+        if done == self.total_steps and differ:
+            raise UserError(
+                f"{stored.folder} has all {done} steps done with other settings ({differ}); give a larger "
+                "--max_train_steps to go on with these"
+            )
+
     def _is_complete(self) -> bool:
         # The summary is written last: without it, a kill may have come before the kohya file too.
         written = (self.output / SUMMARY).is_file()
@@ -148,6 +166,12 @@ class Run:
         # Of two runs that are compared the first one has said it.
         if self.accelerator.is_main_process and not (self.side_by_side and config.method == FLAT):
             self.learner.tell_cut_captions()
+            if self.left_over:
+                logger.info(
+                    "an epoch is %d steps of %d samples: the images fill the last one to %d, and the next "
+                    "epoch's the rest (the diffusers script takes a smaller step)",
+                    *(self.steps_an_epoch, self.samples_a_step, self.left_over),
+                )
         lr_factor = self.samples_a_step if config.scale_lr else 1
         self.state = TrainingState(self.learner, config, self.settings, self.total_steps, lr_factor)
         self.validation = Validation(
@@ -318,6 +342,8 @@ class Run:
                 self.state.heldout_losses,
                 norms,
             )
+            if self.state.changes:
+                report["changes"] = self.state.changes
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
             saved = self.output / WEIGHTS_NAME
             logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)

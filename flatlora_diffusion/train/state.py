@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from flatlora_diffusion.adapter.file import LIVE_NAME, WEIGHTS_NAME, adapter_bytes, load_adapter_tensors
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_NAME, FACTS_KEY
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.flat.flat_lora import FlatLoRA
+from flatlora_diffusion.flat.noise import sigma_at
 from flatlora_diffusion.output import record
 from flatlora_diffusion.output.checkpoint import (
     OPTIMIZER_NAME,
@@ -21,12 +24,18 @@ from flatlora_diffusion.output.checkpoint import (
     optimizer_numbers,
     restore_optimizer,
 )
+from flatlora_diffusion.output.going_on import consequences, in_words
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
 from flatlora_diffusion.train.processes import from_main
 from flatlora_diffusion.train.update_norms import UpdateNorms
 from flatlora_diffusion.train.updates import Updates
+
+logger = logging.getLogger(__name__)
+
+# In an optimizer's groups what is no state but the run's: it may go on with other ones.
+_SETTINGS = {"lr", "initial_lr", "betas", "weight_decay", "eps", "beta3"}
 
 
 class TrainingState:
@@ -43,6 +52,7 @@ class TrainingState:
         flat: The noise.
         updates: Takes the optimizer's steps.
         norms: Of the adapters' updates.
+        changes: Settings with which the run went on from a checkpoint that had others, in words.
         losses: Of every step so far.
         heldout_losses: Step -> loss of the held-out images.
     """
@@ -58,6 +68,7 @@ class TrainingState:
         self._learner = learner
         self._config = config
         self._settings = settings
+        self._total_steps = total_steps
         self._accelerator = learner.accelerator
         models = list(learner.trained.values())
         self.flat = FlatLoRA(
@@ -83,6 +94,7 @@ class TrainingState:
         )
         self.updates = Updates(self._accelerator, learner.prepare(), self.optimizer, config)
         learner.objective = self.updates.model
+        self.changes: list[str] = []
         self.losses: list[float] = []
         self.heldout_losses: dict[int, float] = {}
 
@@ -120,6 +132,8 @@ class TrainingState:
             "heldout_losses": self.heldout_losses,
             "optimizer": optimizer_numbers(self.optimizer),
         }
+        if self.changes:
+            scalars["changes"] = self.changes
         if self._accelerator.scaler is not None:
             scalars["scaler"] = self._accelerator.scaler.state_dict()
         adapter, others = self.files(step)
@@ -138,15 +152,49 @@ class TrainingState:
             load_adapter_tensors(trained, tensors(LIVE_NAME))
         if self._learner.tokens is not None:
             self._learner.tokens.load(tensors(EMBEDDINGS_NAME))
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in _SETTINGS & group.keys()} for group in groups]
         restore_optimizer(self.optimizer, tensors(OPTIMIZER_NAME), stored.scalars["optimizer"])
-        self.lr_scheduler.load_state_dict(stored.scalars["lr_scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-        if self._accelerator.scaler is not None:
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        self._resume_learning_rates(stored)
+        if self._accelerator.scaler is not None and "scaler" in stored.scalars:
             self._accelerator.scaler.load_state_dict(stored.scalars["scaler"])
         self.flat.global_step = stored.step
+        self.changes = [*stored.scalars.get("changes", ()), *self._told(stored)]
         self.losses = list(stored.scalars["losses"])
         self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
+
+    def _resume_learning_rates(self, stored: Stored) -> None:
+        """Put the schedule at the checkpoint's step: those there are of the rate and length of now."""
+        scheduler = self.lr_scheduler
+        assert isinstance(scheduler, LambdaLR), "all of diffusers' schedules that are offered are"
+        scheduler.load_state_dict(stored.scalars["lr_scheduler"] | {"base_lrs": scheduler.base_lrs})
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler._last_lr = rates  # it has no other way
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _told(self, stored: Stored) -> list[str]:
+        """What goes on with other settings, which the log says with what it means."""
+        if not stored.differences:
+            return []
+        then, config = stored.settings, self._config
+        strength = then.get("flat_sigma", 0.0)
+        length = then.get("max_train_steps", self._total_steps)
+        schedule = then.get("flat_schedule", config.flat_schedule)
+        meaning = consequences(
+            stored.differences,
+            sigma=(sigma_at(strength, stored.step, length, schedule), self.flat.sigma_t),
+            rate=(stored.scalars["lr_scheduler"]["_last_lr"][0], float(self.lr_scheduler.get_last_lr()[0])),
+            total_steps=self._total_steps,
+        )
+        words = in_words(stored.differences)
+        logger.warning("%s goes on with other settings: %s", stored.folder, "; ".join([*words, *meaning]))
+        return [f"from step {stored.step}: {difference}" for difference in words]
 
     def close(self) -> None:
         """Leave the models as they were, but for their adapters."""
@@ -163,6 +211,8 @@ class TrainingState:
     def _adapter(self, step: int, averaged: bool = False) -> bytes:
         trained = self._learner.trained
         facts = record.facts(self._config, self._settings, trained, step, averaged)
+        if self.changes:
+            facts["changes"] = self.changes
         if self._learner.tokens is not None:
             facts[FACTS_KEY] = self._learner.tokens.facts()
         return adapter_bytes(trained, facts)

@@ -157,7 +157,7 @@ def test_a_renamed_checkpoint_is_known_by_its_content(tmp_path, monkeypatch):
         assert (stored.step, stored.folder.name) == (1, "best")
     assert_sound(find(output), 2)
     with pytest.raises(UserError, match="belongs to other settings"):
-        find(output, "best", seed=9)
+        find(output, "best", rank=9)
     (output / "best" / OPTIMIZER_NAME).write_bytes(b"")
     with pytest.raises(
         UserError, match=r"best: the checkpoint is damaged \(optimizer.safetensors has changed"
@@ -355,18 +355,41 @@ def test_other_settings_are_named_with_both_values(tmp_path):
 def test_settings_that_only_one_side_has(tmp_path):
     output = tmp_path / "out"
     write(output, 1)
-    with pytest.raises(UserError, match="new None then and 1 now"):
-        find(output, new=1)
-    with pytest.raises(UserError, match="seed 0 then and None now"):
-        find_checkpoint(output, "latest", {name: v for name, v in SETTINGS.items() if name != "seed"})
+    with pytest.raises(UserError, match="revision None then and 1 now"):
+        find(output, revision=1)
+    with pytest.raises(UserError, match="rank 4 then and None now"):
+        find_checkpoint(output, "latest", {name: v for name, v in SETTINGS.items() if name != "rank"})
 
 
 def test_many_other_settings_are_cut_short(tmp_path):
     output = tmp_path / "out"
     write(output, 1)
-    with pytest.raises(UserError, match=r"1e-05 now, rank .*, seed .*, \.\.\.\)") as error:
-        find(output, rank=8, seed=1, learning_rate=1e-5, validation_prompt=())
-    assert "validation_prompt" not in str(error.value)
+    many = {"rank": 8, "lora_alpha": 1, "optimizer": "prodigy", "use_dora": True, "learning_rate": 1e-5}
+    with pytest.raises(UserError, match=r"\(lora_alpha .* 1 now, optimizer .*, rank .*, \.\.\.\)") as error:
+        find(output, **many)
+    assert "use_dora" not in str(error.value) and "learning_rate" not in str(error.value)
+
+
+def test_what_a_run_may_go_on_with_is_told(tmp_path):
+    output = tmp_path / "out"
+    write(output, 1)
+    assert find(output).differences == {}
+    found = find(output, learning_rate=1e-5, seed=1, max_train_steps=9)
+    assert found.differences == {
+        "learning_rate": (1e-4, 1e-5),
+        "max_train_steps": (None, 9),
+        "seed": (0, 1),
+    }
+
+
+@pytest.mark.parametrize("sigmas", [(0.0, 0.1), (0.1, 0.0)])
+def test_noise_neither_begins_nor_ends_on_the_way(tmp_path, sigmas):
+    output = tmp_path / "out"
+    output.mkdir()
+    write_checkpoint(output, make_checkpoint(1, flat_sigma=sigmas[0]), None)
+    with pytest.raises(UserError, match=rf"flat_sigma {sigmas[0]} then and {sigmas[1]} now"):
+        find(output, flat_sigma=sigmas[1])
+    assert find(output, flat_sigma=sigmas[0] * 2).step == 1
 
 
 def test_other_settings_are_an_error_though_an_older_checkpoint_has_them(tmp_path):

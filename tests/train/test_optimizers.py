@@ -159,8 +159,6 @@ def test_a_missing_package_is_named(config, monkeypatch, changes, package, flag)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "lion"}, "--optimizer lion: not one of adamw, prodigy"),
-        ({"optimizer": "prodigy", "use_8bit_adam": True}, "--use_8bit_adam is for --optimizer adamw"),
         ({"optimizer": "prodigy", "loraplus_lr_ratio": 4.0}, "Prodigy has one learning rate for all"),
         ({"loraplus_lr_ratio": 0.0}, "--loraplus_lr_ratio 0.0: must be greater than 0"),
     ],

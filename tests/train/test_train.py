@@ -299,3 +299,13 @@ def test_a_resolution_that_is_no_multiple_of_8(config):
 
     run(config, [Look()], resolution=25, max_train_steps=1)
     assert shown == [((2, 4, 12, 12), [25, 25])]
+
+
+@pytest.mark.parametrize(("batch", "told"), [(2, False), (3, True)])
+def test_a_last_step_that_is_filled_is_told(config, caplog, batch, told):
+    caplog.set_level("INFO")
+    run(config, train_batch_size=batch, max_train_steps=1)
+    line = (
+        "an epoch is 2 steps of 3 samples: the images fill the last one to 1, and the next epoch's the rest"
+    )
+    assert any(message.startswith(line) for message in caplog.messages) == told
