@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from diffusers.utils import delete_adapter_layers
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class BiLora(Callback):
     def on_train_end(self, run: TrainingRun) -> None:
         """Drop the second adapter."""
         for model in run.models.values():
-            model.delete_adapters(AUXILIARY)
+            delete_adapter_layers(model, AUXILIARY)  # for models of diffusers and of transformers
 
 
 def add_auxiliary(model: nn.Module, seed: int) -> None:

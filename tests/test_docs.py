@@ -12,6 +12,7 @@ from pathlib import Path
 import flags_table
 import pytest
 import torch
+import yaml
 
 from flatlora_diffusion.adapter.command import main as kohya
 from flatlora_diffusion.app.flags import parse_app_arguments
@@ -227,3 +228,11 @@ def test_the_hooks_of_pre_commit_pass(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("Passed") == 3
+
+
+def test_what_quality_checks_is_checked_before_each_commit():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^quality:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    (project,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    checked = [hook["entry"].split()[0] for hook in project["hooks"]]
+    assert checked == re.findall(r"^\t\$\(BIN\)/(\S+)", recipe, re.MULTILINE)

@@ -84,6 +84,7 @@ def draw_grid(
     overwrite: bool = False,
     on_picture: OnPicture | None = None,
     flag: str = "--output",
+    base_flag: str = "--base",
 ) -> Image.Image:
     """Draw a grid into a folder: its manifest first, then each picture, the sheet at last.
 
@@ -98,6 +99,7 @@ def draw_grid(
         overwrite: Replace another grid that is in the folder, instead of refusing it.
         on_picture: Told of every new picture. What it raises ends the drawing.
         flag: How the user named the folder, for errors.
+        base_flag: How the user named the base, for errors.
 
     Returns:
         The sheet.
@@ -119,6 +121,7 @@ def draw_grid(
     with output_lock(folder, flag):
         pipeline = load_pipeline(
             recipe.base,
+            flag=base_flag,
             device=device,
             dtype=DTYPES[recipe.dtype],
             vae=recipe.vae,

@@ -137,7 +137,15 @@ def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[
         strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:MOST_IN_STRIP]],
     )
     folder, sheet = output / "comparison", output / COMPARISON
-    draw_grid(recipe, folder, device=state.device, sheet=sheet, overwrite=True, flag="--output_dir")
+    draw_grid(
+        recipe,
+        folder,
+        device=state.device,
+        sheet=sheet,
+        overwrite=True,
+        flag="--output_dir",
+        base_flag="--pretrained_model_name_or_path",
+    )
     logger.info("the comparison is in %s", sheet)
     return comparison_exhibit(sheet, folder)
 

@@ -108,17 +108,19 @@ class Run:
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._prepare(resuming=stored is not None)
-        if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        start = 0
-        if stored:
-            self.state.resume(stored)
-            start = self.public.step = stored.step
-            logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
-        self._start_trackers()
-        tracked = Tracked(self.accelerator.trackers, math.ceil(self.total_steps / self.steps_an_epoch) - 1)
+        tracked = Tracked()
         try:
+            if self.accelerator.is_main_process:
+                self.output.mkdir(parents=True, exist_ok=True)
+            self.accelerator.wait_for_everyone()
+            start = 0
+            if stored:
+                self.state.resume(stored)
+                start = self.public.step = stored.step
+                logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
+            self._start_trackers()
+            last_epoch = math.ceil(self.total_steps / self.steps_an_epoch) - 1
+            tracked = Tracked(self.accelerator.trackers, last_epoch)
             with stop_request() as stop:
                 self.validation.before(start)
                 self.callbacks.on_train_begin(self.public)

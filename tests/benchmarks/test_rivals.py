@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flatlora_diffusion.sdxl.lora import add_lora
 from flatlora_diffusion.train import arms
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, build_unet, global_rng_state, run
+from tests.conftest import assert_equal, build_text_encoders, build_unet, global_rng_state, run
 
 RHO = 0.3
 
@@ -280,6 +281,17 @@ def test_the_second_adapter_follows_the_gradient_upwards(config, monkeypatch):
     with_callbacks(monkeypatch, Watch())
     train_rival(config, "up", "bi-lora", rho=1e6, max_train_steps=2)
     assert seen["checked"]
+
+
+def test_the_second_adapter_is_dropped_from_text_encoders_too():
+    models = {"unet": build_unet(), "text_encoder": build_text_encoders()[0]}
+    add_lora(models, rank=4, alpha=4, seed=0)
+    for model in models.values():
+        rivals.add_auxiliary(model, 7)
+    rivals.BiLora(1.0).on_train_end(SimpleNamespace(models=models))
+    for model in models.values():
+        assert model.peft_config.keys() == {"default"}
+        assert all(layer.lora_A.keys() == {"default"} for layer in layers({"model": model}).values())
 
 
 @pytest.mark.parametrize("share", [0.25, 4.0])

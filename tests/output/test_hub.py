@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -211,6 +212,24 @@ def test_what_fails_after_training_keeps_nothing_else_from_being_done(pushed, fa
     assert ("out of memory while the comparison was drawn" in message) == ("Memory" in type(failure).__name__)
     assert is_ours(Path(pushed.output_dir, CARD).read_bytes())
     assert WEIGHTS_NAME in fake.uploaded
+
+
+def test_a_base_that_has_gone_before_the_comparison_is_named_by_the_trainers_flag(
+    config, clean_copy, base_path
+):
+    base = clean_copy(base_path, "base")
+
+    class Remove(Callback):
+        def on_train_end(self, run):
+            shutil.rmtree(base)
+
+    config = dataclasses.replace(
+        config, pretrained_model_name_or_path=str(base), validation_prompt=("a icon",), validation_epochs=0
+    )
+    with pytest.raises(
+        UserError, match=rf"^--pretrained_model_name_or_path {base}: .*what was trained is in"
+    ):
+        train(config, [Remove()])
 
 
 def test_ctrl_c_after_training_says_where_the_adapter_is(pushed, fake, monkeypatch):

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.sheet.files import MANIFEST
 from flatlora_diffusion.train import arms, tracking
 from flatlora_diffusion.train.afterwards import report_final
@@ -121,3 +122,20 @@ def test_a_tracker_that_cannot_be_used_is_refused_first_of_all(config, monkeypat
 @pytest.mark.parametrize("report_to", [None, "none", "all", "tensorboard"])
 def test_what_needs_no_package(report_to):
     check_tracker(report_to)
+
+
+def test_a_tracker_that_cannot_start_leaves_no_noise_on_the_models(config, monkeypatch):
+    removed, remove = [], FlatLoRA.remove
+
+    def note(self):
+        remove(self)
+        removed.append(self)
+
+    def fail(*arguments, **settings):
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(FlatLoRA, "remove", note)
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    with pytest.raises(RuntimeError, match="no connection"):
+        train(config)
+    assert len(removed) == 1

@@ -20,7 +20,7 @@ from flatlora_diffusion.sheet import layout
 from flatlora_diffusion.sheet.files import Sheet
 from flatlora_diffusion.train import afterwards
 from flatlora_diffusion.train import validation as train_validation
-from flatlora_diffusion.train.arms import _arms, _side_by_side, train
+from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.validation import Validation, report_validation
 from tests.conftest import assert_equal, run
 
@@ -304,21 +304,28 @@ def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undistu
 
 def test_a_sheet_waits_for_the_last_arm(compared, monkeypatch):
     """The second arm's pictures may be those of an earlier run as long as the first one trains."""
-    arms, shown = _arms(compared), []
+    shown, folders = [], {name: Path(compared.output_dir, name) for name in ("lora", "flat_lora")}
+    arms = [
+        dataclasses.replace(compared, compare=False, output_dir=str(folder)) for folder in folders.values()
+    ]
+    galleries = {name: folder / "validation" for name, folder in folders.items()}
     monkeypatch.setattr(train_validation, "draw_validation", lambda *arguments: pictures(2))
     monkeypatch.setattr(SideBySide, "draw", lambda self, step: shown.append(step))
+    accelerator = SimpleNamespace(
+        mixed_precision="no", trackers=[], is_main_process=True, wait_for_everyone=lambda: None
+    )
     for arm, step in zip(arms, STEPS, strict=True):
         validation = Validation(
-            SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="no", trackers=[])),
+            SimpleNamespace(accelerator=accelerator),
             SimpleNamespace(averaged=contextlib.nullcontext),
             arm,
             folder=Path(arm.output_dir, "validation"),
             images=4,
             steps_an_epoch=STEPS[0],
             total_steps=STEPS[1],
-            side_by_side=_side_by_side(compared, arms),
+            side_by_side=SideBySide(Path(compared.output_dir, "validation"), galleries),
         )
-        validation._show(step)
+        validation.after(step)
     assert shown == [STEPS[1]]
 
 
