@@ -1,4 +1,6 @@
 """What a run leaves behind, and reading it back.
 
-Names of files, checkpoints, the record of settings, galleries, the model card, the hub.
+Written: `names` of all files, `checkpoint`, `record` (the settings and facts that files keep), `gallery` (the
+validation pictures), `card`, `hub`. Read back: `history` (one summary, header or log, whatever is in it) for
+`reading` (the runs in a folder, as the page shows them).
 """

@@ -1,0 +1,83 @@
+"""Settings of a training run that don't go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatlora_diffusion.common.errors import UserError
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.config.settings import TrainConfig
+
+
+def reject_contradictions(config: TrainConfig) -> None:
+    """Refuse settings that don't go together.
+
+    Raises:
+        UserError: Names the flags, and what to do.
+    """
+    start = f"--init_lora_weights {config.init_lora_weights}"
+    if config.lora_weights is not None and config.init_lora_weights not in ("gaussian", "default"):
+        raise UserError(
+            f"--lora_weights with {start}: both say how the LoRA starts; leave out one of the two"
+        )
+    if config.use_dora and config.starts_with_update:
+        raise UserError(
+            f"--use_dora with {start}: DoRA and the frozen adapter that this adds have no single merged "
+            "weight; leave out one of the two"
+        )
+    if config.scale_weight_norms and (config.use_dora or config.starts_with_update):
+        other = "--use_dora" if config.use_dora else start
+        raise UserError(
+            f"--scale_weight_norms with {other}: its update isn't s*B@A, so scaling A and B doesn't "
+            "scale it; leave out one of the two"
+        )
+    if config.aspect_buckets and config.resolution % 8:
+        raise UserError(
+            f"--aspect_buckets with --resolution {config.resolution}: the sides of buckets are multiples "
+            "of 8; give a resolution that is one too"
+        )
+    if config.optimizer == "prodigy" and config.loraplus_lr_ratio:
+        raise UserError("--loraplus_lr_ratio: Prodigy has one learning rate for all; use adamw")
+    if not config.instance_data_dir and not config.dataset_name:
+        raise UserError("give --instance_data_dir or --dataset_name: one of them says where the images are")
+    if config.instance_data_dir and config.dataset_name:
+        raise UserError("--instance_data_dir and --dataset_name: give only one of them")
+    if config.heldout_split and config.heldout_data_dir:
+        raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
+    if config.heldout_split and not config.dataset_name:
+        raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
+    if config.heldout_split == "train":
+        raise UserError("--heldout_split train: that split is trained; give another one")
+    if config.keep_tokens and not config.shuffle_caption:
+        raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
+    if config.quantize_base == "8bit" and config.use_dora:
+        raise UserError("--use_dora: PEFT has no DoRA on 8 bits that works on every device; use 4bit")
+    for name in ("class_data_dir", "class_prompt"):
+        if config.with_prior_preservation and getattr(config, name) is None:
+            raise UserError(f"--with_prior_preservation needs --{name}")
+    if config.train_text_encoder and config.train_text_encoder_ti:
+        raise UserError(
+            "--train_text_encoder and --train_text_encoder_ti: give one of them; the first trains LoRA "
+            "layers in the text encoders, the second new tokens"
+        )
+    if config.use_ema and config.train_text_encoder and config.train_text_encoder_frac < 1:
+        raise UserError(
+            "--use_ema with --train_text_encoder_frac below 1: the average of the text encoders would go "
+            "on changing; leave one of them out"
+        )
+    words = config.abstractions
+    if not all(words) or len(set(words)) != len(words):
+        raise UserError(
+            f"--token_abstraction {config.token_abstraction}: must be one word, or different ones with "
+            "commas between them"
+        )
+    if config.hub_token is not None and config.report_to in ("wandb", "all"):
+        raise UserError(
+            f"--hub_token with --report_to {config.report_to}: wandb records the command line and would "
+            "expose the token; log in with `hf auth login` and leave --hub_token out"
+        )
+    if config.compare and not config.flat_sigma:
+        raise UserError(
+            "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
+        )
