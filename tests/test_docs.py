@@ -213,6 +213,7 @@ def test_the_loop_of_the_readme_trains_a_lora():
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
 
 
+@pytest.mark.slow
 def test_the_hooks_of_pre_commit_pass(tmp_path):
     """Nothing is fetched: they are the commands beside this Python."""
     if not (ROOT / ".git").exists():

@@ -128,6 +128,7 @@ def updates(pipeline_or_models, name):
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
+@pytest.mark.slow
 @for_every_kind
 def test_what_the_trainer_writes_passes_and_reaches_the_pipeline(kind, tmp_path):
     build, rank, alpha, parts, dora = KINDS[kind]

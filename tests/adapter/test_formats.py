@@ -103,6 +103,7 @@ def saved_by_peft(folder, part="unet", **settings):
     return wrapped.merge_and_unload().state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "settings"),
     [

@@ -458,6 +458,7 @@ class TestPipeline:
         assert not torch.allclose(expected, draw(pipeline), atol=1e-2)
         torch.testing.assert_close(draw(pipeline, paths[3]), expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["convolutions", "perceptrons"])
     def test_is_the_same_with_a_foreign_file_and_what_it_becomes(self, tmp_path, draw, kind):
         pipeline = build_pipeline()

@@ -71,6 +71,7 @@ def test_is_that_of_the_true_update(axis, rank, tmp_path, base_path, capsys):
     assert (said < 1e-3) == (rank == 64)
 
 
+@pytest.mark.slow
 def test_reads_what_the_trainer_writes(tmp_path, base_path):
     trained = models([*UNET_TARGETS, "conv1"], use_dora=True)
     for name, parameter in trained["unet"].named_parameters():

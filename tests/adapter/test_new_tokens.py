@@ -288,6 +288,7 @@ def test_a_run_stopped_on_both_sides_of_that_step_ends_in_the_same_bits(config, 
         assert Path(changes["output_dir"], name).read_bytes() == Path(config.output_dir, name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_step_is_a_fraction_of_all_and_belongs_to_the_run_s_settings(config, caplog):
     def steps(total: int, **changes) -> int:
         return dataclasses.replace(config, **changes).text_encoder_steps(total)
@@ -324,6 +325,7 @@ def by_hand(base_path, folder) -> StableDiffusionXLPipeline:
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "eos"),
     [(LORA, 599), (PIVOTAL, 599), (PIVOTAL, 2)],

@@ -179,6 +179,7 @@ def test_either_order_occurs_as_often():
     assert set(shuffled("LoRA", "Flat-LoRA")) == set(METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choice", "order", "chosen"),
     [("left", 1, "LoRA"), ("left", 0, "Flat-LoRA"), ("right", 1, "Flat-LoRA"), (TIE, 0, TIE)],
@@ -209,6 +210,7 @@ def test_a_vote_is_kept_as_it_was_meant(visitor, studio, votes, monkeypatch, cho
         assert f"{name}  \\nrank 4, scale 1, hash {studio.adapters[method].sha256[:10]}" in told
 
 
+@pytest.mark.slow
 def test_a_pair_gets_one_vote_however_many_are_sent(visitor, votes):
     visit = visitor()
     visit.draw()
@@ -251,6 +253,7 @@ def test_a_pair_is_gone_when_the_next_is_begun(visitor, votes, monkeypatch):
     assert not votes.votes()
 
 
+@pytest.mark.slow
 def test_the_files_of_a_pair_go_with_the_next_one(visitor, votes, monkeypatch):
     made = []
     new_folder = Site.new_folder
@@ -276,6 +279,7 @@ def test_what_cannot_be_drawn_is_refused(visitor, asked, told):
     assert told in visitor().draw(*asked)
 
 
+@pytest.mark.slow
 def test_the_base_can_be_tested_too(visitor, votes, lone, monkeypatch):
     monkeypatch.setattr(blind_tab, "secrets", fixed(3, 1))
     visit = visitor()
@@ -286,6 +290,7 @@ def test_the_base_can_be_tested_too(visitor, votes, lone, monkeypatch):
     assert votes.votes()[0].hashes["base"] is None
 
 
+@pytest.mark.slow
 def test_programs_get_the_tally_of_the_file(address, studio, votes, votes_path):
     hashes = {method: studio.adapters[method].sha256 for method in METHODS}
     for chosen in ["LoRA"] * 2 + ["Flat-LoRA"] * 5 + [TIE]:

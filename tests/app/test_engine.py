@@ -57,6 +57,7 @@ def test_jobs_give_the_pictures_of_lone_requests(studio, lone):
     assert all(event.seconds > 0 for event in done)
 
 
+@pytest.mark.slow
 def test_steps_tell_how_far_it_is_and_show_it(studio, monkeypatch):
     monkeypatch.setattr(engine, "SECONDS_BETWEEN_STEPS", 0.0)
     work = [Job(BASE, [("a icon", 1), ("a icon", 2)], DRAWING), Job("LoRA", [("a icon", 1)], DRAWING)]
@@ -80,6 +81,7 @@ def test_a_run_that_is_closed_stops_at_once_and_leaves_the_pipeline_sound(studio
     assert drawn(studio.run(jobs(studio, 5))) == [lone(method, "a icon", 5) for method in studio.methods]
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_another_until_that_is_closed(studio):
     first = studio.run(jobs(studio, 1, drawing=Drawing(16, 16, 100_000, 3.0)))
     next(first)

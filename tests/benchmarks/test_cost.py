@@ -150,6 +150,7 @@ def test_fields_of_proc_are_bytes():
 # Growth.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "field", "values", "layers"),
     [

@@ -395,6 +395,7 @@ def forked(monkeypatch):
     monkeypatch.setattr(quality.multiprocessing, "get_context", lambda kind: context)
 
 
+@pytest.mark.slow
 def test_failing_runs_are_named_and_the_others_go_on_and_nothing_is_trained_twice(
     forked, tmp_path, monkeypatch, capfd
 ):
@@ -490,6 +491,7 @@ def test_each_arm_is_trained_by_its_own_method(tmp_path, monkeypatch):
     assert configs[0].output_dir == str(tmp_path / "runs" / "mild-flat-0.3" / "seed-4")
 
 
+@pytest.mark.slow
 def test_only_finished_runs_are_measured_and_only_what_is_missing(forked, tmp_path, monkeypatch, capfd):
     def measure_run(work, task, parts):
         folder = run_folder(work, *task)

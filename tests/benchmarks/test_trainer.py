@@ -129,6 +129,7 @@ def test_a_written_base_has_the_sizes_asked_for(tmp_path):
     assert bases.step_flops(bases.Sizes.of(tmp_path / "base", 64)) == bases.step_flops(sizes)
 
 
+@pytest.mark.slow
 def test_the_watched_trainer_is_the_trainer(config, tmp_path):
     train(config)
     expected = json.loads((images.Path(config.output_dir) / SUMMARY).read_text())["losses"]
@@ -148,6 +149,7 @@ def test_the_watched_trainer_is_the_trainer(config, tmp_path):
     assert len(losses) == len(expected) - 1  # the last step's end is not waited for
 
 
+@pytest.mark.slow
 def test_an_arm_in_its_process_steps_and_stops(config, tmp_path):
     config = dataclasses.replace(config, max_train_steps=10)
     process = arms.Process("Flat-LoRA", config, [], tmp_path / "log")
@@ -157,11 +159,13 @@ def test_an_arm_in_its_process_steps_and_stops(config, tmp_path):
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_failing_arm_says_why(config, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)'DoRA' failed.*KeyError: 'DoRA'"):
         arms.Process("DoRA", config, [], tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_ratios_are_of_the_same_moment(monkeypatch, tmp_path):
     """Arms take turns, in an order that rotates: a slowdown of the machine leaves the ratios alone."""
     clock = {"turn": 0}

@@ -228,6 +228,7 @@ def test_trained_text_encoders_are_told_the_same_as_cached_ones(config, told):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_captions_of_class_and_held_out_images_stay_whole(config, told, tmp_path):
     for name in ("class", "heldout"):
         (tmp_path / name).mkdir()
@@ -257,6 +258,7 @@ def test_a_resumed_run_goes_on_with_the_same_captions_and_backgrounds(config, tm
     assert_equal(run(config, output_dir=parts, resume_from_checkpoint="latest"), whole)
 
 
+@pytest.mark.slow
 def test_the_key_of_captions_counts_for_training_and_held_out_images(config, told, icons, tmp_path):
     heldout = tmp_path / "heldout"
     heldout.mkdir()

@@ -125,6 +125,7 @@ def embeddings(pipeline):
     return dict(zip(names, pipeline.encode_prompt("a icon", device="cpu"), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_every_picture_of_a_broken_base_is_named(base_path, adapters, clean_copy, tmp_path, told):
     base = clean_copy(base_path, "broken")

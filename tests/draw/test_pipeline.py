@@ -27,6 +27,7 @@ def pipeline(base_path):
     return load_pipeline(str(base_path))
 
 
+@pytest.mark.slow
 def test_columns_differ_and_switching_back_gives_the_bits_of_the_base(pipeline, adapters):
     base = draw_with(pipeline, None, "a icon", 3, DRAWING)
     for label, path in adapters.items():
@@ -47,6 +48,7 @@ def with_dropout(file: Path, share: float) -> None:
     save_file(load_file(file), file, metadata)
 
 
+@pytest.mark.slow
 def test_dropout_of_the_training_is_not_drawn_with(pipeline, adapters):
     load_adapter(pipeline, "plain", adapters["LoRA"])
     with_dropout(adapters["LoRA"], 0.5)
@@ -112,6 +114,7 @@ def test_a_picture_is_the_one_of_the_plain_pipeline(pipeline, adapters, negative
     assert ours.tobytes() == theirs.tobytes()
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_adapter(pipeline, adapters):
     base = draw_with(pipeline, None, "a icon", 3, DRAWING)
     path = adapters["LoRA"]

@@ -12,6 +12,7 @@ def pipeline(base_path):
     return load_pipeline(str(base_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_is_that_of_diffusers_and_tells_what_it_ends_in(pipeline, name):
     told = []
@@ -67,6 +68,7 @@ def test_with_a_model_that_knows_the_picture_every_step_tells_it(pipeline, name,
     assert len(told) == 8
 
 
+@pytest.mark.slow
 def test_samplers_differ(pipeline):
     drawn = {
         draw_batch(pipeline, None, PICTURES[:1], Drawing(16, 16, 6, 3.0, sampler=name))[0].tobytes()

@@ -178,6 +178,7 @@ def test_what_was_measured_before_stays_in_the_report(command):
     assert "heldout" not in again and again["tradeoff"] != both["tradeoff"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, base_path, tmp_path):
     pipeline = load_pipeline(str(base_path))
     add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)
@@ -259,6 +260,7 @@ def test_prompts_stand_in_for_pictures_of_the_base(command, clip_path):
     assert retained[0] != retained[1]
 
 
+@pytest.mark.slow
 def test_drawing_the_base_s_pictures_leaves_the_adapter_its_text_encoders(command, base_path, tmp_path):
     pipeline = load_pipeline(str(base_path))
     add_lora({"text_encoder": pipeline.text_encoder}, rank=4, alpha=8, seed=0)

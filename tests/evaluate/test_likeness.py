@@ -229,6 +229,7 @@ def pixels(pictures) -> list[bytes]:
     return [picture.tobytes() for picture in pictures]
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_draw_with_and_kept(pipeline, adapters, tmp_path, drawings):
     facts = {name: load_adapter(pipeline, name, adapters[name]) for name in ("LoRA", "Flat-LoRA")}
     drawer = make_drawer(pipeline, tmp_path, facts)

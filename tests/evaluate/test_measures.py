@@ -74,6 +74,7 @@ def test_bands_are_equal_parts_of_the_schedule_with_all_timesteps(pipeline, icon
 # Merged weights.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 def test_a_merged_unet_computes_what_the_adapter_does(pipeline, adapters, scale):
     pipeline.unet.double()  # random weights are so rough a landscape that float32's rounding shows
@@ -248,6 +249,7 @@ def test_the_top_eigenvalue_of_a_network_is_that_of_its_whole_hessian():
     assert value == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_flatness_of_a_unet_leaves_it_as_it_was(pipeline, icons):
     shown = DenoisingSet(pipeline, find_samples(icons, "a icon")[:1], 16, 2)
     prompts = embed(pipeline, None, shown.captions)

@@ -232,6 +232,7 @@ def keep_only(report: dict, *keys: str) -> None:
         report["methods"][name] = {"flatness": {key: own["flatness"][key] for key in keys}}
 
 
+@pytest.mark.slow
 def test_files_are_written_for_what_is_there_and_always_the_same(report, tmp_path, coarse):
     keep_only(report, "rise", "line")
     unchanged = copy.deepcopy(report)

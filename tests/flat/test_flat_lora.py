@@ -135,6 +135,7 @@ with_both_sources = pytest.mark.parametrize("noise", ["table", "gaussian"])
 # Invariant 4: forward and gradients are those of a model whose weights are W + eps.
 
 
+@pytest.mark.slow
 @for_every_model
 @with_both_sources
 def test_equals_a_twin_with_materialised_noise(build, run, noise):
@@ -145,6 +146,7 @@ def test_equals_a_twin_with_materialised_noise(build, run, noise):
     assert (actual[0] - plain[0]).norm() / plain[0].norm() > 0.01, "the noise must show"
 
 
+@pytest.mark.slow
 @for_every_model
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_sees_the_same_noise(build, run, reentrant):
@@ -284,6 +286,7 @@ def test_row_std_is_that_of_the_materialised_merged_weight(rank, config):
     assert_row_std_of_merged_weights(flat)
 
 
+@pytest.mark.slow
 def test_row_std_of_several_active_adapters_and_convolutions():
     unet = tiny_unet(EVERYWHERE)
     add_lora(unet, ["to_q", "conv1"], seed=5, adapter_name="second", r=7, lora_alpha=3)
@@ -402,6 +405,7 @@ def test_the_global_rng_is_untouched(build, run, noise):
     assert global_rng_state() == state
 
 
+@pytest.mark.slow
 @for_every_model
 def test_without_noise_the_bits_are_those_of_plain_lora(build, run):
     plain_train, plain_eval = outcome(build(), run), outcome(build().eval(), run)

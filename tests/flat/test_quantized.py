@@ -189,6 +189,7 @@ def test_adapters_start_as_those_of_the_plain_base(kind):
 # The noise: forward, gradients and scales are those of the dequantised weights.
 
 
+@pytest.mark.slow
 @for_both_kinds
 @pytest.mark.parametrize(
     ("targets", "noise"), [(UNET_TARGETS, "gaussian"), (EVERYWHERE, "table")], ids=["attention", "all layers"]
@@ -352,6 +353,7 @@ def test_transformers_bases_that_are_loaded_in_4_bits(tmp_path):
 # Nothing is left behind, and without noise nothing is changed.
 
 
+@pytest.mark.slow
 @for_both_kinds
 def test_without_noise_the_bits_are_those_of_plain_lora(kind):
     plain_train = outcome(quantized_unet(kind), run_unet)
@@ -374,6 +376,7 @@ def test_without_noise_the_bits_are_those_of_plain_lora(kind):
     assert_bits(outcome(unet.train(), run_unet), plain_train)
 
 
+@pytest.mark.slow
 @for_both_kinds
 def test_the_quantized_base_and_the_global_rng_are_untouched(kind):
     unet = quantized_unet(kind, EVERYWHERE)
@@ -547,6 +550,7 @@ def test_a_run_trains_on_a_quantized_base_and_goes_on_with_the_same_bits(config,
         assert max((whole[name] - without_noise[name]).abs().max() for name in whole) > 1e-4
 
 
+@pytest.mark.slow
 def test_4_bit_dora_text_encoders_and_mixed_precision_train(config):
     trained = run(
         config,

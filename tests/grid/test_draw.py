@@ -163,6 +163,7 @@ def test_the_batch_size_changes_no_bit(words, tmp_path):
     assert folders[0] == folders[1] == folders[2] and manifests[0] == manifests[1] == manifests[2]
 
 
+@pytest.mark.slow
 def test_cells_can_be_drawn_without_a_folder(recipe, adapters):
     pipeline = load_pipeline(recipe.base)
     load_adapter(pipeline, "one", adapters["LoRA"])
@@ -283,6 +284,7 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(recipe, tmp_path):
     assert {name for _, _, name in told} == {gone, cut, other} and files(output) == whole
 
 
+@pytest.mark.slow
 def test_another_layout_of_the_same_pictures_draws_none(words, tmp_path, monkeypatch):
     output = tmp_path / "out"
     words = [*words, "--seed", "7", "--output", str(output)]

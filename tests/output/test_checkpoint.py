@@ -637,6 +637,7 @@ def test_killed_at_any_moment_there_is_a_sound_checkpoint(tmp_path, prepare, lim
     assert found == possible
 
 
+@pytest.mark.slow
 @needs_fork
 @ignore_fork_warning
 @with_power_cut
@@ -818,6 +819,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_adapter_is_the_same_file():
     assert adapter_bytes(trained_models()[0], {"a": 1, "b": 2}) == adapter_bytes(
         trained_models()[0], {"b": 2, "a": 1}
@@ -869,6 +871,7 @@ def test_an_adapter_of_another_rank_or_without_text_encoders_is_refused():
             load_adapter_tensors(other, adapter_tensors(models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_diffusers_loads_the_file_with_the_same_outputs(tmp_path, text_encoders):
     models, own = trained_models(text_encoders=text_encoders)

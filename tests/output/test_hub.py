@@ -83,6 +83,7 @@ def pushed(config):
     )
 
 
+@pytest.mark.slow
 def test_a_run_opens_the_repository_first_and_uploads_what_it_made(pushed, fake, monkeypatch):
     began = []
     original = Run.train
@@ -166,6 +167,7 @@ def test_offline_the_hubs_own_functions_give_one_line(pushed):
         hub.upload(pushed, "me/run")
 
 
+@pytest.mark.slow
 def test_a_failed_upload_loses_nothing(pushed, fake, monkeypatch, capsys):
     upload = fake.upload_folder
 
@@ -197,6 +199,7 @@ def test_a_failed_upload_loses_nothing(pushed, fake, monkeypatch, capsys):
     assert fake.uploaded == {WEIGHTS_NAME, "summary.json", CARD}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure", [torch.OutOfMemoryError("CUDA"), UserError("full"), OSError(28, "No space")]
 )
@@ -232,6 +235,7 @@ def test_a_base_that_has_gone_before_the_comparison_is_named_by_the_trainers_fla
         train(config, [Remove()])
 
 
+@pytest.mark.slow
 def test_ctrl_c_after_training_says_where_the_adapter_is(pushed, fake, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

@@ -96,6 +96,7 @@ def test_a_checkpoint_to_resume_from_is_given_without_its_folder(comparison, cle
     assert run.read().settings["resume_from_checkpoint"] == "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_what_its_newest_checkpoint_knows(config, monkeypatch):
     """The sigmas are those that the run itself has logged."""
     logged = {}

@@ -43,6 +43,7 @@ def test_its_runs_are_read(written):
     assert flat.gaps == []
 
 
+@pytest.mark.slow
 def test_its_checkpoint_goes_on_to_the_adapter_that_it_ended_in(written):
     flat = written / "flat_lora"
     ended = load_file(flat / WEIGHTS_NAME)

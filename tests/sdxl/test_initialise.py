@@ -144,6 +144,7 @@ def test_it_computes_what_the_base_does_and_leaves_every_bit_of_it(kind):
     assert not any(p.grad is not None for m in models.values() for p in m.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian", "default", "pissa_niter_4"])
 def test_it_is_a_function_of_the_seed(kind):
     adapters = []
@@ -207,6 +208,7 @@ def test_eva_takes_the_principal_directions_of_the_inputs():
     assert torch.equal(factors(self_attention.to_q)[0], factors(self_attention.to_v)[0])
 
 
+@pytest.mark.slow
 def test_lora_ga_takes_directions_of_the_gradient():
     models = started("lora_ga")
     twin = build_models()
@@ -231,6 +233,7 @@ def test_lora_ga_takes_directions_of_the_gradient():
         torch.testing.assert_close(b @ b.T, second @ second.T, rtol=0, atol=0.02 * s[0].item() ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_outputs_and_gradients_are_those_of_peft_on_the_changed_base(kind, use_rslora):
@@ -310,6 +313,7 @@ def test_a_quantized_base_is_left_as_it_is(kind, bits):
 # The file.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_file_is_one_lora_of_the_original_base(base_path, tmp_path, use_rslora):
     base = load_base(str(base_path))
@@ -343,6 +347,7 @@ def test_the_file_is_one_lora_of_the_original_base(base_path, tmp_path, use_rslo
         assert_equal(without_adapters({"unet": pipeline.unet}), bare)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_both_adapters_back_bit_for_bit():
     models = start("pissa")
     move(models)
@@ -382,6 +387,7 @@ def test_every_process_and_arm_starts_the_same(config, monkeypatch, kind):
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_factors_are_exact_on_a_base_in_bf16(config, base_path):
     trained = learner(dataclasses.replace(config, mixed_precision="bf16", init_lora_weights="pissa")).trained
     base = load_base(str(base_path), dtype=torch.bfloat16)
@@ -475,6 +481,7 @@ def test_gradients_that_are_not_finite_are_refused(monkeypatch):
         start("lora_ga", models)
 
 
+@pytest.mark.slow
 def test_eva_needs_inputs_enough(monkeypatch):
     with pytest.raises(UserError, match=r"time_emb_proj has 2 inputs in a batch, and --rank 4 takes 8"):
         start("eva", unet_targets=["to_q", "time_emb_proj"])

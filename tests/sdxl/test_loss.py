@@ -159,6 +159,7 @@ def test_the_kohya_file_draws_the_same(config, base_path):
     assert (ours - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_rslora_scales_by_the_root_of_the_rank(config):
     run(config, use_rslora=True, rank=4, lora_alpha=8.0)
     with safe_open(f"{config.output_dir}/{WEIGHTS_NAME}", framework="pt") as file:
@@ -166,6 +167,7 @@ def test_rslora_scales_by_the_root_of_the_rank(config):
     assert metadata["unet.use_rslora"] is True and metadata["unet.lora_alpha"] == 8.0
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_not_exist_is_named(config):
     with pytest.raises(UserError, match=r"--lora_layers to_z: .* to_q"):
         run(config, lora_layers=("to_q", "to_z"))

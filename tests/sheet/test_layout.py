@@ -134,6 +134,7 @@ LABELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell_size", "columns", "margin", "above", "beside"),
     [

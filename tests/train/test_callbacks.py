@@ -95,6 +95,7 @@ def test_both_arms_of_a_comparison_call_and_say_which_they_are(config):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_as_it_is(config):
     losses = []
 
@@ -174,6 +175,7 @@ def test_a_loss_that_is_replaced_is_descended(config, tmp_path):
     assert told == [pytest.approx(penalised.loss_there.item())]
 
 
+@pytest.mark.slow
 def test_gradients_that_are_replaced_update(config):
     """With the parameters for gradients, the first step of Adam takes each by the learning rate towards 0."""
     seen = {}
@@ -201,6 +203,7 @@ def test_gradients_that_are_replaced_update(config):
     assert all((tensor == 0.5).all() for tensor in tensors.values()), "on_train_end comes before the saving"
 
 
+@pytest.mark.slow
 def test_a_callbacks_loss_that_is_not_finite_ends_the_run(config):
     class Diverging(Callback):
         def backward(self, run, compute):
@@ -210,6 +213,7 @@ def test_a_callbacks_loss_that_is_not_finite_ends_the_run(config):
         train(config, callbacks=[Diverging()])
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_the_run(config):
     seen = {}
 
@@ -300,6 +304,7 @@ def test_every_process_calls_and_has_the_mean_gradient(config):
         assert (mine == theirs) == (not isinstance(mine, list) or mine[0] != "own loss")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs(config, capsys):
     text = (Path(__file__).parents[2] / "docs" / "callbacks.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

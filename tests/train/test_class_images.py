@@ -41,6 +41,7 @@ def class_images(config):
     return folder
 
 
+@pytest.mark.slow
 def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(config, class_images, monkeypatch):
     original, compared = Learner.loss, []
 
@@ -73,6 +74,7 @@ def test_loss_is_that_of_the_instances_plus_the_weighted_loss_of_the_class(confi
         assert actual == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_class_images_keep_their_own_size_and_crop_and_have_other_noise(config, class_images, monkeypatch):
     seen = []
     original = Learner.loss

@@ -110,6 +110,7 @@ def test_1_small_updates_move_a_in_bf16(config, tmp_path):
     assert moved_in_bf16 < 0.5 * count, "the twin: this is what would be lost"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher_says", "flag", "expected"),
     [("bf16", None, "bf16"), ("bf16", "no", "no"), ("no", "bf16", "bf16"), ("no", None, "no")],
@@ -235,6 +236,7 @@ def test_7_validation_is_drawn_in_eval_and_in_the_precision_of_the_run(config, m
     assert contrast > 1, "black, or grey"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_8_nothing_but_the_adapter_gathers_gradients(config, text_encoders):
     gradients = {}
@@ -257,6 +259,7 @@ def test_8_nothing_but_the_adapter_gathers_gradients(config, text_encoders):
     assert sum(gradient is not None for gradient in gradients.values()) > 40
 
 
+@pytest.mark.slow
 def test_9_images_and_captions_are_encoded_once(config, monkeypatch):
     calls = []
 

@@ -44,6 +44,7 @@ def live(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(images.Path(config.output_dir, LIVE_NAME))
 
 
+@pytest.mark.slow
 def test_it_is_the_average_written_by_hand(config, tmp_path):
     final = run(config)
     output = images.Path(config.output_dir)
@@ -71,6 +72,7 @@ def test_it_is_the_average_written_by_hand(config, tmp_path):
     assert not (tmp_path / "plain" / "checkpoint-6" / LIVE_NAME).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["gaussian", "pissa"])
 def test_a_resumed_run_ends_in_the_same_average(config, tmp_path, start):
     config = dataclasses.replace(
@@ -83,6 +85,7 @@ def test_a_resumed_run_ends_in_the_same_average(config, tmp_path, start):
     assert_equal(live(resumed), live(config))
 
 
+@pytest.mark.slow
 def test_pictures_and_the_heldout_loss_are_the_averages(config, tmp_path, monkeypatch):
     heldout = tmp_path / "heldout"
     heldout.mkdir()

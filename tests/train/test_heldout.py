@@ -43,6 +43,7 @@ def losses_of(config, **changes) -> dict[str, float]:
     return json.loads((images.Path(config.output_dir) / "summary.json").read_text())["heldout_losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
 def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, text_encoders):
     measured = losses_of(config, train_text_encoder=text_encoders, text_encoder_lr=1e-2)
@@ -75,6 +76,7 @@ def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, te
     assert measured["5"] == pytest.approx(sum(total) / len(total), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_path):
     measured = run(config)
     plain = run(config, heldout_data_dir=None, output_dir=str(tmp_path / "plain"))
@@ -86,6 +88,7 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_seed(config, tmp_p
     assert len(frozen) == 1
 
 
+@pytest.mark.slow
 def test_held_out_images_stay_on_white_where_backgrounds_are_random(config, tmp_path):
     image = Image.linear_gradient("L").resize((20, 20))
     Image.merge("RGBA", [image] * 4).save(images.Path(config.heldout_data_dir) / "0.png")
@@ -97,6 +100,7 @@ def test_held_out_images_stay_on_white_where_backgrounds_are_random(config, tmp_
     assert losses["random"] == losses["white"] != losses["black"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_whole_history(config, tmp_path):
     whole = losses_of(config)
 

@@ -33,6 +33,7 @@ def start_of(config, **changes):
     return start.tensors
 
 
+@pytest.mark.slow
 def test_every_format_is_the_same_start(config, tmp_path):
     first = run(config, lora_alpha=2.0)
     file, kohya = Path(config.output_dir, WEIGHTS_NAME), tmp_path / "kohya.safetensors"
@@ -43,6 +44,7 @@ def test_every_format_is_the_same_start(config, tmp_path):
         assert_equal(start, first)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft_is_a_start(config, tmp_path):
     saved_by_peft(tmp_path / "peft", r=4, lora_alpha=4, target_modules=UNET_TARGETS, use_dora=True)
     start = start_of(config, use_dora=True, max_train_steps=1, lora_weights=str(tmp_path / "peft"))
@@ -53,6 +55,7 @@ def test_an_adapter_of_peft_is_a_start(config, tmp_path):
         assert torch.equal(tensor, theirs[f"base_model.model.{own}"]), key
 
 
+@pytest.mark.slow
 def test_resumes_to_the_same_bits_and_knows_its_start_by_content(config, tmp_path):
     run(config, output_dir=str(tmp_path / "first"), max_train_steps=2)
     file = tmp_path / "first" / WEIGHTS_NAME
@@ -94,6 +97,7 @@ def test_what_differs_is_named_before_anything_is_encoded(config, tmp_path, monk
         assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_diffusers_is_named_and_its_adapter_taken(config, tmp_path):
     first = run(config, max_train_steps=1)
     theirs = tmp_path / "theirs" / "checkpoint-500"

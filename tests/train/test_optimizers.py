@@ -72,6 +72,7 @@ def test_prodigy_has_one_rate(config):
     assert defaults == {"decouple": True, "use_bias_correction": True, "beta3": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

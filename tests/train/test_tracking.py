@@ -68,6 +68,7 @@ def drawn(config):
     )
 
 
+@pytest.mark.slow
 def test_the_final_pictures_are_the_test(drawn, noted):
     train(drawn)
     assert noted == [
@@ -78,6 +79,7 @@ def test_the_final_pictures_are_the_test(drawn, noted):
     ]
 
 
+@pytest.mark.slow
 def test_no_pictures_where_none_are_asked_for(drawn, noted, monkeypatch):
     monkeypatch.setitem(tracking._RUN_NAMES, "tensorboard", "name")
     train(dataclasses.replace(drawn, num_validation_images=0, compare=True, max_train_steps=2))
@@ -111,6 +113,7 @@ def test_wandb_calls_a_run_by_its_method(monkeypatch):
     assert started == [{"project": "dreambooth-lora-sd-xl", "name": "Flat-LoRA"}]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_be_used_is_refused_first_of_all(config, monkeypatch):
     monkeypatch.setattr(arms, "_training_samples", lambda config: pytest.fail("images were read before"))
     with pytest.raises(UserError, match="--report_to comet_ml needs the package comet-ml: pip install"):
@@ -124,6 +127,7 @@ def test_what_needs_no_package(report_to):
     check_tracker(report_to)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_start_leaves_no_noise_on_the_models(config, monkeypatch):
     removed, remove = [], FlatLoRA.remove
 

@@ -64,6 +64,7 @@ def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor
     return {name: p.detach() for name, p in base.unet.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
 def test_the_trained_adapter_is_that_of_a_plain_reference_loop(config, base_path, sigma):
     config = dataclasses.replace(config, flat_sigma=sigma)
@@ -77,6 +78,7 @@ def test_the_trained_adapter_is_that_of_a_plain_reference_loop(config, base_path
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.slow
 def test_sigma_zero_differs_from_flat_lora_and_reruns_are_equal(config, tmp_path):
     flat = run(config, flat_sigma=0.5)
     again = run(config, flat_sigma=0.5, output_dir=str(tmp_path / "again"))
@@ -85,6 +87,7 @@ def test_sigma_zero_differs_from_flat_lora_and_reruns_are_equal(config, tmp_path
     assert any(not torch.equal(flat[name], plain[name]) for name in flat)
 
 
+@pytest.mark.slow
 def test_accumulation_splits_a_batch_without_changing_it(config, tmp_path):
     whole = run(config, train_batch_size=4)
     parts = run(config, train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(tmp_path / "parts"))
@@ -92,6 +95,7 @@ def test_accumulation_splits_a_batch_without_changing_it(config, tmp_path):
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     plain = run(config, train_text_encoder=True)
     checkpointed = run(
@@ -101,6 +105,7 @@ def test_gradient_checkpointing_changes_nothing(config, tmp_path):
         torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, monkeypatch):
     seen = {}
     original = Learner.loss
@@ -165,6 +170,7 @@ def assert_same_pictures_as_by_hand(config, output):
         assert by_hand.tobytes() == ours.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
 def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path, text_encoders):
     kept = {}
@@ -202,6 +208,7 @@ def test_the_saved_file_gives_the_outputs_of_the_trained_model(config, base_path
     assert pipeline.unet.peft_config["default_0"].lora_alpha == 10.0
 
 
+@pytest.mark.slow
 def test_lora_parameters_are_float32_whatever_the_base_is(config):
     dtypes = {}
 
@@ -215,18 +222,21 @@ def test_lora_parameters_are_float32_whatever_the_base_is(config):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_training_leaves_the_global_rng_alone(config):
     state = global_rng_state()
     run(config, train_text_encoder=True)
     assert global_rng_state() == state
 
 
+@pytest.mark.slow
 def test_a_gaussian_run_and_a_table_run_differ(config, tmp_path):
     table = run(config, flat_sigma=0.5)
     gaussian = run(config, flat_sigma=0.5, flat_noise="gaussian", output_dir=str(tmp_path / "gaussian"))
     assert any(not torch.equal(table[name], gaussian[name]) for name in table)
 
 
+@pytest.mark.slow
 def test_summary_and_facts_tell_the_run(config):
     run(config, flat_sigma=0.25, checkpointing_steps=4)
     output = images.Path(config.output_dir)
@@ -241,6 +251,7 @@ def test_summary_and_facts_tell_the_run(config):
     assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_validation_pictures_are_drawn_without_noise_and_reported(config):
     run(
         config,
@@ -264,6 +275,7 @@ def test_validation_pictures_are_drawn_without_noise_and_reported(config):
     assert list(output.glob("logs/**/events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_an_own_vae_encodes_in_float32_as_in_the_diffusers_script(config, base_path, monkeypatch):
     seen, original = set(), learner.encode_images
 
@@ -280,6 +292,7 @@ def test_an_own_vae_encodes_in_float32_as_in_the_diffusers_script(config, base_p
     assert seen == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_resolution_that_is_no_multiple_of_8(config):
     """As in the diffusers script the VAE leaves out what doesn't make a whole latent."""
     shown = []
@@ -301,6 +314,7 @@ def test_a_resolution_that_is_no_multiple_of_8(config):
     assert shown == [((2, 4, 12, 12), [25, 25])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "told"), [(2, False), (3, True)])
 def test_a_last_step_that_is_filled_is_told(config, caplog, batch, told):
     caplog.set_level("INFO")

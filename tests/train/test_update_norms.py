@@ -76,6 +76,7 @@ def test_what_a_frozen_adapter_takes_away_does_not_count(kind):
         torch.testing.assert_close(norms.measure().double(), exact, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_a_limit_scales_both_factors_of_the_layers_above_it(models):
     before = copy.deepcopy(models)
     norms = UpdateNorms(models)
@@ -121,6 +122,7 @@ def kohyas_limit(self: UpdateNorms, greatest: float) -> tuple[torch.Tensor, int]
     return torch.stack(norms), scaled
 
 
+@pytest.mark.slow
 def test_a_run_is_limited_as_in_kohyas_scripts(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, scale_weight_norms=0.05, learning_rate=1e-2, lora_alpha=6.0)
     logged = []
@@ -152,6 +154,7 @@ def file_norms(config) -> torch.Tensor:
     return torch.stack([(config.alpha / len(a) * b @ a).norm() for a, b in pairs])
 
 
+@pytest.mark.slow
 def test_the_mean_is_in_the_summary_and_the_tracker(config, monkeypatch, caplog):
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
@@ -163,6 +166,7 @@ def test_the_mean_is_in_the_summary_and_the_tracker(config, monkeypatch, caplog)
     assert "no effect" not in caplog.text
 
 
+@pytest.mark.slow
 def test_an_adapter_without_effect_is_told(config, caplog):
     run(config, learning_rate=0.0, max_train_steps=2)
     told = [record.message for record in caplog.records if "no effect" in record.message]

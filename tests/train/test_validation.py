@@ -86,6 +86,7 @@ def pictures(count: int, size: int = 16) -> list[Image.Image]:
 # One run.
 
 
+@pytest.mark.slow
 def test_every_validation_leaves_pictures_and_a_labelled_sheet(validated, monkeypatch):
     written, original = [], layout.Text
 
@@ -112,6 +113,7 @@ def test_every_validation_leaves_pictures_and_a_labelled_sheet(validated, monkey
     ]
 
 
+@pytest.mark.slow
 def test_the_pictures_are_those_that_anybody_draws_with_the_saved_adapter(undisturbed, base_path):
     """After the last step, so without the noise and in the order of prompts and seeds."""
     pipeline = load_pipeline(str(base_path))
@@ -125,11 +127,13 @@ def test_the_pictures_are_those_that_anybody_draws_with_the_saved_adapter(undist
             assert max(differences) <= 1
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing_of_the_adapter(validated, undisturbed):
     silent = run(validated, validation_epochs=0, validation_prompt=None)
     assert_equal(load_file(undisturbed() / WEIGHTS_NAME), silent)
 
 
+@pytest.mark.slow
 def test_what_an_interruption_prevented_is_drawn_on_resuming(validated, undisturbed, monkeypatch):
     """The kill comes after the checkpoint and before the pictures of the same step."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -148,6 +152,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_costs_the_pictures_alone(validated, undisturbed, monkeypatch, caplog):
     original, calls = train_validation.draw, []
 
@@ -245,6 +250,7 @@ def test_tensorboard_gets_the_pictures_by_epoch(validated, tmp_path):
 # A comparison.
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, base_path):
     output = undisturbed(compare=True)
     pipeline = load_pipeline(str(base_path))
@@ -277,6 +283,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
     assert (output / "flat_lora" / WEIGHTS_NAME).read_bytes() == alone, "drawing the base changed the arm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [Gallery, SideBySide], ids=["before the pictures", "before the sheet"])
 def test_an_interrupted_comparison_ends_with_the_same_pictures(compared, undisturbed, monkeypatch, killed):
     """Killed in the second arm, after the last validation step's checkpoint."""
