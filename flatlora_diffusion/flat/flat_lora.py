@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict
 
@@ -195,11 +195,7 @@ class FlatLoRA:
                     perturbed.append(layer)
                     all_prepared = all_prepared and layer.is_prepared(self._moment, contents)
         if not all_prepared:
-            self._prepare(
-                layer
-                for layer in self._perturbed.values()
-                if layer.training and self._is_perturbed(layer.contents())
-            )
+            self._prepare_all()
         try:
             for layer in perturbed:
                 layer.perturb()
@@ -267,14 +263,20 @@ class FlatLoRA:
         names = contents.names
         return bool(names) if self._adapter_name is None else self._adapter_name in names
 
-    def _prepare(self, layers: Iterable[PerturbedLayer]) -> None:
+    def _prepare_all(self) -> None:
+        """Prepare all layers that the noise of this step reaches, together."""
+        training = [(layer, layer.contents()) for layer in self._perturbed.values() if layer.training]
+        self._prepare([(layer, contents) for layer, contents in training if self._is_perturbed(contents)])
+
+    def _prepare(self, layers: Sequence[tuple[PerturbedLayer, Contents]]) -> None:
         key = self._seed, self._global_step, _rank()
         prepare(layers, self._moment, self.sigma_t, self._source, key)
 
     def _prepared(self, layer: PerturbedLayer) -> Prepared:
         """What holds for a layer at this step, whether it is in training or not."""
-        if not layer.is_prepared(self._moment, layer.contents()):
-            self._prepare([layer])
+        contents = layer.contents()
+        if not layer.is_prepared(self._moment, contents):
+            self._prepare([(layer, contents)])
         return layer.prepared
 
 

@@ -6,10 +6,9 @@ with a transient `W + eps`; the backward pass builds the sum again from the nois
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -37,21 +36,29 @@ _FUSED = (Linear, Conv1d, Conv2d, Conv3d)
 """Kinds of layers of PEFT that the fused operation knows."""
 
 
-class Contents(NamedTuple):
+@dataclass(slots=True)
+class Contents:
     """All that the merged weight depends on.
 
     Attributes:
         names: The adapters that the forward pass adds to the base weight.
         scalings: Their factors.
-        versions: Those of W and of the adapters' weights.
+        factors: The weights A of each, then B of each, and for AdaLoRA E.
+        versions: Those of the base weight and of the factors.
     """
 
-    names: tuple[str, ...]
-    scalings: tuple[float, ...]
-    versions: tuple[object, ...]
+    names: list[str]
+    scalings: list[float]
+    factors: list[Tensor]
+    versions: list[tuple[object, ...]]
+
+    def same_as(self, other: Contents) -> bool:
+        """Whether the merged weight is still the same."""
+        same = self.versions == other.versions
+        return same and self.names == other.names and self.scalings == other.scalings
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prepared:
     """What a layer needs for the forward passes of one step.
 
@@ -70,34 +77,32 @@ class Prepared:
     branch: Branch | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Branch:
     """The one low-rank branch of a layer that the fused operation computes.
 
     Attributes:
-        modules: Those of A, B and dropout, which are passed by.
-        scaling: Factor s of the branch.
-        geometry: That of a convolution.
         a: The weight (r, n), or (r, in, *kernel).
         b: The weight (m, r), or (m, r, *ones).
+        scaling: Factor s of the branch.
+        geometry: That of a convolution.
+        modules: Those of A, B and dropout, which are passed by.
         hooks: What somebody may hang onto the modules and the base layer: dictionaries that are empty.
     """
 
-    modules: tuple[nn.Module, nn.Module, nn.Module]
-    scaling: float
-    geometry: Geometry | None
     a: Tensor
     b: Tensor
+    scaling: float
+    geometry: Geometry | None
+    modules: tuple[nn.Module, nn.Module, nn.Module]
     hooks: Sequence[dict[Any, Any]]
-
-    def is_of(self, modules: tuple[nn.Module, nn.Module, nn.Module], scaling: float) -> bool:
-        """Whether it is the branch of these modules still."""
-        same = self.scaling == scaling and all(map(operator.is_, self.modules, modules))
-        return same and self.a is modules[0].weight and self.b is modules[1].weight
 
     def is_passable(self) -> bool:
         """Whether nobody notices that the modules are never called."""
-        return not any(self.hooks) and not any("forward" in module.__dict__ for module in self.modules)
+        if any(self.hooks):
+            return False
+        a, b, dropout = self.modules
+        return not ("forward" in a.__dict__ or "forward" in b.__dict__ or "forward" in dropout.__dict__)
 
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
@@ -133,9 +138,9 @@ class PerturbedLayer:
         self.layer = layer
         self.base: Base = _supported_base(name, layer)
         self._quantized = QuantizedWeight(self.base) if is_of_bitsandbytes(self.base) else None
-        self._factors: list[nn.ModuleDict | nn.ParameterDict] = [layer.lora_A, layer.lora_B]
+        self._groups: list[nn.ModuleDict | nn.ParameterDict] = [layer.lora_A, layer.lora_B]
         if isinstance(layer, SVDLinear):
-            self._factors.append(layer.lora_E)
+            self._groups.append(layer.lora_E)
         self.host_forward: Callable[..., Tensor] | None = (
             None  # the layer's `forward` where the noise hangs on it
         )
@@ -169,15 +174,13 @@ class PerturbedLayer:
 
     def contents(self) -> Contents:
         """What the merged weight is made of just now: no adapter where they are disabled or merged."""
-        layer, first = self.layer, self._factors[0]
-        if layer.disable_adapters or layer.merged:
-            names = ()
-        else:
-            names = tuple(name for name in layer.active_adapters if name in first)
-        versions = [_version(self.base.weight)]
-        for group in self._factors:
-            versions += [_version(_factor(group, name)) for name in names]
-        return Contents(names, tuple(map(self._scaling, names)), tuple(versions))
+        layer, known = self.layer, self._groups[0]
+        names: list[str] = []
+        if not (layer.disable_adapters or layer.merged):
+            names = [name for name in layer.active_adapters if name in known]
+        scalings: list[float] = [layer.scaling[name] for name in names]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        factors = [_factor(group, name) for group in self._groups for name in names]
+        return Contents(names, scalings, factors, [_version(self.base.weight), *map(_version, factors)])
 
     @property
     def noise_dtype(self) -> torch.dtype:
@@ -187,7 +190,7 @@ class PerturbedLayer:
     def is_prepared(self, moment: object, contents: Contents) -> bool:
         """Whether what was prepared is of this step and of those contents."""
         prepared = self._prepared
-        return prepared is not None and prepared.moment is moment and prepared.contents == contents
+        return prepared is not None and prepared.moment is moment and prepared.contents.same_as(contents)
 
     def prepare(self, moment: object, contents: Contents, row_norms: Tensor, draw: Draw) -> None:
         """Take over what `prepare.prepare` computed for this step."""
@@ -252,18 +255,22 @@ class PerturbedLayer:
 
     def _branch(self, contents: Contents) -> Branch | None:
         """The low-rank branch, where it is one that the fused operation computes as PEFT's layer does."""
-        layer = self.layer
-        if len(contents.names) != 1 or type(layer) not in _FUSED or self._quantized is not None:
+        if len(contents.names) != 1 or type(self.layer) not in _FUSED or self._quantized is not None:
             return None
-        (name,), (scaling,) = contents.names, contents.scalings
-        if name in layer.lora_variant or self.module.__dict__.get("forward") is not self.host_forward:
+        (name,), (scaling,), (a, b) = contents.names, contents.scalings, contents.factors
+        if name in self.layer.lora_variant or self.module.__dict__.get("forward") is not self.host_forward:
             return None
-        modules = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if self._prepared is not None:
-            known = self._prepared.branch
-            if known is not None and known.is_of(modules, scaling):
-                return known
-        return _branch_of(self.base, modules, scaling)
+        modules = self._groups[0][name], self._groups[1][name], self.layer.lora_dropout[name]
+        known = self._prepared.branch if self._prepared is not None else None
+        if (
+            known is not None
+            and known.a is a
+            and known.b is b
+            and known.scaling == scaling
+            and known.modules == modules
+        ):
+            return known
+        return _branch_of(self.base, a, b, scaling, modules)
 
     def weight_norms_squared(self) -> Tensor:
         """Squared norm of each row of the base weight: (m,), float32; computed once."""
@@ -278,16 +285,17 @@ class PerturbedLayer:
         Raises:
             ValueError: DoRA is active together with other adapters: there is no single merged weight.
         """
-        factors: list[tuple[Tensor, Tensor, float]] = []
-        for name, scaling in zip(contents.names, contents.scalings, strict=True):
-            a, b = _factor(self._factors[0], name), _factor(self._factors[1], name)
+        count = len(contents.names)
+        pairs: list[tuple[Tensor, Tensor, float]] = []
+        for index, (name, scaling) in enumerate(zip(contents.names, contents.scalings, strict=True)):
+            a, b = contents.factors[index], contents.factors[count + index]
             if isinstance(self.layer, SVDLinear):  # dW = B @ (A * E) * scaling / ranknum, as PEFT computes it
                 a, b = a * self.layer.lora_E[name], b / (self.layer.ranknum[name] + 1e-5)
             elif a.dim() > 2:
                 a, b = a.flatten(1), b.flatten(1)
-            factors.append((a.float(), b.float(), scaling))
-        if len(factors) == 1:
-            return factors[0]
+            pairs.append((a.float(), b.float(), scaling))
+        if count == 1:
+            return pairs[0]
         if any(name in self.layer.lora_magnitude_vector for name in contents.names):
             raise ValueError(
                 f"{self.name}: DoRA together with other active adapters ({', '.join(contents.names)}) has no "
@@ -296,13 +304,10 @@ class PerturbedLayer:
         m, n = self.shape
         none = torch.empty(0, device=self.base.weight.device)  # there may be no active adapter
         return (
-            torch.cat([none.view(0, n), *(a for a, _, _ in factors)]),
-            torch.cat([none.view(m, 0), *(b * scaling for _, b, scaling in factors)], dim=1),
+            torch.cat([none.view(0, n), *(a for a, _, _ in pairs)]),
+            torch.cat([none.view(m, 0), *(b * scaling for _, b, scaling in pairs)], dim=1),
             1.0,
         )
-
-    def _scaling(self, name: str) -> float:
-        return self.layer.scaling[name]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
@@ -311,18 +316,21 @@ def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
     return entry if isinstance(entry, Tensor) else weight_of(entry)
 
 
-def _branch_of(base: Base, modules: tuple[nn.Module, nn.Module, nn.Module], scaling: float) -> Branch | None:
+def _branch_of(
+    base: Base, a: Tensor, b: Tensor, scaling: float, modules: tuple[nn.Module, nn.Module, nn.Module]
+) -> Branch | None:
     """The branch of those modules, if they are PEFT's plain ones."""
-    a, b, dropout = modules
+    dropout = modules[2]
+    factors = modules[:2]
     if not isinstance(dropout, nn.Identity) or any(
-        type(factor) is not type(base) or factor.bias is not None for factor in (a, b)
+        type(factor) is not type(base) or factor.bias is not None for factor in factors
     ):
         return None
     geometry = None if isinstance(base, nn.Linear) else _geometry(base)
-    if geometry is not None and _geometry(a) != geometry:
+    if geometry is not None and _geometry(factors[0]) != geometry:
         return None
     hooks = [hooks for module in (base, *modules) for hooks in _hooks(module)]
-    return Branch(modules, scaling, geometry, weight_of(a), weight_of(b), hooks)
+    return Branch(a, b, scaling, geometry, modules, hooks)
 
 
 def _geometry(module: nn.Module) -> Geometry:

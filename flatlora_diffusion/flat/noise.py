@@ -67,7 +67,7 @@ def _per_row(values: Tensor, weight: Tensor) -> Tensor:
     return values.view(-1, *[1] * (weight.dim() - 1))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GaussianDraw:
     """Normals that a private generator makes anew each time they are asked for."""
 
@@ -98,7 +98,7 @@ class GaussianSource:
         return [GaussianDraw(key, std, inputs) for key, std in zip(keys, row_std, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TableDraw:
     """Windows of the table, a few rows each, with the signed standard deviations of their rows (rows, 1)."""
 

@@ -39,7 +39,7 @@ class _Member(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    layers: Iterable[PerturbedLayer],
+    layers: Iterable[tuple[PerturbedLayer, Contents]],
     moment: object,
     sigma: float,
     source: NoiseSource,
@@ -48,7 +48,7 @@ def prepare(
     """Give each layer its row norms and its draw: `sigma / sqrt(n) * ||W'_i||` on row i (equation 7).
 
     Args:
-        layers: Those to prepare.
+        layers: Those to prepare, with their contents.
         moment: The step, as an object of its own (see `Prepared`).
         sigma: Strength of the noise at this step.
         source: Draws the noise, from a hash of `key` and the layer's name.
@@ -58,8 +58,7 @@ def prepare(
         ValueError: DoRA is active together with other adapters.
     """
     kinds: dict[_Kind, list[_Member]] = {}
-    for layer in layers:
-        contents = layer.contents()
+    for layer, contents in layers:
         a, b, scaling = layer.low_rank(contents)
         kind = _Kind(a.shape, b.shape, scaling, layer.noise_dtype, a.device)
         kinds.setdefault(kind, []).append(_Member(layer, contents, a, b))

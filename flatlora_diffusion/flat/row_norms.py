@@ -32,7 +32,9 @@ def row_norms_squared(weight: Tensor) -> Tensor:
 
 def _projection(weight: Tensor, factor: Tensor) -> Tensor:
     """`weight @ factor`, (m, r), in float32."""
-    blocks = [block @ factor for block in _row_blocks(weight)]
+    if weight.dtype == torch.float32:
+        return torch.mm(weight, factor)
+    blocks = [torch.mm(block, factor) for block in _row_blocks(weight)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -51,7 +53,7 @@ def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a:
         b: The L factors B (L, m, r), float32, times their scalings.
     """
     projections = torch.stack(
-        [_projection(weight, factor.T) for weight, factor in zip(weights, a, strict=True)]
+        [_projection(weight, factor) for weight, factor in zip(weights, a.mT.unbind(), strict=True)]
     )
     cross_and_square = _vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
     # Rounding can leave a tiny negative where the adapter cancels a row of the base weight.
