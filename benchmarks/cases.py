@@ -235,10 +235,24 @@ def stack_case(
     return cached_prompts_case(name, stack, *predict_of_stack(stack, tokens))
 
 
-def sdxl_case() -> Case:
-    """(c) The whole SDXL UNet on a GPU, random weights in bf16, gradient checkpointing, batch 1."""
+def sdxl_case(checkpointing: bool) -> Case:
+    """(c) The whole SDXL UNet on a GPU, random weights in bf16, batch 1."""
     with torch.device("cuda"):
         unet = UNet2DConditionModel(**SDXL.unet).to(torch.bfloat16)
-    unet.enable_gradient_checkpointing()
-    name = "(c) SDXL UNet, bf16, GPU, batch 1, 128 x 128 latents, gradient checkpointing"
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    name = (
+        "(c) SDXL UNet, bf16, GPU, batch 1, 128 x 128 latents, "
+        f"gradient checkpointing {'on' if checkpointing else 'off'}"
+    )
     return cached_prompts_case(name, unet, *predict_of_unet(unet))
+
+
+def host_case(device: torch.device) -> Case:
+    """(d) Blocks so small that a step is nothing but the host's work: calls, autograd, what a step prepares."""
+    width, context_width, tokens = HEAD_WIDTH, HEAD_WIDTH, 4
+    stack = Stack(8, False, width, context_width).to(device)
+    name = (
+        f"(d) host time: 8 transformer blocks of width {width}, fp32, {device.type.upper()}, {tokens} tokens"
+    )
+    return cached_prompts_case(name, stack, *predict_of_stack(stack, tokens, width, context_width))

@@ -3,14 +3,15 @@
     python -m benchmarks.overhead                          # all cases that this machine can run
     python -m benchmarks.overhead --case b --dtype fp32 --layers 4 --minutes 5 --output overhead.md
 
-Every arm (plain LoRA, Flat-LoRA with either source of noise, the published in-place method, sharpness-aware
-minimisation on the merged weights) takes one full step per repeat: forward, backward, AdamW; SAM takes the
-passes twice. Arms share the frozen weights and alternate within a repeat, in an order that rotates, so that a
-slow moment of the machine falls on all of them alike; ratios are taken repeat by repeat. Memory is measured
-in the warm-up.
+Every arm (plain LoRA as PEFT computes it, Flat-LoRA with either source of noise and over PEFT's own layers,
+the published in-place method, sharpness-aware minimisation on the merged weights) takes one full step per
+repeat: forward, backward, AdamW; SAM takes the passes twice. Arms share the frozen weights and alternate
+within a repeat, in an order that rotates, so that a slow moment of the machine falls on all of them alike;
+ratios are taken repeat by repeat. Memory is measured in the warm-up.
 
 Cases: (a) the demo UNet, float32; (b) a stack of SDXL's largest transformer blocks, without and with gradient
-checkpointing; (c) the whole SDXL UNet with random weights, on a GPU only.
+checkpointing; (c) the whole SDXL UNet with random weights, without and with gradient checkpointing, on a GPU
+only; (d) tiny blocks, whose step is the host's work alone: the time that is added is told for each layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.cases import Case, demo_case, sdxl_case, stack_case
+from benchmarks.cases import Case, demo_case, host_case, sdxl_case, stack_case
 from benchmarks.common import (
     DEMO_BASE,
     DTYPES,
@@ -49,8 +50,9 @@ def table(result: Result) -> str:
         f"{len(result.seconds[PLAIN])} repeats. {result.adapted_layers} adapted weights: the largest has "
         f"{result.largest_weight_mib:.3g} MiB, all have {result.all_weights_mib:.4g} MiB.",
         "",
-        "| | s / step | x plain (min-max) | adds, ms | at rest, MiB | between layers, MiB | peak, MiB |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| | s / step | x plain (min-max) | adds, ms | for a layer, us | at rest, MiB | between layers, MiB "
+        "| peak, MiB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     plain = result.seconds[PLAIN]
     for name, seconds in result.seconds.items():
@@ -58,11 +60,12 @@ def table(result: Result) -> str:
         memory = result.memory[name]
         cells = [name, f"{statistics.median(seconds):.4g}"]
         if name == PLAIN:
-            cells += ["1", *["-"] * 4]
+            cells += ["1", *["-"] * 5]
         else:
             cells += [
                 ratio(seconds, plain),
                 f"{1000 * added:.1f}",
+                f"{1e6 * added / result.adapted_layers:.0f}",
                 *(f"{memory[key]:.2f}" for key in ("at_rest_mib", "between_layers_mib", "peak_mib")),
             ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -88,7 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python -m benchmarks.overhead",
     )
-    parser.add_argument("--case", nargs="+", choices="abc", default=list("abc"), help="which cases (all)")
+    parser.add_argument("--case", nargs="+", choices="abcd", default=list("abcd"), help="which cases (all)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -129,9 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
         builds += [functools.partial(stack, checkpointing) for checkpointing in (False, True)]
     if "c" in options.case:
         if has_gpu:
-            builds.append(sdxl_case)
+            builds += [functools.partial(sdxl_case, checkpointing) for checkpointing in (False, True)]
         else:
             skipped.append("Case (c) was left out: there is no GPU.")
+    if "d" in options.case:
+        builds.append(functools.partial(host_case, device))
 
     results = []
     for index, build in enumerate(builds):

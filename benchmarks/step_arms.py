@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.common import SIGMA
@@ -51,6 +52,18 @@ class Flat(PlainLoRA):
         self.flat.step()
 
 
+class Unfused(Flat):
+    """Flat-LoRA over PEFT's own layers, as it is where a layer cannot be computed as one operation."""
+
+    def __init__(self, model: nn.Module, perturbed: nn.Module, noise: str) -> None:
+        # A hook must be called, and so must the module that it hangs on.
+        for layer in perturbed.modules():
+            if isinstance(layer, LoraLayer):
+                for factor in layer.lora_A.values():
+                    factor.register_forward_pre_hook(lambda module, args: None)
+        super().__init__(model, perturbed, noise)
+
+
 class InPlace(PlainLoRA):
     """The published method."""
 
@@ -87,11 +100,13 @@ class Sam(PlainLoRA):
 
 PLAIN = "plain LoRA"
 FLAT = "Flat-LoRA, table"
+UNFUSED = "Flat-LoRA, table, PEFT's layers"
 IN_PLACE = "in place"
 SAM = "SAM"
 ARMS: dict[str, Callable[[nn.Module, nn.Module], PlainLoRA]] = {
     PLAIN: PlainLoRA,
     FLAT: lambda model, perturbed: Flat(model, perturbed, "table"),
+    UNFUSED: lambda model, perturbed: Unfused(model, perturbed, "table"),
     "Flat-LoRA, gaussian": lambda model, perturbed: Flat(model, perturbed, "gaussian"),
     IN_PLACE: InPlace,
     SAM: Sam,

@@ -16,7 +16,7 @@ from benchmarks.bases import Sizes
 from benchmarks.cases import Case, Stack, WithTextEncoders, cached_prompts_case, predict_of_stack
 from benchmarks.memory import MIB
 from benchmarks.sam import base_weights
-from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM
+from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM, UNFUSED
 from tests.conftest import build_text_encoders
 
 WIDTH, CONTEXT = 128, 64
@@ -108,7 +108,7 @@ def test_the_sam_arm_equals_a_twin_with_merged_weights():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", [PLAIN, FLAT, "Flat-LoRA, gaussian", SAM])
+@pytest.mark.parametrize("name", [PLAIN, FLAT, UNFUSED, "Flat-LoRA, gaussian", SAM])
 def test_an_arm_trains_the_adapter_and_leaves_the_base(name, checkpointing):
     case = block_case(checkpointing, torch.bfloat16)  # where adding and subtracting would leave other bits
     before = bits(case.model)
@@ -118,6 +118,16 @@ def test_an_arm_trains_the_adapter_and_leaves_the_base(name, checkpointing):
     assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
     trained = dict(case.model.named_parameters())
     assert not any(torch.equal(trained[key], value) for key, value in adapter.items())
+
+
+def test_the_arms_of_flat_lora_take_either_way():
+    for name, operation in ((FLAT, "FusedLinearBackward"), (UNFUSED, "AddBackward0")):
+        case = block_case()
+        taken = []
+        layer = case.model.blocks[0].attn1.to_q
+        layer.register_forward_hook(lambda module, args, output, to=taken: to.append(output.grad_fn.name()))
+        ARMS[name](case.model, case.model).train_step(case.loss)
+        assert taken == [operation]
 
 
 # Memory.
