@@ -21,7 +21,8 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
     )
     parser.add_argument(
         "--base",
-        help="SDXL pipeline, a folder or hub name. Default: that of the runs, else the demo base.",
+        help="SDXL pipeline: a folder, hub name or .safetensors file. Default: that of the runs, else the "
+        "demo base.",
     )
     parser.add_argument(
         "--adapter",

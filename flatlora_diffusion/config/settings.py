@@ -52,7 +52,9 @@ class TrainConfig:
 
     # The base model.
     pretrained_model_name_or_path: str = option(
-        REQUIRED, "Folder of an SDXL pipeline in the diffusers format, or its name on the Hugging Face Hub."
+        REQUIRED,
+        "Folder of an SDXL pipeline in the diffusers format, its name on the Hugging Face Hub, or a base in "
+        "one .safetensors file.",
     )
     pretrained_vae_model_name_or_path: str | None = option(
         None, "A better VAE (for half precision, say); without it the base's own runs in float32."

@@ -31,6 +31,7 @@ from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl.base import check_base, load_base
 from flatlora_diffusion.sdxl.encoding import encode_prompts, where_cut
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
+from flatlora_diffusion.sdxl.single_file import SingleFile, is_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def native_side_of(base: str, flag: str = "--base", revision: str | None = None)
         UserError: It is missing or not SDXL, or doesn't say.
     """
     check_base(base, flag)
+    if is_single_file(base):
+        base, revision = str(SingleFile(f"{flag} {base}", Path(base), own_vae=True).configurations), None
     unet, vae = (
         load_whole(f"{flag} {base}: {folder}", kind.load_config, base, subfolder=folder, revision=revision)
         for kind, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))

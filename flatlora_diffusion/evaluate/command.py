@@ -33,7 +33,7 @@ def evaluation_parser() -> OneLineParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--base", required=True, help="Folder or hub name of the SDXL pipeline.")
+    add("--base", required=True, help="Folder or hub name of the SDXL pipeline, or one .safetensors file.")
     add(
         "--adapter",
         type=parse_adapter,

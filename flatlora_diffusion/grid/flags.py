@@ -26,7 +26,7 @@ def grid_parser() -> OneLineParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--base", help="Folder or hub name of the SDXL pipeline.")
+    add("--base", help="Folder or hub name of the SDXL pipeline, or one .safetensors file.")
     add(
         "--adapter",
         type=parse_scaled_adapter,

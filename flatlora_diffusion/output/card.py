@@ -20,6 +20,7 @@ from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.draw.samplers import scheduler_of
 from flatlora_diffusion.output.gallery import final_drawing
 from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
+from flatlora_diffusion.sdxl.single_file import is_single_file
 from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def _metadata(
     examples = exhibit.examples if exhibit else ()
     licence: dict[str, Any] = _licence(base)
     return ModelCardData(
-        base_model=None if Path(base).is_dir() else base,  # the hub takes names of its own alone
+        base_model=None if Path(base).exists() else base,  # the hub takes names of its own alone
         library_name="diffusers",
         tags=[
             "text-to-image",
@@ -243,9 +244,11 @@ def _snippet(
     if vae:
         of_vae = {name: chosen[name] for name in ("dtype", "use_safetensors")}
         lines.append(f"vae = AutoencoderKL.from_pretrained({_arguments(_quoted(vae), of_vae)})")
+    base = config.pretrained_model_name_or_path
+    load = "from_single_file" if is_single_file(base) else "from_pretrained"
     lines += [
-        "pipeline = StableDiffusionXLPipeline.from_pretrained(",
-        f"    {_arguments(_quoted(config.pretrained_model_name_or_path), chosen)}",
+        f"pipeline = StableDiffusionXLPipeline.{load}(",
+        f"    {_arguments(_quoted(base), chosen)}",
         ').to("cuda")',
         *_scheduler_lines(scheduler),
         f"pipeline.load_lora_weights({_arguments(_quoted(repository or config.output_dir), file)})",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
 from flatlora_diffusion.sdxl.shapes import check_parts, check_shapes, check_tokens, check_vae
+from flatlora_diffusion.sdxl.single_file import SingleFile, is_single_file, load_single_vae
 
 logger = logging.getLogger(__name__)
 
@@ -73,24 +74,22 @@ class Base:
 
 
 def check_base(name: str, flag: str = BASE_FLAG) -> None:
-    """Refuse what isn't an SDXL pipeline in the diffusers format with safetensors, before anything is loaded.
+    """Refuse what isn't an SDXL pipeline with safetensors, before anything is loaded.
 
     A name that is no local path is taken for a repository of the hub and checked when it is loaded.
 
     Args:
-        name: Folder or hub name of the pipeline.
+        name: Folder or hub name of a pipeline in the diffusers format, or a single file.
         flag: How the user named it, for errors.
 
     Raises:
         UserError: Says what was met and what to give instead.
     """
     flag = f"{flag} {name}"
-    path = local_folder(
-        flag,
-        name,
-        "give a folder in the diffusers format "
-        "(StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one)",
-    )
+    if is_single_file(name):
+        SingleFile(flag, Path(name), own_vae=True)
+        return
+    path = local_folder(flag, name, "give a folder in the diffusers format, or a single .safetensors file")
     if path is None:
         return
     index = path / "model_index.json"
@@ -122,10 +121,10 @@ def load_base(
     variant: str | None = None,
     to_draw: bool = False,
 ) -> Base:
-    """Load an SDXL base from a folder or the hub, safetensors only.
+    """Load an SDXL base from a folder, a single file or the hub, safetensors only.
 
     Args:
-        name: Folder or hub name of the pipeline.
+        name: Folder or hub name of a pipeline in the diffusers format, or a single file of an SDXL base.
         flag: How the user named it, for errors.
         dtype: Precision of the UNet and the text encoders; the VAE is always in float32.
         vae: Folder or hub name of a VAE to use in place of the pipeline's; see `load_vae`.
@@ -138,11 +137,15 @@ def load_base(
     """
     check_base(name, flag)
     flag = f"{flag} {name}"
-    index = load_whole(flag, StableDiffusionXLPipeline.load_config, name, revision=revision)
+    file = SingleFile(flag, Path(name), own_vae=vae is not None) if is_single_file(name) else None
+    home, revision = (str(file.configurations), None) if file else (name, revision)
+    index = load_whole(flag, StableDiffusionXLPipeline.load_config, home, revision=revision)
     _check_kind(flag, index.get("_class_name", "repository without a pipeline"))
     check_parts(flag, index)
 
     def part(kind: Any, folder: str, **settings: Any) -> Any:
+        if file:
+            return file.part(kind, folder, **settings)
         return load_whole(
             f"{flag}: {folder}", kind.from_pretrained, name, subfolder=folder, revision=revision, **settings
         )
@@ -154,7 +157,7 @@ def load_base(
     sampler = getattr(diffusers, scheduler, None)
     if sampler is None:
         raise UserError(f"{flag}: model_index.json names no scheduler of diffusers: {index.get('scheduler')}")
-    text_configs = _check_before_weights(flag, name, revision, vae)
+    text_configs = _check_before_weights(flag, home, revision, vae, file.unet_channels if file else {})
     tokenizers = part(CLIPTokenizer, "tokenizer"), part(CLIPTokenizer, "tokenizer_2")
     for tokenizer, folder, config in zip(tokenizers, ("tokenizer", "tokenizer_2"), text_configs, strict=True):
         check_vocabulary(f"{flag}: {folder}", tokenizer)
@@ -179,9 +182,17 @@ def load_base(
 
 
 def _check_before_weights(
-    flag: str, name: str, revision: str | None, vae: str | None
+    flag: str, name: str, revision: str | None, vae: str | None, channels: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compare the shapes of all parts; the configurations of both text encoders."""
+    """Compare the shapes of all parts; the configurations of both text encoders.
+
+    Args:
+        flag: Names the base.
+        name: Folder or hub name of the configurations.
+        revision: On the hub.
+        vae: As for `load_base`.
+        channels: What the UNet's weights say of themselves, in place of its configuration.
+    """
 
     def config(kind: Any, folder: str) -> dict[str, Any]:
         return load_whole(f"{flag}: {folder}", kind.load_config, name, subfolder=folder, revision=revision)
@@ -193,11 +204,11 @@ def _check_before_weights(
     one, two = text_config("text_encoder"), text_config("text_encoder_2")
     own_vae = (
         _load_as_base(AutoencoderKL.load_config, vae, {"revision": revision})
-        if vae
+        if vae and not is_single_file(vae)
         else config(AutoencoderKL, "vae")
     )
     check_vae(_vae_flag(vae) if vae else f"{flag}: vae", own_vae)
-    check_shapes(flag, config(UNet2DConditionModel, "unet"), own_vae, one, two)
+    check_shapes(flag, {**config(UNet2DConditionModel, "unet"), **channels}, own_vae, one, two)
     return one, two
 
 
@@ -217,16 +228,18 @@ def check_scheduler(flag: str, scheduler: str) -> None:
 
 
 def load_vae(name: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
-    """A VAE in float32 from a folder or the hub.
+    """A VAE in float32 from a folder, a single file or the hub.
 
     Args:
-        name: Folder or hub name.
+        name: Folder or hub name, or a single file in the names of diffusers or of the original repository.
         revision: That of the base. The VAE needn't have one that is called so; the log tells.
         variant: The same.
 
     Raises:
         UserError: It is missing or damaged.
     """
+    if is_single_file(name):
+        return load_single_vae(_vae_flag(name), Path(name), AutoencoderKL)
     if variant and Path(name).is_dir() and not any(Path(name).glob(f"*.{variant}*safetensors*")):
         logger.info("%s: no variant %s there; loaded without", _vae_flag(name), variant)
         variant = None

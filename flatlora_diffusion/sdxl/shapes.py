@@ -8,7 +8,7 @@ from typing import Any
 from flatlora_diffusion.common.errors import UserError
 
 _TIME_IDS = 6  # original size, crop, target size; the refiner has 5, with a score of aesthetics
-_REFINER = "the SDXL refiner, which has one text encoder; give the SDXL base"
+REFINER = "the SDXL refiner, which has one text encoder; give the SDXL base"
 
 
 def check_parts(flag: str, index: Mapping[str, Any]) -> None:
@@ -23,7 +23,7 @@ def check_parts(flag: str, index: Mapping[str, Any]) -> None:
     """
     has_first, has_second = (any(index.get(part) or ()) for part in ("text_encoder", "text_encoder_2"))
     if has_second and not has_first:
-        raise UserError(f"{flag}: {_REFINER}")
+        raise UserError(f"{flag}: {REFINER}")
 
 
 def check_vae(flag: str, vae: Mapping[str, Any]) -> None:

@@ -293,7 +293,7 @@ BASES = {
     "base is a single file": (
         nothing,
         ["--pretrained_model_name_or_path", f"ROOT/{UNET_WEIGHTS}"],
-        "a single file; give a folder",
+        "no SDXL base (it has ",
     ),
     "base of another kind": (
         lambda w: w.edit_json("base/model_index.json", _class_name="StableDiffusionPipeline"),
