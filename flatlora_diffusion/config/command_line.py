@@ -52,7 +52,9 @@ ADDITIONS = frozenset(
 )
 # Flags of the diffusers script that are refused: why, and what to do.
 REFUSED = {
-    "do_edm_style_training": "is for Playground v2.5; SDXL is trained on epsilon or velocity; leave it out",
+    "do_edm_style_training": "is for Playground v2.5, which learns pictures at EDM's noise levels; the loss, "
+    "measures and samplers here are made for SDXL's timesteps, and what Flat-LoRA's noise does at others "
+    "isn't measured: train such a base with the diffusers script; for SDXL it isn't needed; leave it out",
 }
 
 

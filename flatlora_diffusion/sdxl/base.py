@@ -224,7 +224,10 @@ def check_scheduler(flag: str, scheduler: str) -> None:
     """
     for kind, name in (("EDM", "EDM-style"), ("FlowMatch", "flow-matching")):  # Playground v2.5, say
         if kind in scheduler:
-            raise UserError(f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here")
+            raise UserError(
+                f"{flag}: its scheduler is {scheduler}, and {name} training isn't done here: loss and "
+                "measures are made for SDXL's timesteps; train it with its own script, or give an SDXL base"
+            )
 
 
 def load_vae(name: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
