@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"  # the base's own
 
-# By the names of classes of diffusers: command lines list the samplers before anything slow is imported.
+# By the names of classes of diffusers: command lines list the samplers before anything slow is imported. A
+# scheduler is called by the first that fits it. The trainer's flag has a list of its own:
+# `config/settings.py::VALIDATION_SAMPLERS`.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlora_diffusion.common.seeds import keyed_generator
 from flatlora_diffusion.common.weights import weight_of
-from flatlora_diffusion.evaluate.merged import replaced, row_norms
+from flatlora_diffusion.evaluate.merged import filter_norms, replaced
 
 Loss = Callable[[nn.Module], float]
 
@@ -123,8 +123,8 @@ def filter_normalised(unet: nn.Module, layer: str, seed: int, index: int) -> Ten
     """A random direction of a layer's weight whose filters are as long as the weight's own."""
     weight = weight_of(unet.get_submodule(layer))
     normals = _normals(weight, seed, "direction", index, layer)
-    lengths = row_norms(normals)
-    return (normals * (row_norms(weight) / lengths)).to(weight.dtype)
+    lengths = filter_norms(normals)
+    return (normals * (filter_norms(weight) / lengths)).to(weight.dtype)
 
 
 def top_eigenvalue(
@@ -227,7 +227,7 @@ def _length(vector: Sequence[Tensor]) -> float:
 def _noise(unet: nn.Module, layer: str, seed: int, draw: int) -> Tensor:
     """Noise for sigma 1: standard deviation `||W'_i|| / sqrt(n)` in each filter."""
     weight = weight_of(unet.get_submodule(layer))
-    std = row_norms(weight) / math.sqrt(weight[0].numel())
+    std = filter_norms(weight) / math.sqrt(weight[0].numel())
     return (_normals(weight, seed, "noise", draw, layer) * std).to(weight.dtype)
 
 

@@ -50,7 +50,7 @@ def filters(unet: nn.Module) -> list[str]:
     return [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
-def row_norms(weight: Tensor) -> Tensor:
+def filter_norms(weight: Tensor) -> Tensor:
     """Norm of each filter of a weight (m, ...): (m, 1, ...), float32."""
     norms = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
     return norms.view(-1, *[1] * (weight.dim() - 1))

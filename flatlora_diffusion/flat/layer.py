@@ -63,7 +63,7 @@ class Prepared:
     """What a layer needs for the forward passes of one step.
 
     Attributes:
-        moment: The step, as an object of its own.
+        moment: The step for which it holds, as an object: each change of the clock makes another.
         contents: What the merged weight was made of.
         row_norms: Norm of each row of `W + sum_k s_k B_k A_k`, before any rescaling by DoRA: (m,), float32.
         draw: The noise on the base weight.

@@ -49,7 +49,7 @@ def prepare(
 
     Args:
         layers: Those to prepare, with their contents.
-        moment: The step, as an object of its own (see `Prepared`).
+        moment: The step for which it holds (see `Prepared`).
         sigma: Strength of the noise at this step.
         source: Draws the noise, from a hash of `key` and the layer's name.
         key: Seed, step and rank.

@@ -46,7 +46,7 @@ class Checkpoint:
         adapter: The adapter as a safetensors file in the diffusers format; the average, where one is taken.
         optimizer: Tensors of the optimizer's state.
         settings: All settings that decide the run's result, by name.
-        scalars: Everything else, as JSON: learning rates, gradient scale.
+        scalars: Everything else, as JSON: rates, gradient scale, losses so far, the optimizer's numbers.
         others: Further files, by name: `LIVE_NAME`, where `adapter` is an average, embeddings.
     """
 

@@ -20,7 +20,7 @@ from flatlora_diffusion.evaluate.flatness import (
     landscape_plane,
     top_eigenvalue,
 )
-from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet, replaced, row_norms
+from flatlora_diffusion.evaluate.merged import adapted_layers, filter_norms, filters, merged_unet, replaced
 from flatlora_diffusion.train.arms import train
 from tests.conftest import global_rng_state, unet_inputs
 
@@ -175,7 +175,7 @@ def test_filters_of_a_direction_are_as_long_as_the_weights():
     for name, direction in directions.items():
         weight = model.get_submodule(name).weight
         assert direction.shape == weight.shape
-        torch.testing.assert_close(row_norms(direction), row_norms(weight))
+        torch.testing.assert_close(filter_norms(direction), filter_norms(weight))
     assert not torch.equal(filter_normalised(model, "linear", 0, 1), directions["linear"])
 
 
