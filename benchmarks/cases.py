@@ -249,7 +249,7 @@ def sdxl_case(checkpointing: bool) -> Case:
 
 
 def host_case(device: torch.device) -> Case:
-    """(d) Blocks so small that a step is nothing but the host's work: calls, autograd, what a step prepares."""
+    """(d) Blocks so small that a step is the host's work alone: calls, autograd, what a step prepares."""
     width, context_width, tokens = HEAD_WIDTH, HEAD_WIDTH, 4
     stack = Stack(8, False, width, context_width).to(device)
     name = (
