@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.common import DEMO_BASE, machine, report_file, write_report
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, loadable_name
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.data.latents import Batch, LatentCache
 from flatlora_diffusion.train.arms import train
@@ -80,9 +80,7 @@ CASES = {
     "crop and flip": Case("--center_crop --random_flip"),
     "resolution 20": Case("--resolution 20"),
     "rank 8": Case("--rank 8"),
-    "dropout": Case(
-        "--lora_dropout 0.1", why="dropout draws from the run's seed and step here, so that a resume can"
-    ),
+    "dropout": Case("--lora_dropout 0.1", why="dropout is a function of the seed and the step here"),
     "DoRA": Case("--use_dora"),
     "text encoders": Case(ENCODERS),
     "text encoders, DoRA": Case(f"{ENCODERS} --use_dora"),
@@ -116,7 +114,7 @@ CASES = {
     "captions, text encoders": Case(ENCODERS, captions=True),
     "checkpointing": Case("--gradient_checkpointing"),
     "checkpointing, text encoders": Case(f"--gradient_checkpointing {ENCODERS}"),
-    "bf16": Case("--mixed_precision bf16"),
+    "bf16": Case("--mixed_precision bf16", why="the adapter is in float32 here; the script has it in bf16"),
     "another VAE": Case("--pretrained_vae_model_name_or_path VAE"),
 }
 
@@ -194,9 +192,19 @@ def record(script: ModuleType, words: Sequence[str], folder: Path) -> Recording:
         script, Accelerator=Recorder, DDPMScheduler=Scheduler, collate_fn=collate_and_note
     ):
         script.main(parsed)
-    recording.start = load_file(folder / "start" / WEIGHTS_NAME)
-    recording.end = load_file(folder / WEIGHTS_NAME)
+    recording.start = _named_as_here(load_file(folder / "start" / WEIGHTS_NAME))
+    recording.end = _named_as_here(load_file(folder / WEIGHTS_NAME))
     return recording
+
+
+def _named_as_here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The script's names of text encoders' layers as every reader knows them: see `adapter.file`."""
+    named = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        inside = part == "unet" or rest.startswith("text_model.")
+        named[loadable_name(name if inside else f"{part}.text_model.{rest}")] = tensor
+    return named
 
 
 def _save_start(models: Sequence[nn.Module], folder: Path) -> None:

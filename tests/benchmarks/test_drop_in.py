@@ -62,3 +62,18 @@ def test_the_files_are_pictures_alone_where_there_are_no_captions(base_path, tmp
     files = drop_in.make_files(base_path, tmp_path / "files", 16)
     assert sorted(path.name for path in Path(files, "images").iterdir()) == [f"{n}.png" for n in range(4)]
     assert "v_prediction" in (files / "v_prediction" / "scheduler" / "scheduler_config.json").read_text()
+
+
+def test_the_script_s_short_names_are_those_of_here():
+    """With newer transformers it leaves out a level of the text encoders' names."""
+    layer = "encoder.layers.0.self_attn.k_proj"
+    given = {
+        f"unet.{layer}.lora_A": 1,
+        f"text_encoder.{layer}.lora_A": 2,
+        f"text_encoder_2.text_model.{layer}": 3,
+    }
+    assert drop_in._named_as_here(given) == {
+        f"unet.{layer}.lora_A": 1,
+        f"text_encoder.text_model.{layer}.lora_A": 2,
+        f"text_encoder_2.text_model.{layer}": 3,
+    }
