@@ -286,6 +286,11 @@ def load_embeddings(
                     tokenizer=tokenizer,
                     text_encoder=text_encoder,
                 )
+    remember_words(pipeline, name, words)
+
+
+def remember_words(pipeline: StableDiffusionXLPipeline, name: str, words: dict[str, str]) -> None:
+    """Note what replaces words of prompts while an adapter is active: see `loaded_words`."""
     vars(pipeline).setdefault(_WORDS, {})[name] = words
 
 

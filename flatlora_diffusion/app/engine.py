@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
 from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import (
@@ -87,7 +87,7 @@ class Studio:
     Args:
         pipeline: A base without adapters.
         base: What it is called in public: no local path.
-        adapters: Label -> the adapter's file or folder.
+        adapters: Label -> the adapter's file or folder, or several at once.
         caption_chunks: Pieces in which prompts are read.
 
     Attributes:
@@ -102,7 +102,7 @@ class Studio:
         self,
         pipeline: StableDiffusionXLPipeline,
         base: str,
-        adapters: Mapping[str, Path],
+        adapters: Mapping[str, Source],
         *,
         caption_chunks: int = 1,
     ) -> None:
@@ -220,6 +220,7 @@ class Studio:
             device=self._pipeline.device.type,
             versions=versions(),
             caption_chunks=drawing.caption_chunks,
+            mix=adapter.mixed if adapter else None,
         )
 
     def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as, parse_adapter
+from flatlora_diffusion.adapter.mix import parse_source
+from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as
 
 
 def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,11 +27,12 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
     )
     parser.add_argument(
         "--adapter",
-        type=parse_adapter,
+        type=parse_source,
         action="append",
         default=[],
-        metavar="NAME=PATH",
-        help="An adapter to show, a file or its folder; may be given several times. Without --adapter and "
+        metavar="NAME=PATH[@SCALE][+PATH...]",
+        help="An adapter to show, a file or its folder; may be given several times. Several at once: "
+        "mix=style.safetensors@0.8+subject.safetensors@0.6. Without --adapter and "
         "--run, those that `make demo` has trained, else those that come with the project.",
     )
     parser.add_argument(

@@ -166,7 +166,7 @@ class GridTab:
         warn_of_cut(studio, *lines, how.negative_prompt)
         try:
             grid = Grid(lines, numbers, chosen, rows, columns)
-            adapters = {label: facts.file for label, facts in studio.adapters.items()}
+            adapters = {label: facts.source for label, facts in studio.adapters.items()}
             recipe = Recipe(studio.base, grid, how, adapters, dtype=studio.dtype)
             recipe.check_size()
         except (UserError, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.guard import KnownHosts
 from flatlora_diffusion.app.page import build, launch_settings
@@ -114,9 +115,9 @@ def _runs(folders: list[Path]) -> dict[str, RunFolder]:
     return runs
 
 
-def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Path]) -> dict[str, Path]:
+def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Source]) -> dict[str, Source]:
     """All adapters by their labels, those of finished runs first."""
-    adapters = {}
+    adapters: dict[str, Source] = {}
     for label, run in runs.items():
         if adapter := run.read().adapter:
             adapters[label] = adapter

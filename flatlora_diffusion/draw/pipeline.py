@@ -16,11 +16,19 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.adapter.check import AdapterFacts, check_adapter, check_loaded, converted
+from flatlora_diffusion.adapter.check import (
+    AdapterFacts,
+    check_adapter,
+    check_loaded,
+    converted,
+    facts_of_mix,
+)
+from flatlora_diffusion.adapter.mix import Mix, Source
 from flatlora_diffusion.adapter.new_tokens import (
     load_embeddings,
     loaded_words,
     read_embeddings,
+    remember_words,
     replace_words,
 )
 from flatlora_diffusion.common.errors import UserError
@@ -124,18 +132,60 @@ def _native_side(latents: object, scale: int) -> int:
     return latents * scale
 
 
-def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
+def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, source: Source) -> AdapterFacts:
     """Load an adapter under a name, from its file or the folder that holds it, with its new tokens.
 
     An adapter that cannot be loaded leaves the pipeline without one of that name.
+
+    Args:
+        pipeline: Of the base.
+        name: For `activate` and the like.
+        source: The file, the folder, or a mix: several adapters that are active together under the name.
 
     Returns:
         What the file says of itself.
 
     Raises:
-        UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base.
+        UserError: The file or that of its new tokens is missing, damaged, or doesn't fit the base. Two
+            adapters of a mix have new tokens for one word.
         ValueError: The pipeline has an adapter of that name.
     """
+    if isinstance(source, Mix):
+        return _load_mix(pipeline, name, source)
+    return _load_file(pipeline, name, source)
+
+
+def _load_mix(pipeline: StableDiffusionXLPipeline, name: str, mix: Mix) -> AdapterFacts:
+    parts = {f"{name}_{number}": part for number, part in enumerate(mix.parts, start=1)}
+    loaded: list[tuple[AdapterFacts, float]] = []
+    words: dict[str, str] = {}
+    try:
+        for own, (path, scale) in parts.items():
+            loaded.append((_load_file(pipeline, own, path), scale))
+            learned = loaded_words(pipeline, own)
+            if twice := sorted(words.keys() & learned.keys()):
+                raise UserError(
+                    f"{path}: has new tokens for {twice[0]}, as another adapter of the mix has; leave one out"
+                )
+            words |= learned
+    except UserError:
+        known = {own for names in pipeline.get_list_adapters().values() for own in names}
+        pipeline.delete_adapters(sorted(known & parts.keys()))
+        raise
+    remember_words(pipeline, name, words)
+    vars(pipeline).setdefault(_MIXES, {})[name] = {own: scale for own, (_, scale) in parts.items()}
+    return facts_of_mix(loaded)
+
+
+def parts_of(pipeline: StableDiffusionXLPipeline, name: str) -> dict[str, float]:
+    """The adapters that are active under a name, with their scales: several for a mix, else itself."""
+    return vars(pipeline).get(_MIXES, {}).get(name, {name: 1.0})
+
+
+_MIXES = "mixed_adapters"  # attribute of a pipeline: name -> adapter -> scale
+
+
+def _load_file(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
     if any(name in names for names in pipeline.get_list_adapters().values()):
         raise ValueError(f"the pipeline has an adapter called {name!r}; unload it first")
     adapter = check_adapter(pipeline, path)
@@ -192,7 +242,8 @@ def activate(pipeline: StableDiffusionXLPipeline, adapter: str | None, scale: fl
     """Make one of the loaded adapters the active one, at a scale, or none."""
     if adapter is not None:
         pipeline.enable_lora()
-        pipeline.set_adapters(adapter, scale)
+        parts = parts_of(pipeline, adapter)
+        pipeline.set_adapters(list(parts), [scale * own for own in parts.values()])
     elif pipeline.get_list_adapters():
         pipeline.disable_lora()
 

@@ -48,6 +48,7 @@ class Stamp:
         device: Its kind: `cpu` or `cuda`.
         versions: Package -> version (`versions`).
         caption_chunks: Pieces in which prompts were read.
+        mix: Of several adapters at once: the SHA-256 of each file, and its scale.
 
     Raises:
         ValueError: The base is a path.
@@ -69,6 +70,7 @@ class Stamp:
     device: str
     versions: dict[str, str]
     caption_chunks: int = 1
+    mix: list[list[str | float]] | None = None
 
     def __post_init__(self) -> None:
         if self.base.count("/") > 1 or self.base.startswith(("/", ".", "~")):
@@ -103,6 +105,7 @@ def parameters(stamp: Stamp) -> str:
         "Method": stamp.method,
         "Adapter hash": own and own[:_HASH_LENGTH],
         "Adapter scale": None if stamp.scale is None else _number(stamp.scale),
+        "Mix": stamp.mix and " + ".join(f"{str(own)[:_HASH_LENGTH]} x {scale}" for own, scale in stamp.mix),
         "Caption chunks": stamp.caption_chunks if stamp.caption_chunks > 1 else None,
         "Version": f"flatlora_diffusion {stamp.versions['flatlora_diffusion']}",
     }

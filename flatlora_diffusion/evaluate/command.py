@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatlora_diffusion.adapter.mix import parse_source
 from flatlora_diffusion.common.command import (
     DTYPE_NAMES,
     OneLineParser,
     hide_progress_bars,
     invoked_as,
-    parse_adapter,
 )
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.evaluate.plan import PARTS
@@ -36,11 +36,12 @@ def evaluation_parser() -> OneLineParser:
     add("--base", required=True, help="Folder or hub name of the SDXL pipeline, or one .safetensors file.")
     add(
         "--adapter",
-        type=parse_adapter,
+        type=parse_source,
         action="append",
         required=True,
-        metavar="NAME=PATH",
-        help="An adapter, a file or the folder of a run; may be given several times.",
+        metavar="NAME=PATH[@SCALE][+PATH...]",
+        help="An adapter, a file or the folder of a run; may be given several times. Several at once: "
+        "mix=style.safetensors@0.8+subject.safetensors@0.6.",
     )
     add(
         "--heldout",

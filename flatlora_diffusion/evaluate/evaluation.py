@@ -19,7 +19,7 @@ from flatlora_diffusion.common.devices import DTYPES, release
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
-from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline, native_side
+from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline, native_side, parts_of
 from flatlora_diffusion.draw.stamp import BASE, versions
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention, fingerprint
@@ -246,7 +246,8 @@ class Evaluation:
     @functools.cached_property
     def _layers(self) -> list[str]:
         """The layers that any of the adapters changes: the same ones are perturbed in all."""
-        return adapted_layers(self.pipeline.unet, self.facts)
+        parts = [part for name in self.facts for part in parts_of(self.pipeline, name)]
+        return adapted_layers(self.pipeline.unet, parts)
 
     @functools.cached_property
     def _drawer(self) -> Drawer:

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from flatlora_diffusion.common.weights import weight_of
-from flatlora_diffusion.draw.pipeline import activate
+from flatlora_diffusion.draw.pipeline import activate, parts_of
 
 
 def merged_unet(
@@ -29,8 +29,11 @@ def merged_unet(
     unet = copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
     if not hasattr(unet, "peft_config"):
         return unet
-    if adapter in unet.peft_config:
-        unet.fuse_lora(adapter_names=[adapter])
+    own = (
+        [] if adapter is None else [part for part in parts_of(pipeline, adapter) if part in unet.peft_config]
+    )
+    if own:
+        unet.fuse_lora(adapter_names=own)
     unet.unload_lora()
     return unet
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flatlora_diffusion.adapter.mix import Source
     from flatlora_diffusion.data.images import Sample
 
 PARTS = ("losses", "drawn", "flatness", "tradeoff", "sharpness")
@@ -19,7 +19,7 @@ class Plan:
 
     Attributes:
         base: Folder or hub name of the base.
-        adapters: Label -> file, or folder of a run.
+        adapters: Label -> file, folder of a run, or several at once.
         heldout: Pictures of the taught style whose subjects were never trained, with their captions.
         training: Those that were; empty where they aren't at hand.
         retention: Pictures of the base's own styles, with their captions; or empty.
@@ -35,7 +35,7 @@ class Plan:
     """
 
     base: str
-    adapters: Mapping[str, Path]
+    adapters: Mapping[str, Source]
     heldout: Sequence[Sample]
     training: Sequence[Sample] = ()
     retention: Sequence[Sample] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.common.devices import checked_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
@@ -55,7 +56,7 @@ def read_plan(given: dict[str, Any]) -> Plan:
         raise UserError("--retention and --prompt: give only one of them")
     if "prompt" in given and "clip" not in given:
         raise UserError("--prompt needs --clip: it asks for pictures, which a CLIP compares")
-    adapters: dict[str, Path] = {}
+    adapters: dict[str, Source] = {}
     for label, path in given["adapter"]:
         if label == BASE:
             raise UserError(f"--adapter {label}={path}: the base itself is called so; give it another name")

@@ -128,10 +128,10 @@ def draw_grid(
             revision=recipe.revision,
             variant=recipe.variant,
         )
-        hashes = {}
+        hashes, mixed = {}, {}
         for name, path in recipe.adapters.items():
             facts = load_adapter(pipeline, name, path)
-            hashes[name] = facts.sha256
+            hashes[name], mixed[name] = facts.sha256, facts.mixed
             if recipe.sha256.get(name, facts.sha256) != facts.sha256:
                 raise UserError(
                     f"{facts.file}: isn't the file that the manifest's pictures were drawn with (SHA-256 "
@@ -147,7 +147,7 @@ def draw_grid(
             _check_folder(flag, folder, recipe, manifest)
         write_atomically(folder / MANIFEST, _json(manifest))
         stamps = {
-            cell: _stamp(recipe, cell, sampler, device.type, hashes, versions)
+            cell: _stamp(recipe, cell, sampler, device.type, hashes, mixed, versions)
             for batch in recipe.grid.batches(1)
             for cell in batch
         }
@@ -183,6 +183,7 @@ def _stamp(
     sampler: str,
     device: str,
     hashes: Mapping[str, str],
+    mixed: Mapping[str, list[list[str | float]] | None],
     versions: dict[str, str],
 ) -> Stamp:
     drawing, method = recipe.drawing, cell.method
@@ -203,6 +204,7 @@ def _stamp(
         device=device,
         versions=versions,
         caption_chunks=drawing.caption_chunks,
+        mix=None if method.adapter is None else mixed[method.adapter],
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as, parse_adapter
+from flatlora_diffusion.adapter.mix import parse_scaled
+from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.grid.plan import AXES
 from flatlora_diffusion.sheet.command import add_measures
@@ -29,11 +29,11 @@ def grid_parser() -> OneLineParser:
     add("--base", help="Folder or hub name of the SDXL pipeline, or one .safetensors file.")
     add(
         "--adapter",
-        type=parse_scaled_adapter,
+        type=parse_scaled,
         action="append",
-        metavar="NAME=PATH[@SCALE]",
+        metavar="NAME=PATH[@SCALE][+PATH...]",
         help="An adapter to compare, a file or the folder of a run; may be given several times, also one "
-        "adapter with several scales.",
+        "adapter with several scales. Several at once: mix=style.safetensors@0.8+subject.safetensors@0.6.",
     )
     add("--no_base", action="store_true", help="Leave out the base without adapters.")
     add("--prompt", nargs="+", metavar="TEXT", help="One or more prompts.")
@@ -91,20 +91,3 @@ def grid_parser() -> OneLineParser:
     add("--manifest", type=Path, metavar="FILE", help="Draw the grid of a manifest again.")
     add("--output", type=Path, metavar="FOLDER", help="Where the pictures go.")
     return parser
-
-
-def parse_scaled_adapter(argument: str) -> tuple[str, Path, float]:
-    """NAME=PATH or NAME=PATH@SCALE of a command line."""
-    name, path = parse_adapter(argument)
-    start, separator, scale = str(path).rpartition("@")
-    if not separator or path.exists():
-        return name, path, 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        number = math.nan
-    if not start or not math.isfinite(number):
-        raise argparse.ArgumentTypeError(
-            f"{argument}: must be NAME=PATH or NAME=PATH@SCALE ({path} doesn't exist, {scale!r} is no number)"
-        )
-    return name, Path(start), number

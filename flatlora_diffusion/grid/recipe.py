@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.adapter.mix import Mix, Source
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing
@@ -31,7 +32,7 @@ class Recipe:
         base: Folder or hub name of the SDXL pipeline.
         grid: Its methods name adapters out of `adapters`.
         drawing: How each picture is drawn.
-        adapters: Name -> file, or the folder that holds it.
+        adapters: Name -> file, the folder that holds it, or several at once.
         dtype: Precision: `fp32`, `fp16` or `bf16`.
         revision: Of the base on the hub.
         variant: Of the base's files, such as `fp16`.
@@ -51,7 +52,7 @@ class Recipe:
     base: str
     grid: Grid
     drawing: Drawing
-    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Source] = field(default_factory=dict)
     dtype: str = "fp32"
     revision: str | None = None
     variant: str | None = None
@@ -95,9 +96,7 @@ class Recipe:
                 base=_read_path(content["base"], folder),
                 grid=Grid(methods=[Method(**method) for method in content["methods"]], **axes),
                 drawing=Drawing(**content["drawing"]),
-                adapters={
-                    name: Path(_read_path(own["file"], folder)) for name, own in content["adapters"].items()
-                },
+                adapters={name: _read_source(own, folder) for name, own in content["adapters"].items()},
                 sha256={name: own["sha256"] for name, own in content["adapters"].items()},
                 vae=content["vae"] and _read_path(content["vae"], folder),
                 **{name: content[name] for name in ("dtype", "revision", "variant", "batch_size", "footer")},
@@ -182,8 +181,8 @@ class Recipe:
                 "seeds": self.grid.seeds,
                 "methods": [dataclasses.asdict(method) for method in self.grid.methods],
                 "adapters": {
-                    name: {"file": _relative(path, folder), "sha256": hashes.get(name)}
-                    for name, path in self.adapters.items()
+                    name: {**_written_source(source, folder), "sha256": hashes.get(name)}
+                    for name, source in self.adapters.items()
                 },
                 "batch_size": self.batch_size,
                 "rows": self.grid.rows,
@@ -202,11 +201,18 @@ class Recipe:
         ]
         if drawing.caption_chunks > 1:
             parts.append(f"prompts in {drawing.caption_chunks} pieces")
-        silent = [m for m in grid.methods if m.adapter and not m.label.endswith(f" x {m.scale:g}")]
+        mixes = {name for name, source in self.adapters.items() if isinstance(source, Mix)}
+        alone = [method for method in grid.methods if method.adapter and method.adapter not in mixes]
+        silent = [method for method in alone if not method.label.endswith(f" x {method.scale:g}")]
         if len({method.scale for method in silent}) == 1:
             parts.append(f"adapter scale {silent[0].scale:g}")
         else:
             parts += [f"{method.label} at scale {method.scale:g}" for method in silent]
+        for method in grid.methods:
+            source = self.adapters.get(method.adapter or "")
+            if isinstance(source, Mix):
+                told = [f"{base_name(str(path))} x {scale:g}" for path, scale in source.parts]
+                parts.append(f"{method.label} = {' + '.join(told)}")
         shared = grid.shared()
         noise = f"seed {grid.seeds[0]}" if "seed" in shared else "the same initial noise for each seed"
         lines = [f"{', '.join(parts)}; {noise}"]
@@ -265,6 +271,20 @@ def _deciding(grid: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | 
     hashes = {name: file["sha256"] for name, file in settings.pop("adapters").items()}
     drawing = Drawing(**settings.pop("drawing"))  # an older manifest doesn't have all that there is now
     return settings | dataclasses.asdict(drawing), hashes
+
+
+def _written_source(source: Source, folder: Path) -> dict[str, Any]:
+    """An adapter as JSON, with paths relative to a folder."""
+    if isinstance(source, Mix):
+        return {"mix": [{"file": _relative(path, folder), "scale": scale} for path, scale in source.parts]}
+    return {"file": _relative(source, folder)}
+
+
+def _read_source(written: Mapping[str, Any], folder: Path) -> Source:
+    """The inverse."""
+    if "mix" in written:
+        return Mix(tuple((Path(_read_path(p["file"], folder)), p["scale"]) for p in written["mix"]))
+    return Path(_read_path(written["file"], folder))
 
 
 def _relative(path: Path, folder: Path) -> str:

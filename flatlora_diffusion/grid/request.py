@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.datasets import dataset_captions
 from flatlora_diffusion.data.folders import CAPTION_KEY
@@ -88,9 +89,11 @@ def _again(given: dict[str, Any]) -> Recipe:
     return replace(recipe, batch_size=given.get("batch_size", recipe.batch_size))
 
 
-def _methods(given: Sequence[tuple[str, Path, float]], no_base: bool) -> tuple[dict[str, Path], list[Method]]:
+def _methods(
+    given: Sequence[tuple[str, Source, float]], no_base: bool
+) -> tuple[dict[str, Source], list[Method]]:
     """The adapters by the names that they are loaded under, and the methods: the base first."""
-    paths: dict[str, Path] = {}
+    paths: dict[str, Source] = {}
     for label, path, _ in given:
         if paths.setdefault(label, path) != path:
             raise UserError(
