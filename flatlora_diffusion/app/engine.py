@@ -89,10 +89,12 @@ class Studio:
         base: What it is called in public: no local path.
         adapters: Label -> the adapter's file or folder, or several at once.
         caption_chunks: Pieces in which prompts are read.
+        transparent: Flat grounds are taken away.
 
     Attributes:
         adapters: Label -> what the adapter's file is.
         caption_chunks: For drawings.
+        transparent: For drawings.
 
     Raises:
         UserError: An adapter is missing, damaged, called like the base, or doesn't fit it.
@@ -105,6 +107,7 @@ class Studio:
         adapters: Mapping[str, Source],
         *,
         caption_chunks: int = 1,
+        transparent: bool = False,
     ) -> None:
         if BASE in adapters:
             raise UserError(f"an adapter is called {BASE}, as the base is; give it another name")
@@ -115,6 +118,7 @@ class Studio:
         }
         self._pipeline = pipeline
         self.caption_chunks = caption_chunks
+        self.transparent = transparent
         self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
@@ -221,6 +225,7 @@ class Studio:
             versions=versions(),
             caption_chunks=drawing.caption_chunks,
             mix=adapter.mixed if adapter else None,
+            transparent=drawing.transparent,
         )
 
     def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:

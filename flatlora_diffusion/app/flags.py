@@ -53,6 +53,11 @@ def parse_app_arguments(arguments: Sequence[str] | None = None) -> argparse.Name
         help="Read prompts in N pieces, of 75 tokens for SDXL (default: 1), as in training.",
     )
     parser.add_argument(
+        "--transparent",
+        action="store_true",
+        help="Take the flat ground of each picture away, from the border inwards: PNGs with alpha.",
+    )
+    parser.add_argument(
         "--votes",
         type=Path,
         default=Path("flatlora-votes.jsonl"),

@@ -51,7 +51,13 @@ def serve(given: argparse.Namespace) -> None:
     base = given.base or _base(runs if given.run else {})
     device = checked_device(given.device)
     pipeline = load_pipeline(base, device=device, dtype=DTYPES[given.dtype])
-    studio = Studio(pipeline, base_name(base), adapters, caption_chunks=given.caption_chunks)
+    studio = Studio(
+        pipeline,
+        base_name(base),
+        adapters,
+        caption_chunks=given.caption_chunks,
+        transparent=given.transparent,
+    )
     is_demo = Path(base).is_dir() and DEMO_BASE.is_dir() and Path(base).samefile(DEMO_BASE)
     site = Site(
         studio,

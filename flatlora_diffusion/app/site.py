@@ -102,8 +102,16 @@ class Site:
             _require(name, side, self.smallest_side, self.largest_side, 8)
         if sampler not in SAMPLERS:
             raise refusal(f"The sampler must be one of {', '.join(SAMPLERS)}.")
-        negative, chunks = negative_prompt or None, self.studio.caption_chunks
-        return Drawing(int(width), int(height), int(steps), float(guidance), negative, sampler, chunks)
+        return Drawing(
+            int(width),
+            int(height),
+            int(steps),
+            float(guidance),
+            negative_prompt or None,
+            sampler,
+            caption_chunks=self.studio.caption_chunks,
+            transparent=self.studio.transparent,
+        )
 
     def picture_files(
         self,

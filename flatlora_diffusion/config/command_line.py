@@ -36,6 +36,8 @@ ADDITIONS = frozenset(
         *("quantize_base", "lora_weights", "lora_alpha", "use_rslora", "lora_layers", "init_lora_weights"),
         *("scale_weight_norms", "use_ema", "ema_decay", "kohya_folders", "background", "aspect_buckets"),
         *(
+            "alpha_background_weight",
+            "alpha_mask",
             "caption_chunks",
             "caption_dropout_rate",
             "shuffle_caption",

@@ -51,6 +51,8 @@ def reject_contradictions(config: TrainConfig) -> None:
         raise UserError("--heldout_split train: that split is trained; give another one")
     if config.keep_tokens and not config.shuffle_caption:
         raise UserError("--keep_tokens is for --shuffle_caption; leave it out, or give both")
+    if config.alpha_background_weight and not config.alpha_mask:
+        raise UserError("--alpha_background_weight is for --alpha_mask; leave it out, or give both")
     if config.quantize_base == "8bit" and config.use_dora:
         raise UserError("--use_dora: PEFT has no DoRA on 8 bits that works on every device; use 4bit")
     for name in ("class_data_dir", "class_prompt"):

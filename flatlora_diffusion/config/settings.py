@@ -268,6 +268,18 @@ class TrainConfig:
         "Min-SNR loss weights with this gamma (the paper, arXiv 2303.09556, has 5); none without it.",
         rules=(POSITIVE,),
     )
+    alpha_mask: bool = option(
+        False,
+        "Weigh the loss by the images' alpha, averaged over each place of the latents: what is opaque "
+        "counts, the ground doesn't.",
+        later=True,
+    )
+    alpha_background_weight: float = option(
+        0.0,
+        "With alpha_mask: how much transparent parts count, where opaque ones count 1.",
+        rules=(FRACTION,),
+        later=True,
+    )
     noise_offset: float = option(
         0.0,
         "Adds this times one normal a channel to the noise, so that whole images can be dark or bright.",

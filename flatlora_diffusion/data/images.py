@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +98,13 @@ class Variant:
         pixels: (3, height, width), float32 in [-1, 1].
         original_size: (height, width) of the file's image.
         crop_top_left: (top, left) of the crop in the resized image.
+        alpha: (height, width), float32 in [0, 1]: how opaque the image is; None where it is so throughout.
     """
 
     pixels: Tensor
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
+    alpha: Tensor | None = None
 
 
 def find_samples(
@@ -184,7 +186,7 @@ def composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Ima
     return Image.alpha_composite(canvas, rgba).convert("RGB")
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def is_transparent(image: Image.Image) -> bool:
     """Whether any pixel lets a background through."""
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255  # pyright: ignore[reportOperatorIssue]
 
@@ -212,12 +214,14 @@ def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:
             for _ in range(_RANDOM_CROPS)
         ]
     colours = [framing.background or WHITE]
-    if framing.background is None and _is_transparent(image):
+    transparent = is_transparent(image)
+    if framing.background is None and transparent:
         draw = keyed_generator(seed, "background", sample.path.name)
         colours = [tuple(c) for c in torch.randint(256, (_RANDOM_BACKGROUNDS, 3), generator=draw).tolist()]
     resample = Image.Resampling[framing.interpolation.upper()]
-    for colour in colours:
-        whole = composite(image, colour)
+
+    def crops(whole: Image.Image) -> Iterator[Tensor]:
+        """The values, 0 to 255, at each of the corners."""
         resized = None if width * height > _MOST_PIXELS else whole.resize((width, height), resample)
         for top, left in corners:
             box = (left, top, left + shown[1], top + shown[0])
@@ -227,10 +231,28 @@ def variants(sample: Sample, framing: Framing, seed: int) -> Iterator[Variant]:
                 across, down = whole.width / width, whole.height / height
                 place = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
                 crop = whole.resize((shown[1], shown[0]), resample, _within(place, whole.size))
-            pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 127.5 - 1
-            yield Variant(pixels, original_size, (top, left))
+            yield torch.from_numpy(np.array(crop)).float()
+
+    alphas: list[Tensor | None] = [None] * len(corners)
+    if transparent:
+        alphas = [values / 255 for values in crops(image.convert("RGBA").getchannel("A"))]
+    for colour in colours:
+        for (top, left), alpha, values in zip(corners, alphas, crops(composite(image, colour)), strict=True):
+            pixels = values.permute(2, 0, 1) / 127.5 - 1
+            yield Variant(pixels, original_size, (top, left), alpha)
             if framing.random_flip:
-                yield Variant(pixels.flip(2), original_size, (top, spare_width - left))
+                mirrored = None if alpha is None else alpha.flip(1)
+                yield Variant(pixels.flip(2), original_size, (top, spare_width - left), mirrored)
+
+
+def require_transparency(samples: Iterable[Sample]) -> None:
+    """Refuse to weigh the loss by alpha where no image has any.
+
+    Raises:
+        UserError: All images are opaque.
+    """
+    if not any(is_transparent(open_image(sample.path)) for sample in samples):
+        raise UserError("--alpha_mask: no training image has transparent parts; leave it out")
 
 
 def _within(

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import hash64, keyed_generator
 from flatlora_diffusion.data.buckets import BatchSequence
 from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning, CaptionStream
@@ -31,6 +33,7 @@ class Batch:
         noise: The same shape, unit normals; with a noise offset plus one normal a channel.
         timesteps: (N,), uniform over the noise levels.
         time_ids: (N, 6), see `sdxl.loss.diffusion_losses`.
+        weights: (N, 1, height, width), how much each place counts in the loss; None where all count alike.
     """
 
     captions: list[str]
@@ -38,22 +41,28 @@ class Batch:
     noise: Tensor
     timesteps: Tensor
     time_ids: Tensor
+    weights: Tensor | None = None
 
     def joined(self, other: Batch) -> Batch:
-        """These samples, then the other ones."""
+        """These samples, then the other ones; both have weights or neither."""
+        weights = None
+        if self.weights is not None and other.weights is not None:
+            weights = torch.cat([self.weights, other.weights])
         return Batch(
             self.captions + other.captions,
             torch.cat([self.latents, other.latents]),
             torch.cat([self.noise, other.noise]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.time_ids, other.time_ids]),
+            weights,
         )
 
     def singles(self) -> Iterator[Batch]:
         """Each sample as a batch of its own."""
         for place, caption in enumerate(self.captions):
             tensors = (self.latents, self.noise, self.timesteps, self.time_ids)
-            yield Batch([caption], *(tensor[place : place + 1] for tensor in tensors))
+            weights = None if self.weights is None else self.weights[place : place + 1]
+            yield Batch([caption], *(tensor[place : place + 1] for tensor in tensors), weights=weights)
 
 
 class LatentCache:
@@ -68,10 +77,15 @@ class LatentCache:
         captioning: How their captions are told.
         batch_size: So many positions in a row have images of one size.
         noise_offset: The noise has this times one normal a channel on top.
+        background_weight: How much transparent parts count in the loss, where opaque ones count 1; None: all
+            count alike.
         progress: Wraps the samples while they are encoded.
 
     Attributes:
         captions: What the model is told at each position.
+
+    Raises:
+        UserError: Nothing of a variant counts.
     """
 
     def __init__(
@@ -85,20 +99,31 @@ class LatentCache:
         captioning: Captioning = AS_THEY_ARE,
         batch_size: int = 1,
         noise_offset: float = 0.0,
+        background_weight: float | None = None,
         progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
     ) -> None:
         self.captions = CaptionStream([sample.caption for sample in samples], captioning, seed)
         self._seed = seed
         self._noise_levels = noise_levels
         self._noise_offset = noise_offset
-        self._variants: list[list[tuple[Latents, Tensor]]] = []
+        self._variants: list[list[tuple[Latents, Tensor, Tensor | None]]] = []
         for sample in progress(samples):
             encoded = []
             for variant in variants(sample, framing, seed):
                 latents = encode(variant.pixels[None])
                 size = tuple(variant.pixels.shape[-2:])
                 time_ids = torch.tensor(variant.original_size + variant.crop_top_left + size)
-                encoded.append((Latents(latents.mean[0].cpu(), latents.std[0].cpu()), time_ids))
+                own = Latents(latents.mean[0].cpu(), latents.std[0].cpu())
+                weights = None
+                if background_weight is not None:
+                    weights = alpha_weights(variant.alpha, own.mean.shape[-2:], background_weight)
+                    if not weights.any():
+                        raise UserError(
+                            f"{sample.path}: nothing is opaque where it is cropped, so that nothing of it "
+                            "would be trained; give --center_crop, an --alpha_background_weight above 0, or "
+                            "remove it"
+                        )
+                encoded.append((own, time_ids, weights))
             self._variants.append(encoded)
         members: dict[tuple[int, ...], list[int]] = {}
         for index, (sample, encoded) in enumerate(zip(samples, self._variants, strict=True)):
@@ -121,12 +146,12 @@ class LatentCache:
 
         With aspect buckets, positions `n * batch_size` to `(n + 1) * batch_size - 1` have images of one size.
         """
-        captions, latents, noise, timesteps, time_ids = [], [], [], [], []
+        captions, latents, noise, timesteps, time_ids, weights = [], [], [], [], [], []
         for position in positions:
             index = self._index(position)
             draws = keyed_generator(self._seed, "draws", position)
             variant = int(torch.randint(len(self._variants[index]), (), generator=draws))
-            posterior, ids = self._variants[index][variant]
+            posterior, ids, own_weights = self._variants[index][variant]
             shape = posterior.mean.shape
             captions.append(self.captions.at(position, index))
             latents.append(posterior.mean + posterior.std * torch.randn(shape, generator=draws))
@@ -135,12 +160,15 @@ class LatentCache:
             if self._noise_offset:
                 noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
             time_ids.append(ids)
-        return Batch(captions, *(torch.stack(values) for values in (latents, noise, timesteps, time_ids)))
+            if own_weights is not None:
+                weights.append(own_weights)
+        tensors = (torch.stack(values) for values in (latents, noise, timesteps, time_ids))
+        return Batch(captions, *tensors, weights=torch.stack(weights) if weights else None)
 
     def fixed_batches(self, timesteps: Sequence[int]) -> Iterator[Batch]:
         """Every image once at each of these timesteps, one batch an image, always with the same noise."""
         for index, encoded in enumerate(self._variants):
-            posterior, ids = encoded[0]
+            posterior, ids, weights = encoded[0]
             draws = keyed_generator(self._seed, "fixed", index)
             shape = (len(timesteps), *posterior.mean.shape)
             yield Batch(
@@ -149,7 +177,23 @@ class LatentCache:
                 torch.randn(shape, generator=draws),
                 torch.tensor(timesteps),
                 ids.expand(len(timesteps), -1),
+                None if weights is None else weights.expand(len(timesteps), -1, -1, -1),
             )
+
+
+def alpha_weights(alpha: Tensor | None, size: Sequence[int], background_weight: float) -> Tensor:
+    """How much each place of an image's latents counts: `a + (1 - a) b`, (1, height, width).
+
+    Args:
+        alpha: (pixels down, pixels across) of the image, of which `a` is the mean over a place's pixels; None
+            where it is opaque.
+        size: Height and width of the latents.
+        background_weight: `b`.
+    """
+    if alpha is None:
+        return torch.ones(1, *size)
+    opaque = F.interpolate(alpha[None, None], tuple(size), mode="area")[0]
+    return opaque + (1 - opaque) * background_weight
 
 
 class PromptCache:

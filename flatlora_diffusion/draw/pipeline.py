@@ -34,6 +34,7 @@ from flatlora_diffusion.adapter.new_tokens import (
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import load_whole
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
+from flatlora_diffusion.draw.matting import matte
 from flatlora_diffusion.draw.rows import RowsAsAlone
 from flatlora_diffusion.draw.samplers import DEFAULT, sampler, tell_predictions
 from flatlora_diffusion.sdxl.base import check_base, load_base
@@ -56,6 +57,7 @@ class Drawing:
         negative_prompt: What guidance steers away from.
         sampler: One of `samplers.SAMPLERS`.
         caption_chunks: Pieces in which prompts are read, see `sdxl.encoding.encode_prompts`.
+        transparent: The picture's flat ground is taken away; see `matting.matte`.
     """
 
     width: int
@@ -65,6 +67,7 @@ class Drawing:
     negative_prompt: str | None = None
     sampler: str = DEFAULT
     caption_chunks: int = 1
+    transparent: bool = False
 
 
 OnStep = Callable[[int, Tensor], None]
@@ -264,7 +267,7 @@ def draw(
         prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
     """
     latents = _denoise(pipeline, [seed], drawing, None, **prompt)
-    return _decoded(pipeline, latents, name or prompt["prompt"], seed)
+    return _decoded(pipeline, latents, name or prompt["prompt"], seed, drawing.transparent)
 
 
 def draw_with(
@@ -314,7 +317,7 @@ def draw_batch(
     }
     latents = _denoise(pipeline, [seed for _, seed in pictures], drawing, on_step, **conditions)
     return [
-        _decoded(pipeline, own[None], prompt, seed)
+        _decoded(pipeline, own[None], prompt, seed, drawing.transparent)
         for own, (prompt, seed) in zip(latents, pictures, strict=True)
     ]
 
@@ -390,13 +393,26 @@ def _denoise(
         pipeline.scheduler = own
 
 
-def _decoded(pipeline: StableDiffusionXLPipeline, latents: Tensor, prompt: str, seed: int) -> Image.Image:
-    """The picture of latents (1, channels, height, width)."""
+def _decoded(
+    pipeline: StableDiffusionXLPipeline, latents: Tensor, prompt: str, seed: int, transparent: bool
+) -> Image.Image:
+    """The picture of latents (1, channels, height, width); a transparent one is in RGBA."""
     pixels = decode(pipeline.vae, latents)
     problem = why_black(latents, pixels, pipeline.unet.dtype, decoding_dtype(pipeline.vae))
     if problem:
         logger.warning('the picture of "%s" with seed %d is black or damaged: %s', prompt, seed, problem)
-    return _to_pictures(pipeline, pixels)[0]
+    picture = _to_pictures(pipeline, pixels)[0]
+    if not transparent:
+        return picture
+    matted = matte(picture)
+    if matted is None:
+        logger.warning(
+            'the picture of "%s" with seed %d keeps its ground, which isn\'t flat; ask in the prompt for a '
+            "plain one",
+            prompt,
+            seed,
+        )
+    return matted or picture.convert("RGBA")
 
 
 def sketches(pipeline: StableDiffusionXLPipeline, latents: Tensor, longest: int = 32) -> list[Image.Image]:

@@ -49,6 +49,7 @@ class Stamp:
         versions: Package -> version (`versions`).
         caption_chunks: Pieces in which prompts were read.
         mix: Of several adapters at once: the SHA-256 of each file, and its scale.
+        transparent: The ground was taken away, where it was flat.
 
     Raises:
         ValueError: The base is a path.
@@ -71,6 +72,7 @@ class Stamp:
     versions: dict[str, str]
     caption_chunks: int = 1
     mix: list[list[str | float]] | None = None
+    transparent: bool = False
 
     def __post_init__(self) -> None:
         if self.base.count("/") > 1 or self.base.startswith(("/", ".", "~")):
@@ -107,6 +109,7 @@ def parameters(stamp: Stamp) -> str:
         "Adapter scale": None if stamp.scale is None else _number(stamp.scale),
         "Mix": stamp.mix and " + ".join(f"{str(own)[:_HASH_LENGTH]} x {scale}" for own, scale in stamp.mix),
         "Caption chunks": stamp.caption_chunks if stamp.caption_chunks > 1 else None,
+        "Ground": "transparent" if stamp.transparent else None,
         "Version": f"flatlora_diffusion {stamp.versions['flatlora_diffusion']}",
     }
     lines = [stamp.prompt]

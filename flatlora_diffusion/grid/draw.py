@@ -205,6 +205,7 @@ def _stamp(
         versions=versions,
         caption_chunks=drawing.caption_chunks,
         mix=None if method.adapter is None else mixed[method.adapter],
+        transparent=drawing.transparent,
     )
 
 

@@ -71,6 +71,11 @@ def grid_parser() -> OneLineParser:
         help="Read prompts in N pieces, of 75 tokens for SDXL (default: 1), as in training.",
     )
     add(
+        "--transparent",
+        action="store_true",
+        help="Take the flat ground of each picture away, from the border inwards: PNGs with alpha.",
+    )
+    add(
         "--batch_size",
         type=int,
         metavar="N",

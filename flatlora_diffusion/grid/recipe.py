@@ -201,6 +201,8 @@ class Recipe:
         ]
         if drawing.caption_chunks > 1:
             parts.append(f"prompts in {drawing.caption_chunks} pieces")
+        if drawing.transparent:
+            parts.append("transparent ground")
         mixes = {name for name, source in self.adapters.items() if isinstance(source, Mix)}
         alone = [method for method in grid.methods if method.adapter and method.adapter not in mixes]
         silent = [method for method in alone if not method.label.endswith(f" x {method.scale:g}")]

@@ -43,7 +43,7 @@ def read_recipe(given: dict[str, Any]) -> Recipe:
         rest = [axis for axis in AXES if axis not in named]
         axes = {"rows": rest, "columns": rest} | axes
     resolution = given.get("resolution", _SDXL)
-    own = ("steps", "guidance", "negative_prompt", "sampler", "caption_chunks")
+    own = ("steps", "guidance", "negative_prompt", "sampler", "caption_chunks", "transparent")
     drawing = {name: given[name] for name in own if name in given}
     try:
         strip = expanded(given.get("strip", []))

@@ -22,6 +22,7 @@ def diffusion_losses(
     prompts: PromptEmbeds,
     time_ids: Tensor,
     snr_gamma: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), (N,) float32.
 
@@ -34,6 +35,7 @@ def diffusion_losses(
         prompts: Embeddings of N prompts.
         time_ids: (N, 6): original height and width, top and left of the crop, target height and width.
         snr_gamma: Weight each sample's error by `min_snr_weights`.
+        weights: (N, 1, height, width), 0 or more: a sample's error is the mean weighted by these.
     """
     # diffusers' types ask for int32 where its pipelines give int64, too.
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
@@ -49,7 +51,10 @@ def diffusion_losses(
         raise UserError(
             f"the base's scheduler predicts {kind!r}; only epsilon and v_prediction can be trained"
         )
-    errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    squares = F.mse_loss(predicted.float(), target.float(), reduction="none")
+    if weights is not None:
+        squares = squares * (weights / weights.mean(dim=(1, 2, 3), keepdim=True))
+    errors = squares.mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
     return errors

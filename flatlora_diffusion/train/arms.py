@@ -18,7 +18,7 @@ from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
 from flatlora_diffusion.data.folders import CAPTION_KEY
-from flatlora_diffusion.data.images import Sample, find_samples, parse_background
+from flatlora_diffusion.data.images import Sample, find_samples, parse_background, require_transparency
 from flatlora_diffusion.draw.pipeline import native_side_of
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.hub import open_repository
@@ -59,6 +59,8 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     if config.train_text_encoder_ti:
         require_words(config.abstractions, samples)
     parse_background(config.background)
+    if config.alpha_mask:
+        require_transparency(samples)
     check_base(config.pretrained_model_name_or_path)
     config = _with_size_of_pictures(config)
     if config.quantize_base:

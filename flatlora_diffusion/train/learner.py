@@ -204,6 +204,7 @@ class Learner:
                 captioning=captioning,
                 batch_size=config.train_batch_size,
                 noise_offset=config.noise_offset,
+                background_weight=config.alpha_background_weight if config.alpha_mask else None,
                 progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
             )
 
@@ -342,6 +343,7 @@ class Learner:
             PromptEmbeds(prompts.tokens.to(device), prompts.pooled.to(device)),
             batch.time_ids.to(device),
             self.config.snr_gamma,
+            None if batch.weights is None else batch.weights.to(device),
         )
 
     @contextlib.contextmanager

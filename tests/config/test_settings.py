@@ -93,6 +93,8 @@ OURS = {
     "quantize_base": None,
     "kohya_folders": False,
     "caption_chunks": 1,
+    "alpha_mask": False,
+    "alpha_background_weight": 0.0,
     "lora_weights": None,
     "background": "white",
     "lora_alpha": None,
