@@ -6,34 +6,24 @@ with a transient `W + eps`; the backward pass builds the sum again from the nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraLayer
-from peft.tuners.lora.variants import (
-    DoraConv1dVariant,
-    DoraConv2dVariant,
-    DoraConv3dVariant,
-    DoraLinearVariant,
-)
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flatlora_diffusion.common.weights import weight_of
-from flatlora_diffusion.flat.fused import FusedConvolution, FusedLinear, Geometry, compute_dtype
+from flatlora_diffusion.flat.branch import Branch, branch_of
+from flatlora_diffusion.flat.fused import FusedConvolution, FusedLinear, compute_dtype
 from flatlora_diffusion.flat.noise import Draw
 from flatlora_diffusion.flat.noisy_base import Base, NoisyBase
-from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes, is_quantized
+from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes
 from flatlora_diffusion.flat.row_norms import row_norms_squared
-
-_DORA_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
-_PEFT_ON_BITSANDBYTES = "peft.tuners.lora.bnb"  # not imported here: it would import bitsandbytes
-_BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FUSED = (Linear, Conv1d, Conv2d, Conv3d)
-"""Kinds of layers of PEFT that the fused operation knows."""
+from flatlora_diffusion.flat.supported import supported_base
 
 
 @dataclass(slots=True)
@@ -77,34 +67,6 @@ class Prepared:
     branch: Branch | None
 
 
-@dataclass(slots=True)
-class Branch:
-    """The one low-rank branch of a layer that the fused operation computes.
-
-    Attributes:
-        a: The weight (r, n), or (r, in, *kernel).
-        b: The weight (m, r), or (m, r, *ones).
-        scaling: Factor s of the branch.
-        geometry: That of a convolution.
-        modules: Those of A, B and dropout, which are passed by.
-        hooks: What somebody may hang onto the modules and the base layer: dictionaries that are empty.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    geometry: Geometry | None
-    modules: tuple[nn.Module, nn.Module, nn.Module]
-    hooks: Sequence[dict[Any, Any]]
-
-    def is_passable(self) -> bool:
-        """Whether nobody notices that the modules are never called."""
-        if any(self.hooks):
-            return False
-        a, b, dropout = self.modules
-        return not ("forward" in a.__dict__ or "forward" in b.__dict__ or "forward" in dropout.__dict__)
-
-
 def _version(tensor: Tensor) -> tuple[object, ...]:
     """Changes whenever the tensor is written in place, replaced, cast or moved."""
     return tensor.data_ptr(), tensor._version, tensor.dtype
@@ -136,14 +98,13 @@ class PerturbedLayer:
     def __init__(self, name: str, layer: LoraLayer) -> None:
         self.name = name
         self.layer = layer
-        self.base: Base = _supported_base(name, layer)
+        self.base: Base = supported_base(name, layer)
         self._quantized = QuantizedWeight(self.base) if is_of_bitsandbytes(self.base) else None
         self._groups: list[nn.ModuleDict | nn.ParameterDict] = [layer.lora_A, layer.lora_B]
         if isinstance(layer, SVDLinear):
             self._groups.append(layer.lora_E)
-        self.host_forward: Callable[..., Tensor] | None = (
-            None  # the layer's `forward` where the noise hangs on it
-        )
+        # The layer's own `forward`, where the noise hangs on the layer itself.
+        self.host_forward: Callable[..., Tensor] | None = None
         self._noisy_base = NoisyBase(self.base, self._quantized)
         self._weight_norms: tuple[tuple[object, ...], Tensor] | None = None
         self._prepared: Prepared | None = None
@@ -255,22 +216,15 @@ class PerturbedLayer:
 
     def _branch(self, contents: Contents) -> Branch | None:
         """The low-rank branch, where it is one that the fused operation computes as PEFT's layer does."""
-        if len(contents.names) != 1 or type(self.layer) not in _FUSED or self._quantized is not None:
+        if len(contents.names) != 1 or self._quantized is not None:
             return None
-        (name,), (scaling,), (a, b) = contents.names, contents.scalings, contents.factors
-        if name in self.layer.lora_variant or self.module.__dict__.get("forward") is not self.host_forward:
-            return None
-        modules = self._groups[0][name], self._groups[1][name], self.layer.lora_dropout[name]
+        if self.module.__dict__.get("forward") is not self.host_forward:
+            return None  # somebody else's
+        (name,), (scaling,), (a, b) = contents.names, contents.scalings, contents.factors[:2]
         known = self._prepared.branch if self._prepared is not None else None
-        if (
-            known is not None
-            and known.a is a
-            and known.b is b
-            and known.scaling == scaling
-            and known.modules == modules
-        ):
+        if known is not None and known.is_of(self.layer, name, a, b, scaling):
             return known
-        return _branch_of(self.base, a, b, scaling, modules)
+        return branch_of(self.layer, name, scaling)
 
     def weight_norms_squared(self) -> Tensor:
         """Squared norm of each row of the base weight: (m,), float32; computed once."""
@@ -314,66 +268,3 @@ def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
     """A or B of an adapter: PEFT keeps a layer with that weight, for AdaLoRA the parameter itself."""
     entry = group[name]
     return entry if isinstance(entry, Tensor) else weight_of(entry)
-
-
-def _branch_of(
-    base: Base, a: Tensor, b: Tensor, scaling: float, modules: tuple[nn.Module, nn.Module, nn.Module]
-) -> Branch | None:
-    """The branch of those modules, if they are PEFT's plain ones."""
-    dropout = modules[2]
-    factors = modules[:2]
-    if not isinstance(dropout, nn.Identity) or any(
-        type(factor) is not type(base) or factor.bias is not None for factor in factors
-    ):
-        return None
-    geometry = None if isinstance(base, nn.Linear) else _geometry(base)
-    if geometry is not None and _geometry(factors[0]) != geometry:
-        return None
-    hooks = [hooks for module in (base, *modules) for hooks in _hooks(module)]
-    return Branch(a, b, scaling, geometry, modules, hooks)
-
-
-def _geometry(module: nn.Module) -> Geometry:
-    """How a convolution moves."""
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    assert not isinstance(module.padding, str)  # such a base is not supported
-    return Geometry(module.stride, module.padding, module.dilation)
-
-
-def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
-    """What runs when the module is called, beside its `forward`."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return [getattr(module, kind) for kind in kinds]
-
-
-def _supported_base(name: str, layer: LoraLayer) -> Base:
-    """The layer under the adapter, where its merged weight is known here; else ValueError."""
-    base = layer.get_base_layer()
-    quantized = is_of_bitsandbytes(base)
-    known = isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d, SVDLinear))
-    if not known and type(layer).__module__ != _PEFT_ON_BITSANDBYTES:
-        problem = f"a {type(layer).__module__}.{type(layer).__qualname__} adapter"
-    elif quantized and not is_quantized(base):
-        problem = f"a {type(base).__qualname__} whose weight isn't quantised (yet: .to(device) does it)"
-    elif not isinstance(base, _BASES) or not (quantized or type(base) in _BASES):
-        problem = f"a base layer of type {type(base).__qualname__}"
-    elif getattr(layer, "fan_in_fan_out", False):
-        problem = "fan_in_fan_out=True"
-    elif base.weight.is_meta:
-        problem = "a base weight that is offloaded (on the meta device)"
-    elif base.weight.requires_grad:
-        problem = "a base weight that is trained too (requires_grad=True)"
-    elif not quantized and not base.weight.is_floating_point():
-        problem = f"a base weight of dtype {base.weight.dtype}"
-    elif getattr(base, "groups", 1) != 1 or getattr(base, "padding_mode", "zeros") != "zeros":
-        problem = f"a convolution with groups={base.groups}, padding_mode={base.padding_mode!r}"
-    elif isinstance(getattr(base, "padding", 0), str):
-        problem = f"a convolution with padding={base.padding!r}"
-    else:
-        variants = [v for v in layer.lora_variant.values() if not isinstance(v, _DORA_VARIANTS)]
-        if not variants:
-            return base
-        problem = f"the LoRA variant {type(variants[0]).__qualname__}"
-    raise ValueError(
-        f"{name}: Flat-LoRA cannot perturb {problem}; remove this layer from the adapter's target_modules"
-    )
