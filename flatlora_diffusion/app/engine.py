@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
@@ -29,6 +32,7 @@ from flatlora_diffusion.draw.pipeline import (
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
 
+_MOST_BYTES = 2**26  # of pictures that are remembered: 20 of 1024 x 1024 pixels
 SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
 
 
@@ -95,6 +99,7 @@ class Studio:
         adapters: Label -> what the adapter's file is.
         caption_chunks: For drawings.
         transparent: For drawings.
+        fingerprint: Of the base's weights.
 
     Raises:
         UserError: An adapter is missing, damaged, called like the base, or doesn't fit it.
@@ -119,9 +124,11 @@ class Studio:
         self._pipeline = pipeline
         self.caption_chunks = caption_chunks
         self.transparent = transparent
+        self.fingerprint = _fingerprint(pipeline)
         self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
+        self._frames = _Frames()
         self._running: dict[threading.Thread, threading.Event] = {}
 
     @property
@@ -133,6 +140,11 @@ class Studio:
     def native_side(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
         return native_side(self._pipeline)
+
+    @property
+    def device(self) -> str:
+        """Kind of the device that draws."""
+        return self._pipeline.device.type
 
     @property
     def dtype(self) -> str:
@@ -221,7 +233,7 @@ class Studio:
             adapter_sha256=adapter.sha256 if adapter else None,
             scale=scale if adapter else None,
             dtype=self.dtype,
-            device=self._pipeline.device.type,
+            device=self.device,
             versions=versions(),
             caption_chunks=drawing.caption_chunks,
             mix=adapter.mixed if adapter else None,
@@ -229,7 +241,10 @@ class Studio:
         )
 
     def _do(self, jobs: Sequence[Job], tell: Callable[[Step | Drawn], None], stop: threading.Event) -> None:
-        total = sum(job.drawing.steps * len(job.pictures) for job in jobs)
+        known = {index: frames for index, job in enumerate(jobs) if (frames := self._frames.of(job))}
+        total = sum(
+            job.drawing.steps * len(job.pictures) for index, job in enumerate(jobs) if index not in known
+        )
         done = 0
         began = told = time.perf_counter()
 
@@ -247,6 +262,9 @@ class Studio:
 
         for index, job in enumerate(jobs):
             started = time.perf_counter()
+            if index in known:
+                tell(Drawn(index, known[index], time.perf_counter() - started))
+                continue
             pictures = draw_batch(
                 self._pipeline,
                 self._names[job.method],
@@ -256,7 +274,56 @@ class Studio:
                 on_step=partial(after_step, index, done),
             )
             done += job.drawing.steps * len(job.pictures)
+            self._frames.keep(job, pictures)
             tell(Drawn(index, pictures, time.perf_counter() - started))
+
+
+class _Frames:
+    """Pictures that were drawn lately, so that they needn't be drawn again. The pipeline's lock guards it."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Image.Image] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, job: Job) -> list[Image.Image]:
+        """Copies of a job's pictures; none where one is missing."""
+        keys = self._keys(job)
+        if not all(key in self._known for key in keys):
+            return []
+        for key in keys:
+            self._known.move_to_end(key)
+        return [self._known[key].copy() for key in keys]
+
+    def keep(self, job: Job, pictures: Sequence[Image.Image]) -> None:
+        """Remember a job's pictures, and forget the oldest ones."""
+        for key, picture in zip(self._keys(job), pictures, strict=True):
+            if key not in self._known:
+                self._known[key] = picture.copy()
+                self._bytes += _size(picture)
+        while self._bytes > _MOST_BYTES:
+            _, oldest = self._known.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+    @staticmethod
+    def _keys(job: Job) -> list[Hashable]:
+        scale = None if job.method == BASE else job.scale
+        return [(job.method, prompt, seed, job.drawing, scale) for prompt, seed in job.pictures]
+
+
+def _size(picture: Image.Image) -> int:
+    return 3 * picture.width * picture.height
+
+
+def _fingerprint(pipeline: StableDiffusionXLPipeline) -> str:
+    """Of a base's weights: a few values of each, so that another base of the same name is told apart."""
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    values = [
+        tensor.detach().flatten()[:4].float()
+        for part in parts
+        for name, tensor in part.named_parameters()
+        if ".lora_" not in name
+    ]
+    return hashlib.sha256(torch.cat(values).cpu().numpy().tobytes()).hexdigest()
 
 
 class _StoppedError(Exception):

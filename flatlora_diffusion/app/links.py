@@ -1,4 +1,4 @@
-"""Links that reproduce a comparison: the query of the page's address, read and shown."""
+"""Links that reproduce a comparison: the query of the page's address, read."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import gradio as gr
 
 from flatlora_diffusion.app.limits import MAX_PROMPT
 
-# The address of the page becomes the link to what it shows.
-SHOW_LINK = """(query) => {
-    history.replaceState(null, "", location.pathname + query);
-    return location.origin + location.pathname + query;
-}"""
-
-COMPARE_IF_LINKED = """() => {
-    const bad = document.querySelector("#status").innerText.includes("Left out");
-    if (new URLSearchParams(location.search).has("prompt") && !bad) {
-        document.getElementById("compare").click();
-    }
+# Where the page doesn't show it already, and nothing was left out of it. Gives the link to what is shown.
+COMPARE_IF_LINKED = """(link) => {
+    const wanted = new URLSearchParams(location.search);
+    const shown = new URLSearchParams((link ?? "").split("?")[1] ?? "");
+    const other = [...shown].some(([name, value]) => wanted.has(name) && wanted.get(name) !== value);
+    const bad = document.getElementById("status").innerText.includes("Left out");
+    if (!wanted.has("prompt") || (link && !other)) return window.flatlora.showLink(link);
+    if (!bad) document.getElementById("compare").click();
+    return link;
 }"""
 
 
@@ -40,7 +38,7 @@ def from_link(text: str | None, component: Field, name: str, left_out: list[str]
         good = text in [value for _, value in component.choices]
         value: Any = text
     elif isinstance(component, gr.Textbox):
-        good, value = len(text) <= MAX_PROMPT, text
+        good, value = bool(text.strip() or name != "prompt") and len(text) <= MAX_PROMPT, text
     else:
         try:
             value = float(text)

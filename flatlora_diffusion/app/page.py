@@ -11,30 +11,44 @@ from starlette.middleware import Middleware
 from flatlora_diffusion.app.blind_tab import BlindTab
 from flatlora_diffusion.app.checked import CheckedBlocks
 from flatlora_diffusion.app.compare_tab import CompareTab
+from flatlora_diffusion.app.first import FirstComparison
 from flatlora_diffusion.app.grid_tab import GridTab
 from flatlora_diffusion.app.guard import Guard, KnownHosts
+from flatlora_diffusion.app.limits import PRIVATE
+from flatlora_diffusion.app.preview import Preview
 from flatlora_diffusion.app.runs_tab import runs_tab
 from flatlora_diffusion.app.site import Site
 
 _WAITING = 8  # requests; others are told to come back
 _DAY = 86_400
+_TITLE = "Flat-LoRA beside LoRA"
+_DESCRIPTION = (
+    "The same prompt and noise, drawn with a LoRA, a Flat-LoRA and the base: see what flatness does."
+)
+_HERE = Path(__file__).parent
 
 
-def build(site: Site) -> gr.Blocks:
-    """The page, with its queue."""
+def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
+    """The page, with its queue.
+
+    Args:
+        site: Draws.
+        first: What the page opens with.
+    """
     # Files that were handed out go after a day.
-    with CheckedBlocks(title="Flat-LoRA", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
-        gr.Markdown("# Flat-LoRA\nThe same prompt, seed and initial noise with each method.")
+    with CheckedBlocks(title=_TITLE, analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
+        gr.HTML(f"<h1>Flat-LoRA</h1><p>{site.introduction}</p>", elem_id="introduction")
         with gr.Tabs():
-            with gr.Tab("Compare", id="compare"):
-                CompareTab(site, page)
-            with gr.Tab("Grid", id="grid"):
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare"), gr.Column(elem_id="compare-tab"):
+                CompareTab(site, page, first or FirstComparison(site))
+            with gr.Tab("Grid", id="grid", elem_id="tab-grid"):
                 GridTab(site)
             if site.votes and site.studio.adapters:
-                with gr.Tab("Blind test", id="blind"):
+                with gr.Tab("Blind test", id="blind", elem_id="tab-blind"):
                     BlindTab(site, site.votes, page)
-            with gr.Tab("Training runs", id="runs"):
+            with gr.Tab("Training runs", id="runs", elem_id="tab-runs"):
                 runs_tab(site.runs)
+        page.load(None, js="() => window.flatlora.openTab()", **PRIVATE)
     # A closed API: every request goes through the queue and its limits.
     page.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False)
     return page
@@ -47,9 +61,16 @@ def launch_settings(hosts: KnownHosts | None = None) -> dict[str, Any]:
         hosts: Names that it may be asked for under. Default: those of this machine.
     """
     return {
-        "app_kwargs": {"middleware": [Middleware(Guard, hosts=hosts or KnownHosts())]},
+        "app_kwargs": {
+            "middleware": [
+                Middleware(Guard, hosts=hosts or KnownHosts()),
+                Middleware(Preview, title=_TITLE, description=_DESCRIPTION, picture="favicon.ico"),
+            ]
+        },
         "theme": _theme(),
-        "css_paths": [Path(__file__).with_name("style.css")],
+        "css_paths": [_HERE / "style.css"],
+        "head": f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        "favicon_path": _HERE / "icon.png",
         "footer_links": ["api"],
         "strict_cors": True,
         "show_error": False,

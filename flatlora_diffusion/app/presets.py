@@ -5,40 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flatlora_diffusion.adapter.check import AdapterFacts
-from flatlora_diffusion.output.reading import RunFolder
-
-DEMO = {
-    "Subjects that were never trained": [
-        "a fluent 3d icon of tomato",
-        "a fluent 3d icon of soccer ball",
-        "a fluent 3d icon of cat face",
-        "a fluent 3d icon of red heart",
-    ],
-    "Trained icons": [
-        "a fluent 3d icon of red apple",
-        "a fluent 3d icon of grinning face",
-        "a fluent 3d icon of fox",
-    ],
-    "The base's own styles: is anything forgotten?": [
-        "a noto icon of red heart",
-        "a twemoji icon of grinning face",
-        "a noto icon of tomato",
-    ],
-}
+from flatlora_diffusion.app.references import References
 
 
-def presets(adapters: Mapping[str, AdapterFacts], runs: Mapping[str, RunFolder]) -> dict[str, Sequence[str]]:
-    """Prompts that a visitor of any other base can start from: those that the adapters were trained with.
+def presets(adapters: Mapping[str, AdapterFacts], references: References) -> dict[str, Sequence[str]]:
+    """Heading -> prompts: those of the runs that the adapters are of, and what their files say.
 
     Args:
         adapters: Label -> what its file says.
-        runs: Label -> training run.
+        references: What the runs taught.
     """
-    trained = [facts.facts.get("instance_prompt") for facts in adapters.values()]
-    drawn = [prompt for run in runs.values() for prompt in run.read().settings.get("validation_prompt") or ()]
-    groups = {"Prompts of validation": drawn, "Prompts of training": trained}
-    return {
-        heading: list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
-        for heading, prompts in groups.items()
-        if any(prompts)
-    }
+    groups = references.presets()
+    named = [facts.facts.get("instance_prompt") for facts in adapters.values()]
+    known = [prompt for prompts in groups.values() for prompt in prompts]
+    own = [p for p in dict.fromkeys(named) if isinstance(p, str) and p and p not in known]
+    if own and not references.trained:
+        groups["Prompts of training"] = own
+    return groups

@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.first import FirstComparison
 from flatlora_diffusion.app.guard import KnownHosts
 from flatlora_diffusion.app.page import build, launch_settings
-from flatlora_diffusion.app.presets import DEMO, presets
+from flatlora_diffusion.app.presets import presets
+from flatlora_diffusion.app.references import References
 from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.common.command import hide_progress_bars
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).parents[2]
 DEMO_BASE = PROJECT / "assets" / "micro-sdxl"
+DEMO_STEPS = 20  # on two cores a comparison takes seconds, and more steps don't show
 DEMO_GUIDANCE = 3.0
 
 
@@ -59,14 +62,20 @@ def serve(given: argparse.Namespace) -> None:
         transparent=given.transparent,
     )
     is_demo = Path(base).is_dir() and DEMO_BASE.is_dir() and Path(base).samefile(DEMO_BASE)
+    references = References.of_runs(runs)
     site = Site(
         studio,
-        presets=DEMO if is_demo else presets(studio.adapters, runs),
+        presets=presets(studio.adapters, references),
+        steps=DEMO_STEPS if is_demo else Site.steps,
         guidance=DEMO_GUIDANCE if is_demo else Site.guidance,
         runs=runs,
         votes=VoteFile(given.votes),
+        references=references,
+        toy=is_demo,
     )
-    page = build(site)
+    first = FirstComparison(site)
+    first.begin()
+    page = build(site, first)
     hosts = KnownHosts(given.host, given.known_host)
     try:
         _, address, public = page.launch(

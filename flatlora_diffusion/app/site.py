@@ -17,6 +17,7 @@ from PIL import Image
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.files import forget
 from flatlora_diffusion.app.limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS
+from flatlora_diffusion.app.references import References
 from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.draw import stamp
 from flatlora_diffusion.draw.pipeline import Drawing
@@ -38,6 +39,8 @@ class Site:
         steps: First number of denoising steps.
         guidance: First guidance.
         runs: Label -> training run.
+        references: What the runs taught.
+        toy: The base is the project's demo, and the page says so.
         votes: Those of the blind test; without, the page has none.
     """
 
@@ -47,6 +50,8 @@ class Site:
     guidance: float = 5.0
     runs: Mapping[str, RunFolder] = field(default_factory=dict)
     votes: VoteFile | None = None
+    references: References = field(default_factory=References)
+    toy: bool = False
     _folder: tempfile.TemporaryDirectory = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
     )
@@ -64,12 +69,37 @@ class Site:
     @property
     def batch_size(self) -> int:
         """Pictures that are drawn together, where there are many: small ones fit into any memory."""
-        return 8 if self.studio.native_side <= _SMALL else 1
+        return 8 if self.small else 1
+
+    @property
+    def draws_fast(self) -> bool:
+        """Whether a comparison takes seconds: with a small base, or on a GPU."""
+        return self.small or self.studio.device != "cpu"
+
+    @property
+    def small(self) -> bool:
+        """Whether pictures are so small that they are enlarged."""
+        return self.studio.native_side <= _SMALL
 
     @property
     def picture_class(self) -> list[str]:
         """CSS class of pictures."""
-        return ["picture", "crisp"] if self.studio.native_side <= _SMALL else ["picture"]
+        return ["picture", "crisp"] if self.small else ["picture"]
+
+    @property
+    def introduction(self) -> str:
+        """What the page compares, in a few sentences, as HTML."""
+        names = [f"<strong>{html.escape(label)}</strong>" for label in self.studio.adapters]
+        listed = f"{', '.join([*names, 'the base'][:-1])} and the base" if names else "The base"
+        told = (
+            f"{listed} draw the same prompt from the same noise. Flat-LoRA is trained while random noise "
+            "shakes the weights of the model, so that it should hold when they change."
+        )
+        if self.toy:
+            side, count = self.studio.native_side, len(self.references.trained)
+            taught = f" Both adapters learnt the style of the {count} icons below." if count else ""
+            told += f"<br>The base is a toy of {side} x {side} pixels.{taught}"
+        return told
 
     def drawing_fields(self) -> list[gr.Textbox | gr.Slider | gr.Dropdown]:
         """Fields in the current context for what `drawing` takes, in its order."""

@@ -19,13 +19,19 @@ def progress(told: str, fraction: float | None = None) -> str:
     return f'<div class="told" role="status" aria-live="polite">{html.escape(told)}{bar}</div>'
 
 
-def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> None:
-    """Prompts to click on, under their headings; a click writes one into the field."""
+def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> list[Dependency]:
+    """Prompts to click on, under their headings; a click writes one into the field.
+
+    Returns:
+        The events that follow the clicks.
+    """
+    clicks = []
     for heading, prompts in presets.items():
         dataset = gr.Dataset(
             samples=[[text] for text in prompts], components=[prompt], label=heading, type="values"
         )
-        dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE)
+        clicks.append(dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE))
+    return clicks
 
 
 def connect_stop(button: gr.Button, status: gr.HTML, drawing: Sequence[Dependency]) -> None:

@@ -135,6 +135,17 @@ def _as_shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(shown.items(), key=lambda setting: is_default(*setting)))  # the sort is stable
 
 
+def _image_folders(run: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders with images that settings name, as paths: relative ones begin somewhere above the run's."""
+    found = {}
+    for name in ("instance_data_dir", "heldout_data_dir"):
+        if isinstance(given := settings.get(name), str):
+            places = [place / given for place in run.resolve().parents]  # an absolute one stays what it is
+            there = next((place for place in places if place.is_dir()), None)
+            found |= {name: there} if there else {}
+    return found
+
+
 def _without_folders(name: str, value: Any) -> Any:
     """The last part of a setting that names a folder; hub names lose their owner, as on the sheets."""
     folders = name.endswith(("_dir", "_name_or_path")) or name in ("dataset_name", "resume_from_checkpoint")
@@ -164,6 +175,7 @@ class Reading:
         final_comparison: The picture of base and adapters that is drawn after training, where there is one.
         settings: Settings of the run by name: first those that are not `TrainConfig`'s defaults, then the
             rest. A checkpoint knows those that decide the result, an adapter alone the few in its header.
+        image_folders: `instance_data_dir` and `heldout_data_dir` -> that folder, where it is still there.
         facts: What is known of the run and its adapter, as far as it is: `state` ("finished", "unfinished"),
             `method`, `rank`, `alpha`, `targets` (model -> layers), `steps` done and `total_steps` planned,
             `images`, `mean_loss_of_last_tenth`, `mean_update_norm`, `median_seconds_a_step`,
@@ -183,6 +195,7 @@ class Reading:
         self.validation: Sheets = []
         self.side_by_side: Sheets = []
         self.final_comparison: Path | None = None
+        self.image_folders: dict[str, Path] = {}
         self._state: str | None = None
         self._steps: int | None = None
         self._total_steps: int | None = None
@@ -229,6 +242,7 @@ class Reading:
             self.losses = self._finite("losses", history.losses)
             self.heldout = self._finite("held-out losses", history.heldout)
             self.settings, self._measured = _as_shown(history.settings), history.measured
+            self.image_folders = _image_folders(folder, history.settings)
         else:
             renamed = {_SETTING_IN_HEADER.get(name, name): value for name, value in self._header.items()}
             self.settings = _as_shown(renamed)

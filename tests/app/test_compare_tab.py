@@ -14,7 +14,9 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from flatlora_diffusion.app.comparison import Asked
 from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.first import FirstComparison, drawn_comparison
 from flatlora_diffusion.app.limits import MAX_PROMPT
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import Site
@@ -53,6 +55,18 @@ def site(studio):
 def address(site):
     with served(build(site), **launch_settings()) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def opened(studio):
+    """A page that opens with a comparison, and that."""
+    own = Site(studio, PRESETS, steps=2, guidance=3.0)
+    first = FirstComparison(own)
+    folder = own.new_folder()
+    drawing = Drawing(16, 16, 2, 3.0, None, "default")
+    first.ready = drawn_comparison(own, Asked("a red icon", 0, drawing, 1.0), folder)
+    with served(build(own, first), **launch_settings()) as url:
+        yield url, first
 
 
 def kept(site):
@@ -245,7 +259,7 @@ def test_a_method_that_is_not_there_is_refused(address, client):
 def compare(page, seed=5):
     page.locator("#seed input").fill(str(seed))
     page.locator("#compare").click()
-    page.locator("#status", has_text="Done in").wait_for()
+    page.locator("#status", has_text="Done").wait_for()
 
 
 def shown(page, selector):
@@ -260,7 +274,7 @@ def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_
     page.locator("#prompt textarea").fill("a red icon")
     compare(page)
     expected = lone("a red icon", 5)
-    pictures = page.locator(".picture:not(#slider):not(#map) img")
+    pictures = page.locator("#pictures .picture img")
     sources = [pictures.nth(index).get_attribute("src") for index in range(3)]
     assert pixels(io.BytesIO(httpx.get(source).content) for source in sources) == expected
     assert pictures.nth(1).get_attribute("alt") == '"a red icon" drawn by LoRA with seed 5'
@@ -272,38 +286,42 @@ def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_
     ] == (expected[1:])
     one, other = (np.frombuffer(drawn, np.uint8).astype(float) for drawn in expected[1:])
     percent = np.abs(one - other).mean() / 2.55
-    assert f"differ by {percent:.1f}%" in page.locator("#figure").inner_text()
+    told = page.locator("#figure").inner_text()
+    assert told.startswith("LoRA and Flat-LoRA ") and f"colours are {percent:.1f}% of the full range" in told
+    assert page.locator(".stage-prompt").inner_text() == "“a red icon”, seed 5"
+    assert page.locator("#pictures .caption").nth(1).inner_text().startswith("a red icon")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
 
 
-def test_the_slider_is_dragged_and_moved_by_keys(open_page, address):
-    page = open_page(address)
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_one_divider_is_dragged_and_moved_by_keys(open_page, address, device):
+    page = open_page(address, device)
     compare(page)
-    handle, right = page.locator("#slider [data-testid=slider] .inner"), page.locator("#slider img").nth(1)
-    page.locator("#slider").scroll_into_view_if_needed()
+    divider, right = page.locator("#slider input"), page.locator("#slider img.right")
 
     def cut():
-        inset = re.search(r"inset\(.* ([\d.]+)%\)", right.evaluate("image => image.style.clipPath"))
-        return float(inset[1])
+        found = re.search(r"([\d.]+)%\)$", right.evaluate("image => getComputedStyle(image).clipPath"))
+        return float(found[1])
 
-    page.wait_for_timeout(300)
-    assert cut() == pytest.approx(50, abs=1)
-    box, whole = handle.bounding_box(), page.locator("#slider").bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert cut() == 50 and page.locator("#divider").count() == 0
+    page.locator("#slider").scroll_into_view_if_needed()
+    box = page.locator(".stage-box").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
     page.mouse.down()
-    page.mouse.move(whole["x"] + whole["width"] * 0.8, box["y"] + 50, steps=5)
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 50, steps=5)
     page.mouse.up()
-    assert 60 < cut() <= 100
-    divider = page.locator("#divider input[type=range]")
-    divider.focus()
+    assert cut() == pytest.approx(80, abs=4)  # a range input keeps half of its thumb inside
     divider.press("Home")
-    page.wait_for_timeout(500)
-    # The picture doesn't fill the width: its left edge is the divider's place.
-    picture = right.evaluate(
-        "image => Math.min(image.height / image.naturalHeight * image.naturalWidth, image.width)"
-    )
-    assert cut() == pytest.approx(50 * (1 - picture / whole["width"]), abs=2)
+    divider.press("ArrowRight")
+    assert cut() == 1
+    picture = page.locator("#slider img.left").bounding_box()
+    assert picture == pytest.approx(box) and picture["width"] == pytest.approx(picture["height"], abs=1)
+    page.get_by_label("Full screen").click()
+    page.wait_for_function("document.fullscreenElement")
+    labels = [label.bounding_box() for label in page.locator(".stage-label").all()]
+    assert labels[0]["x"] < labels[1]["x"] and page.locator(".stage-label").first.is_visible()
+    page.evaluate("document.exitFullscreen()")
 
 
 def test_other_sides_are_chosen(open_page, address, lone):
@@ -313,7 +331,12 @@ def test_other_sides_are_chosen(open_page, address, lone):
     page.get_by_role("option", name="base").click()
     page.locator("#slider img[alt='Left: base']").wait_for()
     assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[0]
-    page.get_by_text("base and Flat-LoRA differ by").wait_for()
+    page.locator("#figure", has_text="base and Flat-LoRA ").wait_for()
+    assert page.locator(".stage-label").all_inner_texts() == ["base", "Flat-LoRA"]
+    assert "left=base" in page.url
+    page.get_by_label("Left side").click()
+    page.get_by_role("option", name="Flat-LoRA").click()
+    page.locator("#figure", has_text="Both sides are Flat-LoRA: choose another one for a side.").wait_for()
 
 
 def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, site, lone):
@@ -331,6 +354,19 @@ def test_stopping_is_at_once_and_leaves_the_pipeline_sound(open_page, address, s
     page.get_by_label("number input for Denoising steps").fill("2")
     compare(page)
     assert shown(page, "#slider").convert("RGB").tobytes() == lone("a red icon", 5)[1]
+    # What was there before a drawing that is stopped comes back whole.
+    link = page.url
+    page.locator("#seed input").fill("6")
+    page.get_by_label("number input for Denoising steps").fill("100")
+    page.locator("#compare").click()
+    page.locator("#status progress").wait_for()
+    page.locator("#stop").click()
+    page.locator("#status", has_text="Stopped. The last comparison is shown again.").wait_for()
+    page.wait_for_timeout(500)
+    sides = [source.get_attribute("src") for source in page.locator("#slider img").all()]
+    assert pixels(io.BytesIO(httpx.get(source).content) for source in sides) == lone("a red icon", 5)[1:]
+    assert page.url == link == page.locator("#link textarea, #link input").first.input_value()
+    assert page.locator("#download").is_enabled() and not page.locator("#pictures [data-old]").count()
 
 
 def test_a_link_reproduces_a_comparison(open_page, address, lone):
@@ -342,7 +378,7 @@ def test_a_link_reproduces_a_comparison(open_page, address, lone):
     link = page.locator("#link textarea, #link input").first.input_value()
     assert link == page.url and link.startswith(address)
     other = open_page(link)
-    other.locator("#status", has_text="Done in").wait_for()
+    other.locator("#status", has_text="Done").wait_for()
     assert other.locator("#prompt textarea").input_value() == "a blue, icon & more: ä"
     assert other.locator("#seed input").input_value() == "77"
     drawn = shown(other, "#slider").convert("RGB").tobytes()
@@ -358,13 +394,14 @@ def test_bad_links_change_nothing(open_page, address):
     assert page.locator("#seed input").input_value() == "0"
 
 
-def test_a_random_seed_is_written_back_and_presets_fill_in(open_page, address):
+def test_a_random_seed_is_written_back_and_presets_run(open_page, address):
     page = open_page(address)
     page.locator("#random").click()
     page.wait_for_function("document.querySelector('#seed input').value !== '0'")
     assert 0 < int(page.locator("#seed input").input_value()) < 2**32
     page.get_by_text("a blue icon").click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a blue icon'")
+    page.locator(".stage-prompt", has_text="“a blue icon”").wait_for()
 
 
 def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):
@@ -378,7 +415,7 @@ def test_everything_is_reached_and_done_with_the_keyboard(open_page, address):
     assert {"compare", "stop", "random"} <= set(reached), reached
     page.locator("#compare").focus()
     page.keyboard.press("Enter")
-    page.locator("#status", has_text="Done in").wait_for()
+    page.locator("#status", has_text="Done").wait_for()
 
 
 def test_the_archive_has_pictures_and_settings(open_page, address, studio):
@@ -397,3 +434,80 @@ def test_the_archive_has_pictures_and_settings(open_page, address, studio):
     with page.expect_download() as waiting:
         page.get_by_label("Download").nth(1).click()
     assert read(Path(waiting.value.path())) == studio.stamp("LoRA", "a red icon", 5, DRAWING)
+
+
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_it_opens_with_a_comparison_and_goes_back_to_others(open_page, opened, lone, device):
+    address, _ = opened
+    page = open_page(address, device)
+    page.locator("#slider img[src]").nth(1).wait_for()
+    sides = [source.get_attribute("src") for source in page.locator("#slider img").all()]
+    assert pixels(io.BytesIO(httpx.get(source).content) for source in sides) == lone("a red icon", 0)[1:]
+    top = page.locator("#slider").bounding_box()
+    assert top["y"] + 200 < page.viewport_size["height"]  # in sight, also on a phone
+    page.wait_for_function("location.search.includes('seed=0')")
+    page.reload()
+    page.locator("#status", has_text="Drawn beforehand.").wait_for()
+    page.wait_for_timeout(500)
+    assert page.locator("#status progress").count() == 0  # nothing is drawn again
+    # Dimmed as soon as the settings are others, and bright again when they come back.
+    note = page.locator(".stage-note")
+    page.locator("#seed input").fill("9")
+    note.get_by_text("press Compare").wait_for()
+    assert "opacity" in page.locator("#slider img").first.evaluate("img => getComputedStyle(img).filter")
+    page.locator("#seed input").fill("0")
+    page.wait_for_function("!document.querySelector('.stage-note').textContent")
+    # Enter compares, Shift+Enter doesn't.
+    prompt = page.locator("#prompt textarea")
+    prompt.fill("a blue")
+    prompt.press("Shift+Enter")
+    prompt.type("icon")
+    assert prompt.input_value() == "a blue\nicon" and page.locator("#status progress").count() == 0
+    prompt.fill("a blue icon")
+    prompt.press("Enter")
+    page.locator("#status", has_text="Done").wait_for()
+    # The last results can be shown again, with their settings.
+    page.locator("#strip button.thumbnail-item, #strip .thumbnail-item").nth(1).click()
+    page.locator("#status", has_text="Shown again.").wait_for()
+    page.locator(".stage-prompt", has_text="“a red icon”, seed 0").wait_for()
+    assert prompt.input_value() == "a red icon" and not note.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_tabs_have_links_and_go_back(open_page, address):
+    page = open_page(f"{address}#grid")  # the page's own mark comes before the tab's
+    chosen = page.locator("[role=tab][aria-selected=true]")
+    page.goto(f"{address}#grid")
+    page.wait_for_function("document.querySelector('#tab-grid-button')?.ariaSelected === 'true'")
+    page.locator("#tab-runs-button").click()
+    assert page.url.endswith("#runs")
+    page.reload()
+    page.wait_for_function("document.querySelector('#tab-runs-button')?.ariaSelected === 'true'")
+    page.go_back()
+    page.wait_for_function("document.querySelector('#tab-grid-button')?.ariaSelected === 'true'")
+    assert chosen.inner_text() == "Grid"
+
+
+def test_a_server_that_has_gone_is_told(open_page, address):
+    page = open_page(address)
+    page.clock.install()
+    page.route("**/app_id", lambda route: route.fulfill(json={"app_id": 1}))
+    page.evaluate("window.flatlora.ask()")
+    page.route("**/app_id", lambda route: route.fulfill(json={"app_id": 2}))
+    page.evaluate("window.flatlora.ask()")
+    page.get_by_role("alert").get_by_text("was started anew").wait_for()
+    page.route("**/app_id", lambda route: route.abort("aborted"))
+    for _ in range(2):
+        page.evaluate("window.flatlora.ask()")
+    page.get_by_role("alert").get_by_text("The app does not answer").wait_for()
+
+
+def test_what_is_told_to_other_sites_is_our_own(address):
+    metas = re.findall(
+        r'<meta\s+(?:property|name)="((?:og|twitter):\w+)"\s+content="([^"]*)"', httpx.get(address).text
+    )
+    told = dict(metas)
+    assert told["og:title"] == "Flat-LoRA beside LoRA" and told["og:url"] == address
+    assert told["og:image"] == f"{address}favicon.ico" and "gradio" not in str(metas).lower()
+    icon = httpx.get(f"{address}favicon.ico")
+    assert Image.open(io.BytesIO(icon.content)).size == (128, 128)

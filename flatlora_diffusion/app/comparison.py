@@ -1,0 +1,103 @@
+"""A comparison: what was asked for, and the pictures of all methods in files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode
+
+from flatlora_diffusion.app.files import forget
+from flatlora_diffusion.draw.pipeline import Drawing
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for, checked."""
+
+    prompt: str
+    seed: int
+    drawing: Drawing
+    scale: float
+
+    def link(self, left: str, right: str) -> str:
+        """The query that opens the page with this comparison."""
+        values = dict(zip(SETTINGS, self.fields(), strict=True))
+        values |= {"guidance": f"{self.drawing.guidance:g}", "scale": f"{self.scale:g}"}
+        return "?" + urlencode({**values, "left": left, "right": right})
+
+    def fields(self) -> list[str | int | float]:
+        """The values of the page's fields, in the order of `SETTINGS`."""
+        drawing = self.drawing
+        return [
+            *(self.prompt, drawing.negative_prompt or "", self.seed, drawing.steps, drawing.guidance),
+            *(self.scale, drawing.sampler, drawing.width, drawing.height),
+        ]
+
+
+SETTINGS = (
+    *("prompt", "negative_prompt", "seed", "steps", "guidance", "scale", "sampler", "width", "height"),
+)
+"""What links call the settings, in the order of the page's fields."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison that is drawn.
+
+    Attributes:
+        asked: What for.
+        files: Method -> its picture.
+        seconds: Method -> that its drawing took.
+        archive: All of it, to be downloaded.
+        lent: It goes when nobody holds it any more.
+    """
+
+    asked: Asked
+    files: Mapping[str, Path]
+    seconds: Mapping[str, float]
+    archive: Path
+    lent: bool = True
+
+    def forget(self) -> None:
+        """Delete its files, where they are lent."""
+        if self.lent:
+            forget({file.parent for file in self.files.values()})
+
+
+MOST_KEPT = 6
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A visitor's last comparisons.
+
+    Attributes:
+        kept: The newest first.
+        shown: Index of the one on the page.
+    """
+
+    kept: tuple[Comparison, ...] = ()
+    shown: int = 0
+
+    @property
+    def current(self) -> Comparison | None:
+        """The one on the page."""
+        return self.kept[self.shown] if self.kept else None
+
+    def with_new(self, comparison: Comparison) -> Shelf:
+        """One more, shown; what no longer has a place is deleted."""
+        kept = (comparison, *self.kept)
+        for old in kept[MOST_KEPT:]:
+            old.forget()
+        return Shelf(kept[:MOST_KEPT])
+
+    def showing(self, index: int) -> Shelf:
+        """Another of them is shown."""
+        return dataclasses.replace(self, shown=index)
+
+    def forget(self) -> None:
+        """Delete the files of all."""
+        for comparison in self.kept:
+            comparison.forget()
