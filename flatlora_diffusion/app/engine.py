@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import (
     Drawing,
+    activate,
     adapter_names,
     draw_batch,
     load_adapter,
@@ -30,6 +32,7 @@ from flatlora_diffusion.draw.pipeline import (
     where_cut_in,
 )
 from flatlora_diffusion.draw.samplers import sampler_name
+from flatlora_diffusion.draw.shaken import Shake, shaken
 from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
 
 _MOST_BYTES = 2**26  # of pictures that are remembered: 20 of 1024 x 1024 pixels
@@ -45,12 +48,14 @@ class Job:
         pictures: The prompt and the seed of each.
         drawing: How.
         scale: Of the adapter's update.
+        shake: What is done to the merged weights; None for nothing.
     """
 
     method: str
     pictures: Sequence[tuple[str, int]]
     drawing: Drawing
     scale: float = 1.0
+    shake: Shake | None = None
 
 
 @dataclass(frozen=True)
@@ -265,14 +270,18 @@ class Studio:
             if index in known:
                 tell(Drawn(index, known[index], time.perf_counter() - started))
                 continue
-            pictures = draw_batch(
-                self._pipeline,
-                self._names[job.method],
-                job.pictures,
-                job.drawing,
-                scale=job.scale,
-                on_step=partial(after_step, index, done),
-            )
+            name = self._names[job.method]
+            activate(self._pipeline, name, job.scale)
+            shaking = shaken(self._pipeline, name, job.shake) if job.shake else nullcontext()
+            with shaking:
+                pictures = draw_batch(
+                    self._pipeline,
+                    name,
+                    job.pictures,
+                    job.drawing,
+                    scale=job.scale,
+                    on_step=partial(after_step, index, done),
+                )
             done += job.drawing.steps * len(job.pictures)
             self._frames.keep(job, pictures)
             tell(Drawn(index, pictures, time.perf_counter() - started))
@@ -307,7 +316,7 @@ class _Frames:
     @staticmethod
     def _keys(job: Job) -> list[Hashable]:
         scale = None if job.method == BASE else job.scale
-        return [(job.method, prompt, seed, job.drawing, scale) for prompt, seed in job.pictures]
+        return [(job.method, prompt, seed, job.drawing, scale, job.shake) for prompt, seed in job.pictures]
 
 
 def _size(picture: Image.Image) -> int:

@@ -8,15 +8,18 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flatlora_diffusion.app.comparison import Asked, Comparison
 from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import forget, zipped
-from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.app.site import Site
 
 logger = logging.getLogger(__name__)
 

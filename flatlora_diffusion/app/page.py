@@ -17,6 +17,7 @@ from flatlora_diffusion.app.guard import Guard, KnownHosts
 from flatlora_diffusion.app.limits import PRIVATE
 from flatlora_diffusion.app.preview import Preview
 from flatlora_diffusion.app.runs_tab import runs_tab
+from flatlora_diffusion.app.shake_tab import ShakeTab
 from flatlora_diffusion.app.site import Site
 
 _WAITING = 8  # requests; others are told to come back
@@ -41,6 +42,9 @@ def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"), gr.Column(elem_id="compare-tab"):
                 CompareTab(site, page, first or FirstComparison(site))
+            if site.studio.adapters:
+                with gr.Tab("Shake the weights", id="shake", elem_id="tab-shake"):
+                    ShakeTab(site)
             with gr.Tab("Grid", id="grid", elem_id="tab-grid"):
                 GridTab(site)
             if site.votes and site.studio.adapters:

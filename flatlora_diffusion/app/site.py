@@ -236,6 +236,26 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
+def check_sigma(sigma: float, most: float) -> float:
+    """The strength of noise on weights.
+
+    Raises:
+        gradio.Error: It is out of its limits.
+    """
+    _require("Sigma", sigma, 0, most)
+    return float(sigma)
+
+
+def check_draw(draw: float) -> int:
+    """The number of a draw of noise.
+
+    Raises:
+        gradio.Error: It is none.
+    """
+    _require("The number of the noise", draw, 0, MAX_SEED, 1)
+    return int(draw)
+
+
 def _require(name: str, value: Any, least: float, most: float, step: int | None = None) -> None:
     number = isinstance(value, (int, float)) and math.isfinite(value)
     if not number or not least <= value <= most or (step and value % step):

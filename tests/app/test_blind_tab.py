@@ -269,8 +269,8 @@ def test_the_files_of_a_pair_go_with_the_next_one(visitor, votes, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (["", "LoRA", "Flat-LoRA"], "The prompt must have 1 to"),
-        (["x" * 1001, "LoRA", "Flat-LoRA"], "The prompt must have 1 to"),
+        (["", "LoRA", "Flat-LoRA"], "it must have 1 to 1000."),
+        (["x" * 1001, "LoRA", "Flat-LoRA"], "it must have 1 to 1000."),
         (["a", "LoRA", "LoRA"], "Choose two methods that are not the same"),
         (["a", "/etc/passwd", "LoRA"], "not in the list of choices"),
     ],

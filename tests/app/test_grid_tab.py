@@ -102,7 +102,10 @@ def test_a_program_gets_the_sheet_and_each_picture(client, studio):
     ("wrong", "told"),
     [
         ({"prompts": " \n "}, "There is no prompt; give at least one"),
-        ({"prompts": "x" * (MAX_PROMPT + 1)}, f"A prompt must have at most {MAX_PROMPT} characters"),
+        (
+            {"prompts": "x" * (MAX_PROMPT + 1)},
+            f"Each prompt must have at most {MAX_PROMPT} characters; one has",
+        ),
         ({"prompts": "a\na"}, "Prompt a: is there twice"),
         ({"seeds": ""}, "Give at least one seed."),
         ({"seeds": "1 x"}, "Each seed must be a number"),

@@ -1,0 +1,59 @@
+"""The tab that shakes weights: what it draws, and what it says of it."""
+
+import gradio as gr
+import pytest
+
+from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.shake_tab import ShakeTab, moved_text
+from flatlora_diffusion.app.site import Site
+from flatlora_diffusion.draw.pipeline import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def tab(base_path, written_adapters):
+    studio = Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
+    with gr.Blocks():
+        yield ShakeTab(Site(studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0))
+
+
+def shaken(tab, *asked):
+    shown = {}
+    for update in tab._shake(*asked):
+        shown |= update
+    return shown
+
+
+@pytest.mark.slow
+def test_each_method_is_drawn_calm_and_shaken(tab):
+    shown = shaken(tab, "a icon", 5, "Random noise", 0.3, 0)
+    assert "Done." in shown[tab.status]
+    for method in tab._methods:
+        assert "sigma 0.3: changed by " in shown[tab.captions[method]]
+    still = shaken(tab, "a icon", 5, "Random noise", 0.0, 0)
+    assert "The methods hardly differ" in still[tab.told]
+    rounded = shaken(tab, "a icon", 5, "Rounded to 3 bits", 0.3, 0)
+    assert "3 bits: changed by " in rounded[tab.captions["base"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("", 5, "Random noise", 0.2, 0), "The prompt has 0 characters"),
+        (("a", 5, "Random noise", 0.6, 0), "Sigma must be a number from 0 to 0.5."),
+        (("a", 5, "Random noise", None, 0), "Sigma must be a number from 0 to 0.5."),
+        (("a", 5, "Hammered", 0.2, 0), "The weights are shaken in one of these ways"),
+        (("a", 5, "Random noise", 0.2, 1.5), "The number of the noise must be a whole number from 0 to"),
+        (("a", -1, "Random noise", 0.2, 0), "The seed must be a whole number from 0 to"),
+    ],
+)
+def test_wrong_values_are_refused(tab, asked, told):
+    with pytest.raises(gr.Error) as refused:
+        next(tab._shake(*asked))
+    assert told in refused.value.message
+
+
+def test_it_claims_no_more_than_it_saw():
+    told = moved_text({"base": 9.0, "LoRA": 5.0, "Flat-LoRA": 3.0}, "sigma 0.2")
+    assert "<strong>Flat-LoRA held best</strong> here" in told
+    assert "Flat-LoRA 3.0%, LoRA 5.0%, base 9.0%" in told and "One prompt and one draw say little" in told
+    assert "hardly differ" in moved_text({"LoRA": 5.0, "Flat-LoRA": 5.4}, "4 bits")
