@@ -320,7 +320,7 @@ class _Frames:
 
 
 def _size(picture: Image.Image) -> int:
-    return 3 * picture.width * picture.height
+    return len(picture.getbands()) * picture.width * picture.height
 
 
 def _fingerprint(pipeline: StableDiffusionXLPipeline) -> str:

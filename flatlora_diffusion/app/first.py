@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -69,7 +70,7 @@ class FirstComparison:
 
     def _key(self, asked: Asked) -> str:
         studio = self._site.studio
-        parts = [*asked.fields(), asked.drawing.caption_chunks, studio.fingerprint, studio.dtype]
+        parts = [dataclasses.asdict(asked), studio.fingerprint, studio.dtype]
         parts += [(label, adapter.sha256) for label, adapter in studio.adapters.items()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
