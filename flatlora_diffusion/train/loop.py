@@ -41,6 +41,9 @@ from flatlora_diffusion.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED = 24
+"""Steps in a row whose gradients aren't finite: the scale, which begins at 2^16, is then far below 1."""
+
 
 class Run:
     """One training run with one method.
@@ -254,9 +257,10 @@ class Run:
         if not math.isfinite(mean_loss):
             raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
         norm = updates.step()
-        # With a gradient scaler (fp16) such a step is skipped and the scale lowered.
-        if accelerator.scaler is None and not math.isfinite(norm):
-            raise UserError(self._divergence(step, f"the gradient's norm became {norm}"))
+        # With a gradient scaler (fp16) such a step is skipped and the scale lowered, which is no help for ever.
+        if not math.isfinite(norm) and (accelerator.scaler is None or updates.skipped >= MOST_SKIPPED):
+            times = f" in {updates.skipped} steps in a row" if accelerator.scaler else ""
+            raise UserError(self._divergence(step, f"the gradient's norm became {norm}{times}"))
         return mean_loss, stopping > 0
 
     def _backward(self, step: int) -> Tensor:
@@ -346,6 +350,8 @@ class Run:
             )
             if self.state.changes:
                 report["changes"] = self.state.changes
+            if self.state.skipped:
+                report["skipped_steps"] = self.state.skipped
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
             saved = self.output / WEIGHTS_NAME
             logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)

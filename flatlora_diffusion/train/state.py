@@ -52,6 +52,7 @@ class TrainingState:
         flat: The noise.
         updates: Takes the optimizer's steps.
         norms: Of the adapters' updates.
+        skipped: Steps so far that changed nothing, see `Updates.skipped`.
         changes: Settings with which the run went on from a checkpoint that had others, in words.
         losses: Of every step so far.
         heldout_losses: Step -> loss of the held-out images.
@@ -94,12 +95,20 @@ class TrainingState:
         )
         self.updates = Updates(self._accelerator, learner.prepare(), self.optimizer, config)
         learner.objective = self.updates.model
+        self.skipped = 0
         self.changes: list[str] = []
         self.losses: list[float] = []
         self.heldout_losses: dict[int, float] = {}
 
     def advance(self, loss: float) -> dict[str, float]:
-        """Take note of a step's loss and move on to the next step; what the tracker is told of the norms."""
+        """Take note of a step's loss and move on to the next step; what the tracker is told of the norms.
+
+        After a step that was skipped the next one has its learning rate and its noise.
+        """
+        self.losses.append(loss)
+        if self.updates.skipped:
+            self.skipped += 1
+            return self._limit_norms()
         if self._learner.tokens is not None:
             self._learner.tokens.keep_scale()
         self.lr_scheduler.step()
@@ -107,7 +116,6 @@ class TrainingState:
         if self._average:
             self._average.step()
         self.flat.step()
-        self.losses.append(loss)
         return norms
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -136,6 +144,8 @@ class TrainingState:
             scalars["changes"] = self.changes
         if self._accelerator.scaler is not None:
             scalars["scaler"] = self._accelerator.scaler.state_dict()
+        if self.skipped:
+            scalars["skipped"] = self.skipped
         adapter, others = self.files(step)
         return Checkpoint(step, adapter, flatten_optimizer(self.optimizer), self._settings, scalars, others)
 
@@ -146,9 +156,11 @@ class TrainingState:
             return from_main(lambda: stored.tensors(name))  # other machines may not see the main one's disk
 
         trained = self._learner.trained
+        self.skipped = stored.scalars.get("skipped", 0)
+        updates = stored.step - self.skipped
         load_adapter_tensors(trained, tensors(WEIGHTS_NAME))
         if self._average:
-            self._average.resume(stored.step)
+            self._average.resume(updates)
             load_adapter_tensors(trained, tensors(LIVE_NAME))
         if self._learner.tokens is not None:
             self._learner.tokens.load(tensors(EMBEDDINGS_NAME))
@@ -160,7 +172,7 @@ class TrainingState:
         self._resume_learning_rates(stored)
         if self._accelerator.scaler is not None and "scaler" in stored.scalars:
             self._accelerator.scaler.load_state_dict(stored.scalars["scaler"])
-        self.flat.global_step = stored.step
+        self.flat.global_step = updates
         self.changes = [*stored.scalars.get("changes", ()), *self._told(stored)]
         self.losses = list(stored.scalars["losses"])
         self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
@@ -188,7 +200,7 @@ class TrainingState:
         schedule = then.get("flat_schedule", config.flat_schedule)
         meaning = consequences(
             stored.differences,
-            sigma=(sigma_at(strength, stored.step, length, schedule), self.flat.sigma_t),
+            sigma=(sigma_at(strength, self.flat.global_step, length, schedule), self.flat.sigma_t),
             rate=(stored.scalars["lr_scheduler"]["_last_lr"][0], float(self.lr_scheduler.get_last_lr()[0])),
             total_steps=self._total_steps,
         )

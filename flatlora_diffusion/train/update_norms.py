@@ -29,17 +29,20 @@ class UpdateNorms:
 
     @torch.no_grad()
     def measure(self) -> Tensor:
-        """The norm of each layer's update: (layers,), float32."""
-        groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+        """The norm of each layer's update: (layers,), float32, on the first layer's device.
+
+        Text encoders that are trained no further are on the CPU.
+        """
+        groups: dict[tuple[torch.Size, torch.Size, torch.device], list[int]] = {}
         factors = [_factors(layer) for layer in self._layers]
         for index, (a, b) in enumerate(factors):
-            groups.setdefault((a.shape, b.shape), []).append(index)
+            groups.setdefault((a.shape, b.shape, a.device), []).append(index)
         norms = factors[0][0].new_empty(len(factors))
         for indices in groups.values():  # those of one shape together: it saves hundreds of small operations
             a = torch.stack([factors[index][0] for index in indices])
             b = torch.stack([factors[index][1] for index in indices])
             squares = ((b.mT @ b) * (a @ a.mT)).sum(dim=(1, 2))
-            norms[indices] = squares.clamp_min(0).sqrt()
+            norms[indices] = squares.clamp_min(0).sqrt().to(norms.device)
         return norms
 
     @torch.no_grad()
@@ -52,7 +55,8 @@ class UpdateNorms:
         norms = self.measure()
         over = (norms > greatest).nonzero().flatten().tolist()
         for index in over:
-            layer, factor = self._layers[index], (greatest / norms[index]).sqrt()
+            # A number, which goes with tensors of every device.
+            layer, factor = self._layers[index], (greatest / norms[index]).sqrt().item()
             weight_of(layer.lora_A[ADAPTER]).mul_(factor)
             weight_of(layer.lora_B[ADAPTER]).mul_(factor)
         return norms.clamp(max=greatest), len(over)

@@ -28,6 +28,7 @@ from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import join_processes, make_accelerator
+from flatlora_diffusion.train.updates import Updates
 from tests.conftest import assert_equal, run
 from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
 from tests.train.test_resume import command
@@ -152,6 +153,31 @@ def test_each_process_has_noise_of_its_own_and_the_gradient_is_the_mean(config, 
                 weight.data -= epsilons[name]
     gradients = {f"{name}.grad": parameter.grad for name, parameter in parameters.items()}
     assert_close({name: then[name] for name in gradients}, gradients, 1e-4)
+
+
+def test_only_what_is_trained_is_sent_around(config):
+    """The frozen base has gigabytes, and buffers of text encoders leave the accelerator."""
+
+    class Objective(torch.nn.Module):
+        def __init__(self, rank):
+            super().__init__()
+            for name in ("frozen", "trained"):
+                self.register_parameter(name, torch.nn.Parameter(torch.tensor([rank + 1.0])))
+            self.frozen.requires_grad_(False)
+            self.register_buffer("buffer", torch.tensor([rank + 1.0]))
+
+        def forward(self):
+            return self.frozen * self.trained * self.buffer
+
+    def work(rank):
+        objective = Objective(rank)
+        optimizer = torch.optim.SGD([objective.trained], lr=1.0)
+        updates = Updates(make_accelerator(config), objective, optimizer, config)
+        updates.model().backward()
+        tensors = objective.frozen, objective.buffer, objective.trained, objective.trained.grad
+        return [tensor.item() for tensor in tensors]
+
+    assert in_processes(work) == [[1, 1, 1, 2.5], [2, 2, 1, 2.5]]  # the gradient is the mean of 1 and 4
 
 
 def test_what_one_process_does_for_all(config, tmp_path):

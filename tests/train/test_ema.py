@@ -22,7 +22,16 @@ from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.train import validation
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import add_lora, assert_equal, build_unet, run, stop_after
+from tests.conftest import (
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    add_lora,
+    assert_equal,
+    build_text_encoders,
+    build_unet,
+    run,
+    stop_after,
+)
 
 DECAY = 0.25  # reached at the third step; before it the average warms up
 
@@ -122,6 +131,32 @@ def test_pictures_and_the_heldout_loss_are_the_averages(config, tmp_path, monkey
     assert measured["6"] == learner.heldout_loss()
     load_adapter_tensors(learner.trained, live(judged))
     assert measured["6"] != learner.heldout_loss()
+
+
+def test_a_model_that_is_trained_no_further_keeps_its_average():
+    unet, (text_encoder, _) = build_unet(), build_text_encoders()
+    for model, targets in ((unet, UNET_TARGETS), (text_encoder, TEXT_TARGETS)):
+        model.requires_grad_(False)
+        add_lora(model, targets)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (unet, text_encoder)]
+    average = AdapterAverage([unet, text_encoder], 0.9)
+
+    def step() -> list[list[torch.Tensor]]:
+        """Move what is trained; the averages then."""
+        for parameter in (p for own in trained for p in own if p.requires_grad):
+            parameter.data += 1
+        average.step()
+        with average.applied():
+            return [[p.detach().clone() for p in own] for own in trained]
+
+    step()
+    unet_then, frozen = step()
+    text_encoder.requires_grad_(False)
+    for parameter, value in zip(trained[1], frozen, strict=True):
+        assert not torch.equal(parameter, value)
+    unet_now, still = step()
+    assert all(map(torch.equal, still, frozen))
+    assert not any(map(torch.equal, unet_now, unet_then))
 
 
 def test_the_parameters_come_back_after_an_error():

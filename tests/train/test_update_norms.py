@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import UserError
@@ -54,6 +55,18 @@ def test_they_are_those_of_the_updates_in_full(models):
     norms = UpdateNorms(models).measure()
     assert norms.shape == (len(layers_of(models)),) and norms.min() > 0.1
     torch.testing.assert_close(norms, full_norms(models), rtol=1e-5, atol=0)
+
+
+def test_models_may_be_on_two_devices(models):
+    """Where text encoders are trained no further, they go to the CPU. Fake tensors know where they are."""
+    devices = ("meta", "cpu", "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a list of indices is none
+        for model, device in zip(models, devices, strict=True):
+            for layer in layers_of([model]):
+                for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+                    factor.weight = nn.Parameter(torch.empty(factor.weight.shape, device=device))
+        norms = UpdateNorms(models).measure()
+    assert norms.shape == (len(layers_of(models)),) and norms.device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
