@@ -257,7 +257,7 @@ class Run:
         if not math.isfinite(mean_loss):
             raise UserError(self._divergence(step, f"the loss became {mean_loss}"))
         norm = updates.step()
-        # With a gradient scaler (fp16) such a step is skipped and the scale lowered, which is no help for ever.
+        # With a gradient scaler (fp16) such a step is skipped and the scale lowered: no help for ever.
         if not math.isfinite(norm) and (accelerator.scaler is None or updates.skipped >= MOST_SKIPPED):
             times = f" in {updates.skipped} steps in a row" if accelerator.scaler else ""
             raise UserError(self._divergence(step, f"the gradient's norm became {norm}{times}"))

@@ -1,4 +1,4 @@
-"""Training in fp16 with a gradient scaler, on the CPU: accelerate refuses that, so it is told of it afterwards."""
+"""Training in fp16 with a gradient scaler, on the CPU, which accelerate itself refuses."""
 
 import dataclasses
 import json
