@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import signal
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -219,6 +220,19 @@ def launcher(tmp_path_factory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("processes"))
     yield launcher
     launcher.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encodings_of_processes(tmp_path_factory):
+    """The cache of the commands that tests start: never the user's."""
+    os.environ["FLATLORA_CACHE"] = str(tmp_path_factory.getbasetemp() / "encodings-of-processes")
+
+
+@pytest.fixture(autouse=True)
+def own_encodings(monkeypatch, tmp_path_factory):
+    """Every test begins with an empty cache."""
+    folder = tmp_path_factory.getbasetemp() / "encodings" / uuid.uuid4().hex
+    monkeypatch.setenv("FLATLORA_CACHE", str(folder))
 
 
 @pytest.fixture(autouse=True)

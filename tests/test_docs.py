@@ -148,14 +148,14 @@ def test_the_table_of_flags_is_that_of_the_settings():
 
 
 def test_the_table_has_every_flag_once():
-    rows = re.findall(r"^\| `--(\w+)", flags_table.table(), re.MULTILINE)
+    rows = re.findall(r"^\| `--(?:no-)?(\w+)", flags_table.table(), re.MULTILINE)
     assert sorted(rows) == sorted({*FIELDS, *FLAGS, *WITHOUT_EFFECT})
 
 
 def test_the_additions_to_the_diffusers_script_are_listed():
     text = flags_table.PAGE.read_text(encoding="utf-8")
     section = text.partition("These flags are additions:")[2].partition("\n## ")[0]
-    assert set(re.findall(r"--(\w+)", section)) == {*FIELDS, "config"} - set(FLAGS)
+    assert set(re.findall(r"--(?:no-)?(\w+)", section)) == {*FIELDS, "config"} - set(FLAGS)
 
 
 def commands():

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from flatlora_diffusion.config.command_line import REFUSED, WITHOUT_EFFECT, field_kind
+from flatlora_diffusion.config.command_line import REFUSED, WITHOUT_EFFECT, field_kind, flags_of
 from flatlora_diffusion.config.settings import TrainConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
@@ -68,10 +68,10 @@ def _row(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         default = "required"
     elif kind is bool:
-        default = "on" if field.default else "off"
+        default = "on" if field.default and not field.metadata["only_off"] else "off"
     else:
         default = "" if field.default is None else f"`{field.default}`"
-    return f"| `--{field.name}{value}` | {default} | {_cell(field.metadata['help'])} |"
+    return f"| `{flags_of(field)[0]}{value}` | {default} | {_cell(field.metadata['help'])} |"
 
 
 def _cell(text: str) -> str:

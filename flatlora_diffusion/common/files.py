@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from pathlib import Path
 
 from flatlora_diffusion.common.errors import UserError
@@ -37,3 +38,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def user_cache_folder(variable: str, name: str) -> Path | None:
+    """A folder for what can be made again.
+
+    Args:
+        variable: Of the environment; it names the folder where it is set.
+        name: What the folder is called where the system has such folders.
+
+    Returns:
+        None where the user has no home, as in some containers.
+    """
+    if chosen := os.environ.get(variable):
+        return Path(chosen).expanduser()
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches, name)
+    if sys.platform == "win32" and (caches := os.environ.get("LOCALAPPDATA")):
+        return Path(caches, name, "Cache")
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / name

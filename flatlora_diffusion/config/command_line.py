@@ -49,7 +49,7 @@ ADDITIONS = frozenset(
         *("train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac"),
         *("token_abstraction", "num_new_tokens_per_abstraction", "cache_latents", "class_resolution"),
         *("validation_inference_steps", "validation_guidance_scale", "validation_sampler"),
-        *("validation_resolution", "final_inference_steps"),
+        *("validation_resolution", "final_inference_steps", "cache"),
     )
 )
 # Flags of the diffusers script that are refused: why, and what to do.
@@ -73,7 +73,7 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
     for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(f"--{field.name}", **_argument(field))
+        parser.add_argument(*flags_of(field), **_argument(field))
     for name in (*WITHOUT_EFFECT, *REFUSED):
         parser.add_argument(
             f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -102,9 +102,11 @@ def unabbreviated(words: Sequence[str]) -> list[str]:
 
     As there a beginning must be that of one flag; what else the trainer has besides doesn't count.
     """
-    fields = [field.name for field in dataclasses.fields(TrainConfig)]
-    own = {f"--{name}" for name in (*fields, *WITHOUT_EFFECT, *REFUSED)}
-    script = own - {f"--{name}" for name in ADDITIONS}
+    fields = dataclasses.fields(TrainConfig)
+    others = {name: [f"--{name}"] for name in (*WITHOUT_EFFECT, *REFUSED)}
+    flags = {field.name: flags_of(field) for field in fields} | others
+    own = {flag for named in flags.values() for flag in named}
+    script = {flag for name, named in flags.items() if name not in ADDITIONS for flag in named}
     whole: list[str] = []
     for word in words:
         flag, separator, value = word.partition("=")
@@ -112,6 +114,13 @@ def unabbreviated(words: Sequence[str]) -> list[str]:
         is_abbreviation = len(flag) > 2 and flag not in own and len(meant) == 1
         whole.append(f"{meant[0]}{separator}{value}" if is_abbreviation else word)
     return whole
+
+
+def flags_of(field: dataclasses.Field[Any]) -> list[str]:
+    """How a setting is given on the command line; one of them is enough."""
+    if field.metadata["only_off"]:  # --cache is short for --cache_dir in the diffusers script
+        return [f"--no-{field.name}", f"--no_{field.name}"]
+    return [f"--{field.name}"]
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -125,6 +134,8 @@ def _argument(field: dataclasses.Field[Any]) -> dict[str, Any]:
         "default": argparse.SUPPRESS,
         "help": f"{field.metadata['help']} ({default})".replace("%", "%%"),
     }
+    if field.metadata["only_off"]:
+        return settings | {"action": "store_false", "dest": field.name}
     if kind is bool:
         return settings | {"action": _Switch}
     if kind is tuple:

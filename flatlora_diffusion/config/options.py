@@ -18,6 +18,7 @@ def option(
     secret: bool = False,
     decides: bool = True,
     later: bool = False,
+    only_off: bool = False,
 ) -> Any:
     """A field of the configuration.
 
@@ -31,6 +32,7 @@ def option(
             steps where a schedule stretches over them: not by the settings that name or count them.
         later: It came when there were checkpoints without it already, whose runs had its default: that is
             not recorded.
+        only_off: A switch that is on, of which the command line has the `--no-` form alone.
     """
     metadata = {
         "help": help,
@@ -39,6 +41,7 @@ def option(
         "secret": secret,
         "decides": decides,
         "later": later,
+        "only_off": only_off,
     }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)

@@ -138,6 +138,14 @@ class TrainConfig:
         later=True,
     )
 
+    cache: bool = option(
+        True,
+        "Encode images and prompts anew, and don't keep the result for later runs. Else it is kept in the "
+        "user's cache folder, or where the environment's FLATLORA_CACHE says; the log names the folder.",
+        decides=False,
+        only_off=True,
+    )
+
     # Prior preservation.
     with_prior_preservation: bool = option(
         False, "Add the loss of class images, so that the class stays what it was."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.seeds import hash64, keyed_generator
 from flatlora_diffusion.data.buckets import BatchSequence
 from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning, CaptionStream
+from flatlora_diffusion.data.encodings import Encoding, EncodingsOf
 from flatlora_diffusion.data.images import Framing, Sample, sample_index, variants
-from flatlora_diffusion.sdxl.encoding import Latents, PromptEmbeds, encode_prompts
+from flatlora_diffusion.sdxl.encoding import Latents, PromptEmbeds, encode_prompts, token_ids
 
 
 def fixed_timesteps(noise_levels: int, count: int) -> list[int]:
@@ -201,10 +203,12 @@ class PromptCache:
 
     Args:
         tokenizers: Of both text encoders.
-        text_encoders: On the device and in the precision in which they run.
+        text_encoders: In the precision in which they run, and on their device where none is given.
         prompts: All prompts that will be asked for.
         spell: What the text encoders are told in the place of a prompt.
         chunks: Pieces in which they read it, see `encode_prompts`.
+        kept: What these text encoders made of prompts before.
+        device: Where they are brought when there is a prompt to be encoded.
     """
 
     def __init__(
@@ -214,12 +218,27 @@ class PromptCache:
         prompts: Iterable[str],
         spell: Callable[[str], str] = str,
         chunks: int = 1,
+        *,
+        kept: EncodingsOf | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        def encode(text: str) -> Encoding:
+            if device is not None:
+                for text_encoder in text_encoders:
+                    text_encoder.to(device)
+            embeds = encode_prompts(tokenizers, text_encoders, [text], chunks)
+            return embeds.tokens.cpu(), embeds.pooled.cpu()
+
         self._embeds = {}
         with torch.no_grad():
             for prompt in dict.fromkeys(prompts):
-                embeds = encode_prompts(tokenizers, text_encoders, [spell(prompt)], chunks)
-                self._embeds[prompt] = PromptEmbeds(embeds.tokens.cpu(), embeds.pooled.cpu())
+                text = spell(prompt)
+                if kept is None:
+                    encoding = encode(text)
+                else:
+                    shown = [token_ids(tokenizer, [text], chunks) for tokenizer in tokenizers]
+                    encoding = kept.get(shown, partial(encode, text))
+                self._embeds[prompt] = PromptEmbeds(*encoding)
 
     def embed(self, prompts: Iterable[str]) -> PromptEmbeds:
         """The embeddings of some of the prompts, stacked."""

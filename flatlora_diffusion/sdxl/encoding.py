@@ -123,12 +123,17 @@ def encode_prompts(
     """
     hidden = []
     for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
-        ids = torch.tensor([piece for prompt in prompts for piece in _pieces(tokenizer, prompt, chunks)])
+        ids = token_ids(tokenizer, prompts, chunks)
         device = next(text_encoder.parameters()).device
         output = text_encoder(ids.to(device), output_hidden_states=True, return_dict=True)
         states = output.hidden_states[-2]
         hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
     return PromptEmbeds(torch.cat(hidden, dim=-1), output.text_embeds[::chunks])
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+    """What a text encoder is shown of prompts: (prompts * chunks, tokens), see `encode_prompts`."""
+    return torch.tensor([piece for prompt in prompts for piece in _pieces(tokenizer, prompt, chunks)])
 
 
 def _pieces(tokenizer: CLIPTokenizer, prompt: str, chunks: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
+from flatlora_diffusion.data.encodings import Encodings, kept_folder
 from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import Sample, find_samples, parse_background, require_transparency
 from flatlora_diffusion.draw.pipeline import native_side_of
@@ -80,10 +81,12 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         repository = from_main(lambda: open_repository(config)) if config.push_to_hub else None
         side_by_side = _side_by_side(config, arms)
         tracked = Tracked()
+        encodings = Encodings(kept_folder() if config.cache else None)
         for arm in arms:
             tracked.finish()
             logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
-            tracked = Run(arm, samples, class_samples, heldout_samples, side_by_side, together).train()
+            run = Run(arm, samples, class_samples, heldout_samples, side_by_side, together, encodings)
+            tracked = run.train()
             release()
         try:
             if PartialState().is_main_process:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flatlora_diffusion.common.devices import release
 from flatlora_diffusion.common.seeds import hash64, seeded
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning
+from flatlora_diffusion.data.encodings import Encodings, EncodingsOf
 from flatlora_diffusion.data.images import WHITE, Framing, Sample, parse_background
 from flatlora_diffusion.data.latents import (
     HELDOUT_TIMESTEPS,
@@ -29,7 +31,13 @@ from flatlora_diffusion.data.latents import (
     fixed_timesteps,
 )
 from flatlora_diffusion.sdxl.base import load_base
-from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images, encode_prompts, tell_cut
+from flatlora_diffusion.sdxl.encoding import (
+    Latents,
+    PromptEmbeds,
+    encode_images,
+    encode_prompts,
+    tell_cut,
+)
 from flatlora_diffusion.sdxl.initialise import check, initialise, subtract_initial_update
 from flatlora_diffusion.sdxl.lora import (
     TEXT_ENCODERS,
@@ -69,6 +77,7 @@ class Learner:
         samples: The training images.
         class_samples: The images of the class, for prior preservation.
         heldout_samples: The images that are not trained, whose loss is measured.
+        encodings: What was encoded before, and needn't be again.
         resuming: The adapters will be read from a checkpoint: spare the work of an initialisation.
 
     Attributes:
@@ -88,6 +97,7 @@ class Learner:
         class_samples: Sequence[Sample] = (),
         heldout_samples: Sequence[Sample] = (),
         *,
+        encodings: Encodings | None = None,
         resuming: bool = False,
     ) -> None:
         self.config = config
@@ -120,9 +130,11 @@ class Learner:
             self.trained |= text_encoders
         if not config.quantize_base:
             self._add_lora()
+        self._encodings = encodings or Encodings()
         self._cache_latents(samples, class_samples, heldout_samples)
         if not text_encoders:
-            self._cache_prompts()
+            with self._kept("embeddings of prompts", self.base.text_encoders) as kept:
+                self._cache_prompts(kept)
         self.learning = self.trained | text_encoders
         self._wrapped = self.learning
         self.objective: nn.Module = _Objective(self._wrapped, self._losses)
@@ -188,8 +200,14 @@ class Learner:
         """Encode every image; the VAE then leaves the accelerator, and memory where nothing will be drawn."""
         config, vae = self.config, self.base.vae
         assert vae is not None, "it leaves memory with this call at the earliest"
-        # Once for every image, so in float32 whatever the run's precision, as in the diffusers script.
-        vae.to(self.accelerator.device, torch.float32)
+
+        def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            # In float32, as it was loaded, whatever the run's precision: as in the diffusers script. One by
+            # one: in batches results would depend on what else is in them, and on CPUs it takes longer.
+            vae.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
+            latents = encode_images(vae, pixels)
+            return latents.mean, latents.std
+
         hidden = not self.accelerator.is_local_main_process
 
         def cache(
@@ -197,7 +215,7 @@ class Learner:
         ) -> LatentCache:
             return LatentCache(
                 samples,
-                lambda pixels: encode_images(vae, pixels),
+                lambda pixels: Latents(*kept.get([pixels], partial(encode, pixels))),
                 framing,
                 seed,
                 self.base.noise_scheduler.config["num_train_timesteps"],
@@ -217,24 +235,30 @@ class Learner:
             background=parse_background(config.background),
         )
         captioning = Captioning(config.caption_dropout_rate, config.shuffle_caption, config.keep_tokens)
-        self.latents = cache(samples, config.seed, framing, captioning)
-        class_seed = hash64(config.seed, "class")
-        self.class_latents = cache(class_samples, class_seed, framing) if class_samples else None
-        if heldout_samples:
-            background = framing.background or WHITE
-            fixed = dataclasses.replace(framing, center_crop=True, random_flip=False, background=background)
-            # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
-            self.heldout_latents = cache(heldout_samples, 0, fixed)
+        with self._kept("latents of images", [vae]) as kept:
+            self.latents = cache(samples, config.seed, framing, captioning)
+            class_seed = hash64(config.seed, "class")
+            self.class_latents = cache(class_samples, class_seed, framing) if class_samples else None
+            if heldout_samples:
+                background = framing.background or WHITE
+                fixed = dataclasses.replace(
+                    framing, center_crop=True, random_flip=False, background=background
+                )
+                # The noise does not depend on the run's seed: the loss of all runs is over the same noise.
+                self.heldout_latents = cache(heldout_samples, 0, fixed)
         vae.to("cpu")  # pyright: ignore[reportArgumentType]
         if not config.prompts_to_draw:
             self.base.vae = None
         release()
 
-    def _cache_prompts(self) -> None:
+    def _kept(self, what: str, models: Sequence[nn.Module]) -> EncodingsOf:
+        """What these models have encoded before; of the processes of a machine one writes what is new."""
+        accelerator = self.accelerator
+        return self._encodings.of(what, models, accelerator.device, writes=accelerator.is_local_main_process)
+
+    def _cache_prompts(self, kept: EncodingsOf | None = None) -> None:
         """Encode every caption and what validation needs; the text encoders are then dropped."""
         base = self.base
-        for text_encoder in base.text_encoders:
-            text_encoder.to(self.accelerator.device)
         whole = [sample.caption for sample in self._whole_samples]
         prompts = [
             *self.latents.captions.prompts,
@@ -242,8 +266,14 @@ class Learner:
             *map(self.in_tokens, self.config.prompts_to_draw),
             "",
         ]
-        chunks = self.config.caption_chunks
-        self.prompts = PromptCache(base.tokenizers, base.text_encoders, prompts, chunks=chunks)
+        self.prompts = PromptCache(
+            base.tokenizers,
+            base.text_encoders,
+            prompts,
+            chunks=self.config.caption_chunks,
+            kept=kept,
+            device=self.accelerator.device,
+        )
         base.text_encoders = ()
         release()
 

@@ -25,6 +25,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
 from flatlora_diffusion.config.command_line import unabbreviated
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
+from flatlora_diffusion.data.encodings import Encodings
 from flatlora_diffusion.data.images import Sample, digest
 from flatlora_diffusion.output.checkpoint import Stored, find_checkpoint, newest_checkpoint, write_checkpoint
 from flatlora_diffusion.output.gallery import SideBySide
@@ -55,6 +56,7 @@ class Run:
         heldout_samples: The images that are not trained, whose loss is logged.
         side_by_side: Shows the validation pictures of this run and of those that it is compared with.
         callbacks: What the run calls.
+        encodings: What other runs have encoded already.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Run:
         heldout_samples: Sequence[Sample] = (),
         side_by_side: SideBySide | None = None,
         callbacks: Callback | None = None,
+        encodings: Encodings | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
@@ -72,6 +75,7 @@ class Run:
         self.heldout_samples = heldout_samples
         self.side_by_side = side_by_side
         self.callbacks = callbacks or Callback()
+        self.encodings = encodings
         self.output = Path(config.output_dir)
         self.accelerator = make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
@@ -166,6 +170,7 @@ class Run:
             self.samples,
             self.class_samples,
             self.heldout_samples,
+            encodings=self.encodings,
             resuming=resuming,
         )
         # Of two runs that are compared the first one has said it.

@@ -95,6 +95,7 @@ OURS = {
     "caption_chunks": 1,
     "alpha_mask": False,
     "alpha_background_weight": 0.0,
+    "cache": True,
     "lora_weights": None,
     "background": "white",
     "lora_alpha": None,
@@ -275,6 +276,13 @@ def test_an_unknown_flag_is_named_with_the_nearest_known_one(flag, meant):
 )
 def test_flags_of_the_diffusers_script_are_abbreviated_as_there(flags, expected):
     assert parse(*flags) == config(**expected)
+
+
+@pytest.mark.parametrize("flag", ["--no-cache", "--no_cache"])
+def test_the_cache_is_only_switched_off(flag):
+    """`--cache` is short for `--cache_dir`, as in the diffusers script."""
+    assert parse(flag) == config(cache=False)
+    assert parse("--cache", "here") == parse("--cache=here") == config(cache_dir="here")
 
 
 def test_what_may_not_be_abbreviated_is_what_the_diffusers_script_has_not():

@@ -21,7 +21,7 @@ NOT_DECIDING = {
     *("dataset_name", "dataset_config_name", "cache_dir", "image_column", "caption_column"),
     *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
     *("final_inference_steps", "validation_sampler", "validation_resolution", "class_resolution"),
-    *("push_to_hub", "hub_token", "hub_model_id", "kohya_folders", "lora_weights"),
+    *("push_to_hub", "hub_token", "hub_model_id", "kohya_folders", "lora_weights", "cache"),
 }
 
 
