@@ -181,9 +181,9 @@ def told(monkeypatch):
         seen.append(list(prompts))
         return embed(self, prompts)
 
-    def encoded(tokenizers, encoders, prompts):
+    def encoded(tokenizers, encoders, prompts, chunks):
         seen.append(list(prompts))
-        return encode(tokenizers, encoders, prompts)
+        return encode(tokenizers, encoders, prompts, chunks)
 
     monkeypatch.setattr(PromptCache, "embed", looked_up)
     monkeypatch.setattr(learner, "encode_prompts", encoded)

@@ -805,9 +805,9 @@ def test_prompts_are_encoded_once_and_stacked_in_order(monkeypatch):
     tokenizers, encoders = (build_tokenizer(),) * 2, build_text_encoders()
     encoded, original = [], encode_prompts
 
-    def encode(tokenizers, encoders, prompts):
+    def encode(tokenizers, encoders, prompts, chunks):
         encoded.extend(prompts)
-        return original(tokenizers, encoders, prompts)
+        return original(tokenizers, encoders, prompts, chunks)
 
     monkeypatch.setattr(latents, "encode_prompts", encode)
     cache = PromptCache(tokenizers, encoders, ["an icon", "a fox", "an icon", ""])

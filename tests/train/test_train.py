@@ -128,6 +128,7 @@ def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, mon
             validation_prompt=("a red icon", "a blue icon"),
             num_validation_images=1,
             validation_inference_steps=2,
+            validation_sampler="default",
             validation_epochs=100,
         )
     )
