@@ -17,6 +17,7 @@ import yaml
 from flatlora_diffusion.adapter.command import main as kohya
 from flatlora_diffusion.app.flags import parse_app_arguments
 from flatlora_diffusion.config.command_line import WITHOUT_EFFECT, parse_train_config
+from flatlora_diffusion.data.caption_command import main as captions
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
 from flatlora_diffusion.sheet.command import main as sheet
@@ -179,6 +180,7 @@ HELP = {
     "flatlora-sheet": sheet,
     "flatlora-evaluate": evaluate,
     "flatlora-kohya": kohya,
+    "flatlora-captions": captions,
 }
 
 

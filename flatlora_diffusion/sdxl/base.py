@@ -106,6 +106,30 @@ def check_base(name: str, flag: str = BASE_FLAG) -> None:
         check_weights(flag, path / part)
 
 
+def load_tokenizers(name: str, flag: str = BASE_FLAG) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The tokenizers of a base that isn't loaded.
+
+    Args:
+        name: As for `check_base`.
+        flag: The same.
+
+    Raises:
+        UserError: The base or its vocabulary is missing or damaged.
+    """
+    check_base(name, flag)
+    flag = f"{flag} {name}"
+    file = SingleFile(flag, Path(name), own_vae=True) if is_single_file(name) else None
+
+    def load(folder: str) -> CLIPTokenizer:
+        if file:
+            return file.part(CLIPTokenizer, folder)
+        tokenizer = load_whole(f"{flag}: {folder}", CLIPTokenizer.from_pretrained, name, subfolder=folder)
+        check_vocabulary(f"{flag}: {folder}", tokenizer)
+        return tokenizer
+
+    return load("tokenizer"), load("tokenizer_2")
+
+
 def _check_kind(flag: str, kind: str) -> None:
     if not str(kind).startswith("StableDiffusionXL"):
         raise UserError(f"{flag}: a {kind}, not an SDXL pipeline; give an SDXL base (not SD 1.5 or 2)")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-COMMANDS = ("train", "app", "grid", "sheet", "evaluate", "kohya")
+COMMANDS = ("train", "app", "grid", "sheet", "evaluate", "kohya", "captions")
 
 
 def run(*words: str | Path, folder: Path) -> subprocess.Popen:
@@ -76,7 +76,8 @@ def test_every_command_answers_help_without_a_slow_import():
                 assert stop.code == 0
         print(*sys.modules.keys() & {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio"})
     """
-    homes = ("kohya", *(f"{name}.__main__" for name in COMMANDS if name != "kohya"))
+    alone = ("kohya", "captions")
+    homes = (*alone, *(f"{name}.__main__" for name in COMMANDS if name not in alone))
     told = done(run(sys.executable, "-c", code, *homes, folder=PROJECT))
     assert told.count("usage: ") >= len(COMMANDS)
     assert told.endswith("\n\n"), told.splitlines()[-1]  # none of them
