@@ -73,6 +73,7 @@ def test_a_trigger_is_added_once_where_no_word_is_it(caption, expected):
     assert with_trigger(caption, "sks") == with_trigger(with_trigger(caption, "sks"), "sks") == expected
 
 
+@pytest.mark.slow
 def test_without_flags_it_says_what_is_wrong_and_writes_nothing(pictures, capsys):
     folder = pictures("a.png", "b.png", "c.png", "d.png")
     long = "red " + "fox " * 99
@@ -92,6 +93,7 @@ def test_without_flags_it_says_what_is_wrong_and_writes_nothing(pictures, capsys
     assert "0 cut" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_template_writes_txt_files_and_keeps_what_is_there(pictures, capsys):
     folder = pictures("red_fox.png", "owl_2.png", "cat.png")
     (folder / "cat.txt").write_text("my cat")
@@ -167,6 +169,7 @@ def test_bad_flags_are_one_line_and_nothing_is_written(pictures, words, message)
     assert "\n" not in str(refused.value) and content(folder) == before
 
 
+@pytest.mark.slow
 def test_folders_without_sound_pictures_and_files_that_two_would_share_are_named(pictures, tmp_path):
     with pytest.raises(UserError, match="gone: no such folder"):
         main([str(tmp_path / "gone")])
@@ -224,6 +227,7 @@ def test_a_model_describes_the_pictures_that_lack_a_caption(blip, pictures, caps
     assert captions(folder) == first
 
 
+@pytest.mark.slow
 def test_other_models_are_refused(clip_path, pictures):
     with pytest.raises(UserError, match=f"--model {clip_path}: cannot be loaded"):
         main([str(pictures("a.png")), "--model", str(clip_path), "--device", "cpu"])
