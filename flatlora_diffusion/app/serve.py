@@ -25,7 +25,7 @@ from flatlora_diffusion.common.devices import DTYPES, checked_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.draw.stamp import BASE, base_name
-from flatlora_diffusion.output.names import ARMS
+from flatlora_diffusion.output.names import ARMS, BEST
 from flatlora_diffusion.output.reading import RunFolder, find_runs
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,9 @@ def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Source]) -> dic
     for label, run in runs.items():
         if adapter := run.read().adapter:
             adapters[label] = adapter
+            best = adapter.parent / BEST / adapter.name
+            if best.is_file():
+                adapters[f"{label}, step {read_facts(best)['steps']} (best held-out loss)"] = best
         else:
             logger.warning("%s has no adapter yet: its curves are shown alone", label)
     for label, path in given.items():

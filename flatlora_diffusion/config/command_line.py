@@ -45,7 +45,7 @@ ADDITIONS = frozenset(
             "noise_offset",
             "loraplus_lr_ratio",
         ),
-        *("heldout_data_dir", "heldout_split", "heldout_steps", "text_encoder_2_lr"),
+        *("heldout_data_dir", "heldout_split", "heldout_steps", "stop_when_worse", "text_encoder_2_lr"),
         *("train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac"),
         *("token_abstraction", "num_new_tokens_per_abstraction", "cache_latents", "class_resolution"),
         *("validation_inference_steps", "validation_guidance_scale", "validation_sampler"),

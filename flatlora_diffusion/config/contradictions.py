@@ -47,6 +47,8 @@ def reject_contradictions(config: TrainConfig) -> None:
         raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
     if config.heldout_split and not config.dataset_name:
         raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
+    if config.stop_when_worse and not (config.heldout_data_dir or config.heldout_split):
+        raise UserError("--stop_when_worse needs held-out images; give --heldout_data_dir or --heldout_split")
     if config.heldout_split == "train":
         raise UserError("--heldout_split train: that split is trained; give another one")
     if config.keep_tokens and not config.shuffle_caption:

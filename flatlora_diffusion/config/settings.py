@@ -185,6 +185,12 @@ class TrainConfig:
     heldout_steps: int = option(
         50, "Measure the held-out loss every so many steps, and at the end.", rules=(POSITIVE,), decides=False
     )
+    stop_when_worse: int | None = option(
+        None,
+        "Stop when the held-out loss was not below its lowest in so many measurements in a row.",
+        rules=(POSITIVE,),
+        later=True,
+    )
 
     # The adapter.
     rank: int = option(4, "Rank of the LoRA.", rules=(POSITIVE,))

@@ -19,7 +19,7 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.draw.samplers import scheduler_of
 from flatlora_diffusion.output.gallery import final_drawing
-from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
+from flatlora_diffusion.output.names import FOLDER, SUMMARY, numbered_steps, step_name
 from flatlora_diffusion.sdxl.single_file import is_single_file
 from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
@@ -147,6 +147,7 @@ def write_card(
         f"```python\n{_snippet(config, adapters, facts, making.precision, exhibit, repository)}```\n",
         "## Training\n",
         _table(config, facts, making),
+        *_best(adapters),
         *([_METHOD] if _is_flat(facts) else []),
         "## License\n",
         _licence_note(config.pretrained_model_name_or_path),
@@ -301,6 +302,24 @@ def _embeddings_lines(
 def _arguments(first: str | None, named: dict[str, str | None]) -> str:
     """Arguments of a call in Python; those that are None are left out."""
     return ", ".join([f"{first}", *(f"{name}={value}" for name, value in named.items() if value is not None)])
+
+
+def _best(adapters: dict[str, Path]) -> list[str]:
+    """A line for each adapter of which an earlier step was better on the held-out images."""
+    told = []
+    for method, folder in adapters.items():
+        known = _summary(folder).get("best")
+        if known and known["file"] != WEIGHTS_NAME:
+            told.append(
+                f"The held-out loss of {method} was lowest after step {known['step']} "
+                f"({known['heldout_loss']:.4g}): that adapter is `{known['file']}`.\n"
+            )
+    return told
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making) -> str:

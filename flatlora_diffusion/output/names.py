@@ -24,6 +24,7 @@ def numbered_steps(files: Iterable[Path]) -> list[int]:
 COMPARISON = "comparison.png"
 
 
+BEST = "best"  # folder of the adapter whose held-out loss was lowest, where it isn't the last one
 SUMMARY = "summary.json"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
 

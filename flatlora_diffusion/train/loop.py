@@ -31,8 +31,9 @@ from flatlora_diffusion.output.checkpoint import Stored, find_checkpoint, newest
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.going_on import in_words
 from flatlora_diffusion.output.hub import without_token
-from flatlora_diffusion.output.names import FOLDER, KOHYA_NAME, SUMMARY
+from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
+from flatlora_diffusion.train.best import is_worse, stopped_at
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
@@ -131,9 +132,9 @@ class Run:
             with stop_request() as stop:
                 self.validation.before(start)
                 self.callbacks.on_train_begin(self.public)
-                self._loop(start, stop)
+                last = self._loop(start, stop)
                 self.callbacks.on_train_end(self.public)
-                self._finish()
+                self._finish(last)
                 if self._anyone_stops(stop):  # it came while the adapter was being saved
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
         except BaseException:
@@ -160,7 +161,8 @@ class Run:
     def _is_complete(self) -> bool:
         # The summary is written last: without it, a kill may have come before the kohya file too.
         written = (self.output / SUMMARY).is_file()
-        return written and is_complete(self.output, self.settings, self.total_steps)
+        last = stopped_at(self.output) or self.total_steps
+        return written and is_complete(self.output, self.settings, last)
 
     def _prepare(self, resuming: bool) -> None:
         config = self.config
@@ -216,7 +218,8 @@ class Run:
 
     # The loop.
 
-    def _loop(self, start: int, stop: StopRequest) -> None:
+    def _loop(self, start: int, stop: StopRequest) -> int:
+        """Train; the last step, which --stop_when_worse may make an earlier one than planned."""
         progress = tqdm(
             total=self.total_steps,
             initial=start,
@@ -226,6 +229,8 @@ class Run:
         )
         with progress:
             for step in range(start, self.total_steps):
+                if self._is_worse():
+                    return step
                 began = time.perf_counter()
                 if step >= self.text_encoder_steps:
                     self.learner.freeze_text_encoders()
@@ -242,6 +247,12 @@ class Run:
                 if stopping:
                     self._interrupt(step + 1, stop)
                 self.validation.after(step + 1)
+        return self.total_steps
+
+    def _is_worse(self) -> bool:
+        """Whether the held-out loss has been above its lowest for too long."""
+        patience = self.config.stop_when_worse
+        return patience is not None and from_main(lambda: is_worse(self.state.heldout_losses, patience))
 
     def _after_step(self, step: int) -> None:
         """What is due after so many steps: the loss of held-out images, a checkpoint."""
@@ -284,7 +295,7 @@ class Run:
         if self.accelerator.is_main_process:
             with self.state.averaged():
                 loss = self.learner.heldout_loss()
-            self.state.heldout_losses[step] = loss
+            self.state.note_heldout(step, loss)
             self.accelerator.log({"heldout_loss": loss}, step=step)
         self.accelerator.wait_for_everyone()
 
@@ -327,10 +338,10 @@ class Run:
             stop.signal_number or signal.SIGINT,  # another process may have got the signal
         )
 
-    def _finish(self) -> None:
-        """Save the adapter before anything else that could fail, then the summary."""
+    def _finish(self, last: int) -> None:
+        """Save the adapter of the last step before anything else that could fail, then the summary."""
         if self.accelerator.is_main_process:
-            adapter, others = self.state.files(self.total_steps)
+            adapter, others = self.state.files(last)
             # The adapter comes last: its file says that the run is complete.
             for name, content in others.items():
                 write_atomically(self.output / name, content)
@@ -353,11 +364,19 @@ class Run:
                 self.state.heldout_losses,
                 norms,
             )
+            best = self.state.best.write(self.output, last)
+            report |= {"best": best} if best else {}
+            if last < self.total_steps:
+                report["stopped_when_worse"] = True
+                logger.info("stopped after step %d of %d: --stop_when_worse", last, self.total_steps)
             if self.state.changes:
                 report["changes"] = self.state.changes
             if self.state.skipped:
                 report["skipped_steps"] = self.state.skipped
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
+            if best and best["step"] != last:
+                told = (best["step"], best["heldout_loss"], self.output / BEST)
+                logger.info("the held-out loss was lowest after step %d (%.4g): that adapter is in %s", *told)
             saved = self.output / WEIGHTS_NAME
             logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)
             if self.config.output_kohya_format:

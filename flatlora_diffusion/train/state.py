@@ -25,6 +25,7 @@ from flatlora_diffusion.output.checkpoint import (
     restore_optimizer,
 )
 from flatlora_diffusion.output.going_on import consequences, in_words
+from flatlora_diffusion.train.best import BestStep
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
@@ -56,6 +57,7 @@ class TrainingState:
         changes: Settings with which the run went on from a checkpoint that had others, in words.
         losses: Of every step so far.
         heldout_losses: Step -> loss of the held-out images.
+        best: The adapter with the lowest of them, in the main process.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class TrainingState:
         self.changes: list[str] = []
         self.losses: list[float] = []
         self.heldout_losses: dict[int, float] = {}
+        self.best = BestStep()
 
     def advance(self, loss: float) -> dict[str, float]:
         """Take note of a step's loss and move on to the next step; what the tracker is told of the norms.
@@ -132,6 +135,16 @@ class TrainingState:
         with self._average.applied():
             return self._adapter(step, averaged=True), others
 
+    def note_heldout(self, step: int, loss: float) -> None:
+        """Take note of the loss of the held-out images after a step."""
+
+        def files() -> dict[str, bytes]:
+            adapter, others = self.files(step)
+            return {WEIGHTS_NAME: adapter, **others}
+
+        self.heldout_losses[step] = loss
+        self.best.offer(step, loss, files)
+
     def checkpoint(self, step: int) -> Checkpoint:
         """All of it."""
         scalars = {
@@ -147,6 +160,8 @@ class TrainingState:
         if self.skipped:
             scalars["skipped"] = self.skipped
         adapter, others = self.files(step)
+        best, known = self.best.for_checkpoint()
+        others, scalars = others | best, scalars | known
         return Checkpoint(step, adapter, flatten_optimizer(self.optimizer), self._settings, scalars, others)
 
     def resume(self, stored: Stored) -> None:
@@ -176,6 +191,8 @@ class TrainingState:
         self.changes = [*stored.scalars.get("changes", ()), *self._told(stored)]
         self.losses = list(stored.scalars["losses"])
         self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
+        if self._accelerator.is_main_process:
+            self.best.resume(stored)
 
     def _resume_learning_rates(self, stored: Stored) -> None:
         """Put the schedule at the checkpoint's step: those there are of the rate and length of now."""
