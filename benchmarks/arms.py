@@ -24,10 +24,17 @@ from flatlora_diffusion.config.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: the diffusers script's, with captions or one prompt, or this project's."""
+    """A way to train: the diffusers script's, with captions or one prompt, or this project's.
+
+    Attributes:
+        captions: Whether the script's images have some; None: it is this project's.
+        sigma: Flat-LoRA's.
+        later: An earlier run has encoded the same images and captions.
+    """
 
     captions: bool | None = None
     sigma: float = 0.0
+    later: bool = False
 
 
 SCRIPT = "diffusers script, captions"
@@ -36,6 +43,7 @@ ARMS = {
     "diffusers script, one prompt": Arm(captions=False),
     "LoRA": Arm(),
     "Flat-LoRA": Arm(sigma=SIGMA),
+    "Flat-LoRA, later run": Arm(sigma=SIGMA, later=True),
 }
 
 
@@ -88,9 +96,15 @@ def train_here(config: TrainConfig, steps: Steps) -> None:
 
 
 def work(
-    name: str, config: TrainConfig, samples: Sequence[tuple[Path, str]], connection: Connection, log: Path
+    name: str,
+    config: TrainConfig,
+    samples: Sequence[tuple[Path, str]],
+    connection: Connection,
+    log: Path,
+    cache: Path,
 ) -> None:
     """Train as the named arm does until the measuring process has enough, then tell it the peak memory."""
+    os.environ["FLATLORA_CACHE"] = str(cache)
     with log.open("w", encoding="utf-8") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
@@ -114,19 +128,20 @@ class Process:
         config: The settings of its run.
         samples: Images and captions, for the diffusers script.
         log: Where its output goes.
+        cache: Where this project's trainer keeps what it has encoded.
 
     Attributes:
         start_up: Seconds from starting Python to the first step done.
     """
 
     def __init__(
-        self, name: str, config: TrainConfig, samples: Sequence[tuple[Path, str]], log: Path
+        self, name: str, config: TrainConfig, samples: Sequence[tuple[Path, str]], log: Path, cache: Path
     ) -> None:
         self._name, self._log = name, log
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
         self._process = context.Process(
-            target=work, args=(name, config, samples, other_end, log), daemon=True
+            target=work, args=(name, config, samples, other_end, log, cache), daemon=True
         )
         began = time.perf_counter()
         self._process.start()

@@ -97,7 +97,13 @@ def report(seconds: Mapping[str, Mapping[str, list[float]]]) -> str:
 def _training(folder: Path) -> Process:
     case = Case("demo", DEMO_BASE, DEMO_RESOLUTION, "no", False, batch_size=4)
     config = case.config(ARMS[ARM], folder, steps=1_000_000)  # it is killed long before
-    return Process(ARM, dataclasses.replace(config, train_text_encoder=True), [], folder.with_suffix(".log"))
+    return Process(
+        ARM,
+        dataclasses.replace(config, train_text_encoder=True),
+        [],
+        folder.with_suffix(".log"),
+        folder.with_suffix(".kept"),
+    )
 
 
 def _step(timed: Process, beside: Process | None = None) -> float:

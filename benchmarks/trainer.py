@@ -6,7 +6,8 @@
 Arms: the diffusers script's training (`benchmarks.reference`) with a caption for each image, and so both text
 encoders in every step, and with one prompt for all; and `flatlora_diffusion.train`, plain and Flat-LoRA, as
 `train_dreambooth_flat.py` calls it. All train the same images with the same settings; Flat-LoRA's sigma is
-constant, so that its noise is there from the first step.
+constant, so that its noise is there from the first step. This project's runs encode all images and captions
+before their first step, but for those of one arm, which find what an earlier run has kept.
 
 Every arm runs in a process of its own, from which its start-up (from starting Python to the first optimizer
 step done) and its peak memory are taken: what the process has in memory, or on a GPU its tensors. Then the
@@ -29,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,6 +133,8 @@ def measure(case: Case, starts: int, repeats: int, folder: Path) -> Result:
     folder.mkdir()
     flops = step_flops(sizes, gradient_checkpointing=case.gradient_checkpointing)
     result = Result(case.name, flops.shares(), starts, *({name: [] for name in ARMS} for _ in range(3)))
+    kept = folder / "kept"
+    _fill(kept, case, samples, folder / "earlier")
     for start in range(starts):
         with contextlib.ExitStack() as stack:
             processes = {}
@@ -138,7 +142,8 @@ def measure(case: Case, starts: int, repeats: int, folder: Path) -> Result:
                 output = folder / f"{start}-{index}"
                 # One more than are taken, so that no arm comes to its end and saves its adapter.
                 config = case.config(ARMS[name], output, repeats + 2)
-                processes[name] = Process(name, config, samples, output.with_suffix(".log"))
+                cache = kept if ARMS[name].later else output.with_suffix(".kept")
+                processes[name] = Process(name, config, samples, output.with_suffix(".log"), cache)
                 stack.callback(processes[name].kill)
                 result.start_up[name].append(processes[name].start_up)
             for repeat in range(repeats):
@@ -154,6 +159,13 @@ def rotated(names: list[str], by: int) -> list[str]:
     """The names from one of them on, and around."""
     by %= len(names)
     return names[by:] + names[:by]
+
+
+def _fill(cache: Path, case: Case, samples: Sequence[tuple[Path, str]], output: Path) -> None:
+    """Let a run of one step keep what it encodes, for the arms that are later runs."""
+    for name, arm in ARMS.items():
+        if arm.later:
+            Process(name, case.config(arm, output, 2), samples, output.with_suffix(".log"), cache).kill()
 
 
 def _fetch_files(base: Path) -> None:

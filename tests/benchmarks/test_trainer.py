@@ -152,30 +152,32 @@ def test_the_watched_trainer_is_the_trainer(config, tmp_path):
 @pytest.mark.slow
 def test_an_arm_in_its_process_steps_and_stops(config, tmp_path):
     config = dataclasses.replace(config, max_train_steps=10)
-    process = arms.Process("Flat-LoRA", config, [], tmp_path / "log")
+    process = arms.Process("Flat-LoRA", config, [], tmp_path / "log", tmp_path / "kept")
     seconds = [process.step() for _ in range(2)]
     assert all(0 < second < process.start_up for second in seconds)
     assert process.stop() > 50 * 2**20  # torch alone takes more
     assert not list(tmp_path.glob("run/*.safetensors"))
+    assert len(list(tmp_path.glob("kept/encodings/*.safetensors"))) == 2, "latents, and embeddings"
 
 
 @pytest.mark.slow
 def test_a_failing_arm_says_why(config, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)'DoRA' failed.*KeyError: 'DoRA'"):
-        arms.Process("DoRA", config, [], tmp_path / "log")
+        arms.Process("DoRA", config, [], tmp_path / "log", tmp_path / "kept")
 
 
 @pytest.mark.slow
 def test_ratios_are_of_the_same_moment(monkeypatch, tmp_path):
     """Arms take turns, in an order that rotates: a slowdown of the machine leaves the ratios alone."""
     clock = {"turn": 0}
-    cost = dict(zip(trainer.ARMS, (4.0, 3.0, 2.0, 2.2), strict=True))
-    order, settings = [], {}
+    cost = dict(zip(trainer.ARMS, (4.0, 3.0, 2.0, 2.2, 2.1), strict=True))
+    order, settings, caches = [], {}, {}
 
     class Process:
-        def __init__(self, name, config, samples, log):
+        def __init__(self, name, config, samples, log, cache):
             self.name, self.start_up = name, 10 * cost[name]
             settings[name] = config
+            caches.setdefault(name, []).append(cache)
 
         def step(self):
             order.append(self.name)
@@ -193,7 +195,13 @@ def test_ratios_are_of_the_same_moment(monkeypatch, tmp_path):
     case = trainer.Case("a case", trainer.DEMO_BASE, 64, "no", False)
     result = trainer.measure(case, 2, 5, tmp_path / "runs")
     names = list(trainer.ARMS)
-    assert order[:4] == names and order[4:8] == [*names[1:], names[0]]
+    assert order[:5] == names and order[5:10] == [*names[1:], names[0]]
+    later = caches.pop("Flat-LoRA, later run")
+    assert len(later) == 3 and len(set(later)) == 1, (
+        "a run that fills the cache, then the two that are measured"
+    )
+    first = {cache for own in caches.values() for cache in own}
+    assert len(first - {*later}) == 2 * len(caches), "the others find nothing"
     assert settings["Flat-LoRA"].flat_sigma == 0.1 and settings["LoRA"].flat_sigma == 0
     assert all(config.max_train_steps > 5 + 1 for config in settings.values())
     rows = {
