@@ -144,11 +144,18 @@ class BlindTab:
         if self._site.presets:
             self.another_button = gr.Button("Another pair: random prompt", elem_id="blind-another")
         self.tally = gr.HTML("", elem_id="blind-tally")
+        if taught := self._site.references.strip():
+            gr.HTML(
+                f"<p>Judge by these: whose picture is more of their kind?</p>{taught}",
+                elem_classes="thumbnails",
+            )
         self.pair = gr.State(None, time_to_live=KEPT_SECONDS, delete_callback=_forget)
 
     def _connect(self, page: gr.Blocks) -> None:
         inputs = [self.one, self.other, self.pair]
         shown = [*self.pictures.values(), *self.captions.values(), *self.buttons.values(), self.tally]
+        if self._site.presets:
+            shown.append(self.another_button)
         outputs = [self.status, self.pair, *shown]
         how: dict[str, Any] = {
             "show_progress": "minimal",
@@ -217,6 +224,8 @@ class BlindTab:
             **dict.fromkeys(self.captions.values(), ""),
             **dict.fromkeys(self.buttons.values(), gr.Button(interactive=False)),
         }
+        if self._site.presets:
+            yield {self.another_button: gr.Button(variant="secondary")}
         site = self._site
         native = site.studio.native_side
         drawing = site.drawing("", site.steps, site.guidance, SAMPLERS[0], native, native)
@@ -276,6 +285,8 @@ class BlindTab:
             )
             name = f"**{html.escape(shown.method)}**{', your choice' if shown.method == chosen else ''}"
             update[self.captions[side]] = f"{name}  \n{self._site.caption(*made)}"
+        if self._site.presets:  # it leads on
+            update[self.another_button] = gr.Button(variant="primary")
         return update
 
     def _show_tally(self, pair: _Pair) -> str:

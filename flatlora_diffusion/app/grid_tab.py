@@ -67,7 +67,7 @@ class GridTab:
                 "Draw the grid", variant="primary", elem_id="grid-draw", min_width=120
             )
             self.stop_button = gr.Button("Stop", variant="stop", elem_id="grid-stop", min_width=80)
-        self.seeds = gr.Textbox("0 1", label="Seeds, with spaces between", max_lines=1, elem_id="grid-seeds")
+        self.seeds = gr.Textbox("0-1", label="Seeds, such as 0-3 7", max_lines=1, elem_id="grid-seeds")
         self.methods = gr.CheckboxGroup(methods, value=methods, label="Methods")
         self.scales = gr.Textbox(
             "1",
@@ -154,7 +154,7 @@ class GridTab:
             for method, own in columns_of.items()
             for scale in own
         ]
-        numbers = [_seed(number) for number in _numbers(seeds, "seed")]
+        numbers = _seeds(seeds)
         pictures = len(lines) * len(numbers) * len(chosen)
         if pictures > MAX_PICTURES:
             raise refusal(
@@ -273,10 +273,20 @@ def _numbers(text: str, name: str) -> list[float]:
         raise refusal(f"Each {name} must be a number, with spaces between them.") from error
 
 
-def _seed(number: float) -> int:
-    if not 0 <= number <= MAX_SEED or number % 1:
-        raise refusal(f"A seed must be a whole number from 0 to {MAX_SEED}.")
-    return int(number)
+def _seeds(text: str) -> list[int]:
+    """Whole numbers, and ranges of them such as 0-7."""
+    seeds: list[int] = []
+    for word in text.replace(",", " ").split():
+        first, _, last = word.partition("-")
+        ends = [int(end) for end in (first, last or first) if end.isdecimal() and len(end) <= 10]
+        if len(ends) < 2 or word.endswith("-") or not ends[0] <= ends[1] <= MAX_SEED:
+            raise refusal(f"{word[:30]}: a seed is a whole number from 0 to {MAX_SEED}, or a range as 0-7.")
+        if len(seeds) + ends[1] - ends[0] >= MAX_PICTURES:
+            raise refusal(f"More than {MAX_PICTURES} seeds; this page draws at most so many pictures.")
+        seeds += range(ends[0], ends[1] + 1)
+    if not seeds:
+        raise refusal("Give at least one seed.")
+    return seeds
 
 
 def _described(grid: Grid) -> str:

@@ -61,6 +61,7 @@
 
     function compareBegins() {
         find("compare-tab").toggleAttribute("data-drawing", true);
+        find("slider").scrollIntoView({ block: "nearest" }); // on a phone it may be above
         for (const picture of pictures()) {
             picture.dataset.was = picture.querySelector("img")?.getAttribute("src") ?? "";
             picture.toggleAttribute("data-old", Boolean(picture.dataset.was));

@@ -43,7 +43,7 @@ def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"), gr.Column(elem_id="compare-tab"):
                 CompareTab(site, page, first or FirstComparison(site))
             if site.studio.adapters:
-                with gr.Tab("Shake the weights", id="shake", elem_id="tab-shake"):
+                with gr.Tab("Shake", id="shake", elem_id="tab-shake"):
                     ShakeTab(site)
             with gr.Tab("Grid", id="grid", elem_id="tab-grid"):
                 GridTab(site)

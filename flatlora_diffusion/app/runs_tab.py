@@ -59,6 +59,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
             min_width=300,
         )
         refresh = gr.Button("Refresh", scale=1, min_width=160)
+    verdict = gr.HTML(elem_id="runs-verdict")
     gaps = gr.Markdown(visible=False)
     loss, loss_text = _plot("loss", "Training loss", colours)
     with gr.Row():
@@ -99,6 +100,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
         sigmas = {label: run.sigmas for label, run in shown.items()}
         heldout_losses = {label: run.heldout for label, run in shown.items()}
         return [
+            verdicts(heldout_losses),
             _gaps_text(shown, unreadable),
             *_curves("loss", curves, "losses", colours, label=heading),
             *_curves("sigma", sigmas, "sigma", colours),
@@ -111,7 +113,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
         ]
 
     outputs = [
-        *(gaps, loss, loss_text, sigma, sigma_text, heldout, heldout_text),
+        *(verdict, gaps, loss, loss_text, sigma, sigma_text, heldout, heldout_text),
         *(steps, gallery, gallery_text, facts, settings),
     ]
     inputs = [chosen, smooth, steps]
@@ -119,6 +121,30 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
     # Past the queue, as all that doesn't draw: a page must open also while others wait for pictures.
     gr.on(events, show, inputs, outputs, show_progress="minimal", queue=False, **PRIVATE)
     gr.on(None, lambda: show(list(runs), True, []), None, outputs, queue=False, **PRIVATE)  # at every load
+
+
+def verdicts(curves: Mapping[str, Curve]) -> str:
+    """For each run, which of its measured steps was best for held-out images, and whether it got worse."""
+    return "".join(f"<p>{_verdict(label, curve)}</p>" for label, curve in curves.items() if len(curve) > 1)
+
+
+def _verdict(label: str, curve: Curve) -> str:
+    (first, before), (last, after) = curve[0], curve[-1]
+    best, least = min(curve, key=lambda point: point[1])
+    name = f"<strong>{escape(label)}</strong>"
+    if best == last:
+        return (
+            f"{name}: the held-out loss was lowest at the end ({least:.4g} at step {last}); it hasn't risen."
+        )
+    if best == first:
+        return (
+            f"{name}: the held-out loss was never lower than at its first measure ({before:.4g} at step "
+            f"{first}); at the end it is {after:.4g}."
+        )
+    return (
+        f"{name}: step {best} was best for held-out images ({least:.4g}). After it their loss rose to "
+        f"{after:.4g} at step {last}, by {100 * (after / least - 1):.1f}%."
+    )
 
 
 def run_record(run: RunFolder) -> dict[str, Any]:

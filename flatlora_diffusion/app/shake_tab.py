@@ -19,7 +19,7 @@ from flatlora_diffusion.app.site import (
     refusal,
     warn_of_cut,
 )
-from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress
+from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
 from flatlora_diffusion.draw.difference import difference
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.shaken import Shake
@@ -49,7 +49,7 @@ class ShakeTab:
             elem_classes="lead",
         )
         with gr.Row(equal_height=False, elem_id="shake-top"):
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_id="shake-results"):
                 self._build_results()
             with gr.Column(scale=5, min_width=300):
                 self._build_settings()
@@ -117,6 +117,7 @@ class ShakeTab:
             outputs,
             show_progress="full",
             show_progress_on=self.status,
+            js=scrolled_to("shake-results"),
             trigger_mode="once",
             **DRAWS,
             **PRIVATE,

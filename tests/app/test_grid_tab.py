@@ -11,7 +11,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from flatlora_diffusion.app.engine import Drawn, Job, Studio
-from flatlora_diffusion.app.grid_tab import MAX_PICTURES
+from flatlora_diffusion.app.grid_tab import MAX_PICTURES, _seeds
 from flatlora_diffusion.app.limits import MAX_PROMPT
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import Site
@@ -108,11 +108,14 @@ def test_a_program_gets_the_sheet_and_each_picture(client, studio):
         ),
         ({"prompts": "a\na"}, "Prompt a: is there twice"),
         ({"seeds": ""}, "Give at least one seed."),
-        ({"seeds": "1 x"}, "Each seed must be a number"),
-        ({"seeds": "-1"}, "A seed must be a whole number from 0"),
-        ({"seeds": "1.5"}, "A seed must be a whole number from 0"),
-        ({"seeds": "nan"}, "A seed must be a whole number from 0"),
-        ({"seeds": "inf"}, "A seed must be a whole number from 0"),
+        ({"seeds": "1 x"}, "x: a seed is a whole number from 0 to 4294967295, or a range as 0-7."),
+        ({"seeds": "7-0"}, "7-0: a seed is"),
+        ({"seeds": "0-"}, "0-: a seed is"),
+        ({"seeds": "0-99999"}, "More than 60 seeds"),
+        ({"seeds": "-1"}, "-1: a seed is a whole number from 0"),
+        ({"seeds": "1.5"}, "1.5: a seed is a whole number from 0"),
+        ({"seeds": "nan"}, "nan: a seed is a whole number from 0"),
+        ({"seeds": "inf"}, "inf: a seed is a whole number from 0"),
         ({"seeds": "2 2"}, "Seed 2: is there twice"),
         ({"methods": []}, "There is no method"),
         ({"methods": ["../lora"]}, "not in the list of choices"),
@@ -177,3 +180,8 @@ def test_a_grid_that_is_too_large_is_refused_in_words(open_page, address):
     page.locator("#grid-seeds input, #grid-seeds textarea").fill(" ".join(map(str, range(40))))
     page.locator("#grid-draw").click()
     page.get_by_text("2 prompts, 40 seeds and 3 methods are 240 pictures").wait_for()
+
+
+def test_seeds_come_in_ranges_too():
+    assert _seeds("0-3, 7 9-9") == [0, 1, 2, 3, 7, 9]
+    assert _seeds("4294967295") == [4294967295]

@@ -20,6 +20,7 @@ from flatlora_diffusion.app.runs_tab import (
     run_record,
     runs_tab,
     validation_sheets,
+    verdicts,
 )
 from flatlora_diffusion.app.runs_table import facts_table, settings_table
 from flatlora_diffusion.output.reading import find_runs
@@ -219,3 +220,22 @@ def test_in_a_browser(device, dark, comparison, clean_copy, open_page, tmp_path)
         assert not table.is_visible()
         assert not plots["Noise strength sigma"].is_visible()
         page.screenshot(path=tmp_path / f"runs-{device}-gone.png", full_page=True)
+
+
+def test_a_sentence_says_which_step_was_best_and_whether_the_loss_rose():
+    said = verdicts(
+        {
+            "<b>": [(0, 0.5), (10, 0.4), (20, 0.44)],
+            "falls": [(0, 0.5), (10, 0.4)],
+            "rises": [(0, 0.5), (10, 0.6)],
+            "one": [(0, 0.5)],
+        }
+    )
+    assert said.split("</p>")[:-1] == [
+        "<p><strong>&lt;b&gt;</strong>: step 10 was best for held-out images (0.4). After it their loss rose "
+        "to 0.44 at step 20, by 10.0%.",
+        "<p><strong>falls</strong>: the held-out loss was lowest at the end (0.4 at step 10); it hasn't "
+        "risen.",
+        "<p><strong>rises</strong>: the held-out loss was never lower than at its first measure (0.5 at step "
+        "0); at the end it is 0.6.",
+    ]
