@@ -43,6 +43,7 @@ ADDITIONS = frozenset(
             "shuffle_caption",
             "keep_tokens",
             "noise_offset",
+            "ip_noise_gamma",
             "loraplus_lr_ratio",
         ),
         *("heldout_data_dir", "heldout_split", "heldout_steps", "stop_when_worse", "text_encoder_2_lr"),

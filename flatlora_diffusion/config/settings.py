@@ -299,6 +299,13 @@ class TrainConfig:
         "Adds this times one normal a channel to the noise, so that whole images can be dark or bright.",
         rules=(NOT_NEGATIVE,),
     )
+    ip_noise_gamma: float = option(
+        0.0,
+        "Input perturbation, as in kohya's scripts: what the UNet is shown has this times further normals "
+        "on top of the noise that it is to predict (the paper, arXiv 2301.11706, has 0.1).",
+        rules=(NOT_NEGATIVE,),
+        later=True,
+    )
 
     # The optimisation.
     train_batch_size: int = option(4, "Images a step, on each device.", rules=(POSITIVE,))

@@ -36,6 +36,7 @@ class Batch:
         timesteps: (N,), uniform over the noise levels.
         time_ids: (N, 6), see `sdxl.loss.diffusion_losses`.
         weights: (N, 1, height, width), how much each place counts in the loss; None where all count alike.
+        perturbation: Of the shape of `noise`: what the UNet is shown on top of it, see `diffusion_losses`.
     """
 
     captions: list[str]
@@ -44,19 +45,22 @@ class Batch:
     timesteps: Tensor
     time_ids: Tensor
     weights: Tensor | None = None
+    perturbation: Tensor | None = None
 
     def joined(self, other: Batch) -> Batch:
-        """These samples, then the other ones; both have weights or neither."""
-        weights = None
+        """These samples, then the other ones; both have weights or neither, and so with a perturbation."""
+        weights = perturbation = None
         if self.weights is not None and other.weights is not None:
             weights = torch.cat([self.weights, other.weights])
+        if self.perturbation is not None and other.perturbation is not None:
+            perturbation = torch.cat([self.perturbation, other.perturbation])
         return Batch(
             self.captions + other.captions,
             torch.cat([self.latents, other.latents]),
             torch.cat([self.noise, other.noise]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.time_ids, other.time_ids]),
-            weights,
+            *(weights, perturbation),
         )
 
     def singles(self) -> Iterator[Batch]:
@@ -79,6 +83,7 @@ class LatentCache:
         captioning: How their captions are told.
         batch_size: So many positions in a row have images of one size.
         noise_offset: The noise has this times one normal a channel on top.
+        perturbation: The UNet is shown this times further normals on top of the noise that it predicts.
         background_weight: How much transparent parts count in the loss, where opaque ones count 1; None: all
             count alike.
         progress: Wraps the samples while they are encoded.
@@ -101,6 +106,7 @@ class LatentCache:
         captioning: Captioning = AS_THEY_ARE,
         batch_size: int = 1,
         noise_offset: float = 0.0,
+        perturbation: float = 0.0,
         background_weight: float | None = None,
         progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
     ) -> None:
@@ -108,6 +114,7 @@ class LatentCache:
         self._seed = seed
         self._noise_levels = noise_levels
         self._noise_offset = noise_offset
+        self._perturbation = perturbation
         self._variants: list[list[tuple[Latents, Tensor, Tensor | None]]] = []
         for sample in progress(samples):
             encoded = []
@@ -149,6 +156,7 @@ class LatentCache:
         With aspect buckets, positions `n * batch_size` to `(n + 1) * batch_size - 1` have images of one size.
         """
         captions, latents, noise, timesteps, time_ids, weights = [], [], [], [], [], []
+        perturbation: list[Tensor] = []
         for position in positions:
             index = self._index(position)
             draws = keyed_generator(self._seed, "draws", position)
@@ -161,11 +169,18 @@ class LatentCache:
             timesteps.append(torch.randint(self._noise_levels, (), generator=draws))
             if self._noise_offset:
                 noise[-1] += self._noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
+            if self._perturbation:  # last: without it all other draws are the same
+                perturbation.append(self._perturbation * torch.randn(shape, generator=draws))
             time_ids.append(ids)
             if own_weights is not None:
                 weights.append(own_weights)
         tensors = (torch.stack(values) for values in (latents, noise, timesteps, time_ids))
-        return Batch(captions, *tensors, weights=torch.stack(weights) if weights else None)
+        return Batch(
+            captions,
+            *tensors,
+            weights=torch.stack(weights) if weights else None,
+            perturbation=torch.stack(perturbation) if perturbation else None,
+        )
 
     def fixed_batches(self, timesteps: Sequence[int]) -> Iterator[Batch]:
         """Every image once at each of these timesteps, one batch an image, always with the same noise."""

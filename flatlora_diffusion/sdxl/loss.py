@@ -23,6 +23,7 @@ def diffusion_losses(
     time_ids: Tensor,
     snr_gamma: float | None = None,
     weights: Tensor | None = None,
+    perturbation: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted noise (or velocity, as the base's scheduler says), (N,) float32.
 
@@ -36,9 +37,12 @@ def diffusion_losses(
         time_ids: (N, 6): original height and width, top and left of the crop, target height and width.
         snr_gamma: Weight each sample's error by `min_snr_weights`.
         weights: (N, 1, height, width), 0 or more: a sample's error is the mean weighted by these.
+        perturbation: Of the shape of `noise`: input perturbation (arXiv 2301.11706), added to the noise in
+            what the UNet is shown, and not in what it is to predict.
     """
+    shown = noise if perturbation is None else noise + perturbation
     # diffusers' types ask for int32 where its pipelines give int64, too.
-    noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    noisy = noise_scheduler.add_noise(latents, shown, timesteps)  # pyright: ignore[reportArgumentType]
     conditions = {"text_embeds": prompts.pooled, "time_ids": time_ids}
     noisy = noisy.to(prompts.tokens.dtype)  # that of the frozen base
     predicted = unet(noisy, timesteps, prompts.tokens, added_cond_kwargs=conditions, return_dict=False)[0]

@@ -222,6 +222,7 @@ class Learner:
                 captioning=captioning,
                 batch_size=config.train_batch_size,
                 noise_offset=config.noise_offset,
+                perturbation=config.ip_noise_gamma,
                 background_weight=config.alpha_background_weight if config.alpha_mask else None,
                 progress=lambda samples: tqdm(samples, "caching latents", unit="image", disable=hidden),
             )
@@ -374,6 +375,7 @@ class Learner:
             batch.time_ids.to(device),
             self.config.snr_gamma,
             None if batch.weights is None else batch.weights.to(device),
+            None if batch.perturbation is None else batch.perturbation.to(device),
         )
 
     @contextlib.contextmanager

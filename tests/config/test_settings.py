@@ -120,6 +120,7 @@ OURS = {
     "token_abstraction": "TOK",
     "num_new_tokens_per_abstraction": 2,
     "noise_offset": 0.0,
+    "ip_noise_gamma": 0.0,
     "text_encoder_2_lr": None,
     "loraplus_lr_ratio": None,
     "flat_sigma": 0.1,

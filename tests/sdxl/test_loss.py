@@ -87,6 +87,49 @@ def test_noise_offset_adds_one_normal_a_channel_and_changes_nothing_else(config,
     assert abs(shifts.mean().item()) < 0.1
 
 
+def test_input_perturbation_is_shown_and_not_to_be_predicted(config, base_path):
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) (eps + gamma xi), and the target is eps."""
+    vae = load_base(str(base_path)).vae
+    samples = find_samples(images.Path(config.instance_data_dir), "a icon")
+    framing = Framing(resolution=config.resolution)
+    plain, perturbed = (
+        LatentCache(samples, lambda x: encode_images(vae, x), framing, config.seed, 1000, perturbation=gamma)
+        for gamma in (0.0, 0.1)
+    )
+    batch, own = plain.batch(range(200)), perturbed.batch(range(200))
+    for field in ("latents", "noise", "timesteps", "time_ids"):
+        assert torch.equal(getattr(batch, field), getattr(own, field))
+    assert batch.perturbation is None and own.perturbation.std().item() == pytest.approx(0.1, rel=0.02)
+    assert next(perturbed.fixed_batches([500])).perturbation is None, "held-out images are shown as they are"
+    shown = []
+
+    def unet(noisy, *_, **__):
+        shown.append(noisy)
+        return (torch.zeros_like(noisy),)
+
+    scheduler = DDPMScheduler()
+    prompts = PromptEmbeds(torch.zeros(200, 3, 5), torch.zeros(200, 6))
+    losses = [
+        diffusion_losses(
+            unet, scheduler, b.latents, b.noise, b.timesteps, prompts, b.time_ids, perturbation=b.perturbation
+        )
+        for b in (batch, own)
+    ]
+    assert torch.equal(*losses)
+    scale = (1 - scheduler.alphas_cumprod[own.timesteps]).sqrt().view(-1, 1, 1, 1)
+    torch.testing.assert_close(shown[1] - shown[0], scale * own.perturbation, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_with_input_perturbation_ends_in_the_same_bits(config, tmp_path):
+    config = dataclasses.replace(config, ip_noise_gamma=0.1, max_train_steps=3)
+    whole, again = run(config), {"output_dir": str(tmp_path / "again")}
+    stop_after(config, 1, **again)
+    assert_equal(whole, run(config, resume_from_checkpoint="latest", **again))
+    plain = run(config, ip_noise_gamma=0.0, output_dir=str(tmp_path / "plain"))
+    assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
 @pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(config, tmp_path):
     state = global_rng_state()
@@ -177,6 +220,7 @@ def test_a_layer_that_does_not_exist_is_named(config):
     ("changes", "message"),
     [
         ({"snr_gamma": 0.0}, "--snr_gamma 0.0: must be greater than 0"),
+        ({"ip_noise_gamma": -0.1}, "--ip_noise_gamma -0.1: must be 0 or more"),
         ({"noise_offset": -1.0}, "--noise_offset -1.0: must be 0 or more"),
         ({"lora_dropout": 1.0}, r"--lora_dropout 1.0: must be in \[0, 1\)"),
     ],
