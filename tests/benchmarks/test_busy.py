@@ -14,7 +14,7 @@ class Idler:
 
     made: ClassVar[list] = []
 
-    def __init__(self, name, config, samples, log):
+    def __init__(self, name, config, samples, log, cache):
         self.settings = {name: os.environ[name] for name in SETTINGS & os.environ.keys()}
         self.seconds = 0.02 if self.settings else 0.01
         self.at_work = False
