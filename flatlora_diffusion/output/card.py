@@ -349,6 +349,7 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         else "",
         "caption chunks": str(config.caption_chunks) if config.caption_chunks > 1 else "",
         "loss weighted by alpha": f"ground {config.alpha_background_weight:g}" if config.alpha_mask else "",
+        "input perturbation": f"{config.ip_noise_gamma:g}" if config.ip_noise_gamma else "",
         "resolution": str(config.resolution),
         "steps": str(known["steps"]),
         "batch size": str(config.train_batch_size * config.gradient_accumulation_steps * making.processes),

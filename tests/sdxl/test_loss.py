@@ -124,6 +124,7 @@ def test_input_perturbation_is_shown_and_not_to_be_predicted(config, base_path):
 def test_a_stopped_run_with_input_perturbation_ends_in_the_same_bits(config, tmp_path):
     config = dataclasses.replace(config, ip_noise_gamma=0.1, max_train_steps=3)
     whole, again = run(config), {"output_dir": str(tmp_path / "again")}
+    assert "| input perturbation | 0.1 |" in (tmp_path / "run" / "README.md").read_text()
     stop_after(config, 1, **again)
     assert_equal(whole, run(config, resume_from_checkpoint="latest", **again))
     plain = run(config, ip_noise_gamma=0.0, output_dir=str(tmp_path / "plain"))
