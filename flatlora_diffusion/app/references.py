@@ -113,7 +113,8 @@ class References:
             f'<img src="{source}" alt="{html.escape(caption)}" title="{html.escape(caption)}">'
             for caption, source in shown
         )
-        return f"<p>What was taught: {count} training images{of_all}</p><div>{pictures}</div>"
+        told = f"<p>What was taught: {count} training images{of_all}</p>"
+        return f'{told}<div class="strip">{pictures}</div>'
 
 
 def true_picture(example: Example) -> Image.Image | None:

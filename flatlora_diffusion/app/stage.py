@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import gradio as gr
 
 _CORNERS = (
-    '<svg viewBox="0 0 16 16" width="18" height="18" fill="none" stroke="currentColor" stroke-width="2" '
+    '<svg viewBox="0 0 16 16" width="18" height="18" fill="none" stroke="#fff" stroke-width="2" '
     'aria-hidden="true"><path d="M2 6V2h4M10 2h4v4M14 10v4h-4M6 14H2v-4"/></svg>'
 )
 
