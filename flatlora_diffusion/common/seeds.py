@@ -17,9 +17,14 @@ def keyed_generator(*key: object) -> torch.Generator:
 @contextlib.contextmanager
 def seeded(device: torch.device, key: int) -> Generator[None]:
     """The global RNG of the CPU and a device, seeded with a key inside the block; afterwards as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # pyright: ignore[reportUnknownMemberType]
-        torch.manual_seed(key)  # pyright: ignore[reportUnknownMemberType]
-        yield
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None  # torch forgets it
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # pyright: ignore[reportUnknownMemberType]
+            torch.manual_seed(key)  # pyright: ignore[reportUnknownMemberType]
+            yield
+    finally:
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
 
 
 def hash64(*parts: object) -> int:

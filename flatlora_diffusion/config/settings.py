@@ -360,6 +360,13 @@ class TrainConfig:
         None, "Precision of the frozen base; LoRA parameters are always float32.", ("no", "fp16", "bf16")
     )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs.")
+    deterministic: bool = option(
+        False,
+        "Ask PyTorch for algorithms that repeat to the bit: on a GPU others don't, so that a run that was "
+        "resumed ends in nearly the same adapter only. Backward passes of attention and convolutions take "
+        "longer, and some more memory. On the CPU it changes nothing.",
+        decides=False,
+    )
     seed: int = option(0, "Decides everything random: runs can always be repeated.", rules=(NOT_NEGATIVE,))
 
     # Output, checkpoints, tracking.

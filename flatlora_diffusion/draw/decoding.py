@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from flatlora_diffusion.common.devices import if_memory_lasts
+
 
 def decoding_dtype(vae: AutoencoderKL) -> torch.dtype:
     """The precision in which a VAE decodes: float32 where it asks for it (`force_upcast`).
@@ -41,9 +43,32 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         try:
             # Not the models' own `to`, which warns of every change of precision.
             nn.Module.to(vae, latents.dtype)
-            return vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+            return if_memory_lasts(
+                lambda: _decoded(vae, latents),
+                lambda: _in_tiles(vae, latents),
+                "while a picture was decoded: it is decoded in tiles, whose seams may show a little",
+            )
         finally:
             nn.Module.to(vae, own)
+
+
+def _decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+
+def _in_tiles(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Decoded a tile of at most 64 x 64 at a time; they overlap by a quarter."""
+    names = ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
+    own = {name: getattr(vae, name) for name in names}
+    side = min(64, max(latents.shape[-2:]) // 2)
+    scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    try:
+        for name, value in zip(names, (True, side, side * scale), strict=True):
+            setattr(vae, name, value)
+        return _decoded(vae, latents)
+    finally:
+        for name, value in own.items():
+            setattr(vae, name, value)
 
 
 def why_black(latents: Tensor, pixels: Tensor, unet_dtype: torch.dtype, vae_dtype: torch.dtype) -> str | None:

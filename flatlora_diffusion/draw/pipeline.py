@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from flatlora_diffusion.adapter.new_tokens import (
     remember_words,
     replace_words,
 )
+from flatlora_diffusion.common.devices import if_memory_lasts, release
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import load_whole
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
@@ -315,11 +317,41 @@ def draw_batch(
     conditions = {
         name: torch.cat([known[prompt][name] for prompt, _ in pictures]) for name in known[pictures[0][0]]
     }
-    latents = _denoise(pipeline, [seed for _, seed in pictures], drawing, on_step, **conditions)
-    return [
-        _decoded(pipeline, own[None], prompt, seed, drawing.transparent)
-        for own, (prompt, seed) in zip(latents, pictures, strict=True)
-    ]
+    seeds = [seed for _, seed in pictures]
+
+    def denoised() -> Tensor:
+        return _denoise(pipeline, seeds, drawing, on_step, **conditions)
+
+    with contextlib.ExitStack() as until_drawn:
+
+        def in_less_room() -> Tensor:
+            until_drawn.enter_context(_text_encoders_away(pipeline))
+            return denoised()
+
+        latents = if_memory_lasts(
+            denoised,
+            in_less_room,
+            "while a picture was drawn: it is drawn again with the text encoders in the main memory",
+        )
+        return [
+            _decoded(pipeline, own[None], prompt, seed, drawing.transparent)
+            for own, (prompt, seed) in zip(latents, pictures, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _text_encoders_away(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """The text encoders on the CPU inside the block: prompts must be encoded before it."""
+    text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    devices = [text_encoder.device for text_encoder in text_encoders]
+    try:
+        for text_encoder in text_encoders:
+            text_encoder.to("cpu")
+        release()
+        yield
+    finally:
+        for text_encoder, device in zip(text_encoders, devices, strict=True):
+            text_encoder.to(device)
 
 
 def where_cut_in(
@@ -377,7 +409,9 @@ def _denoise(
         settings["callback_on_step_end"] = told
     try:
         pipeline.scheduler = scheduler
-        with RowsAsAlone(len(seeds)):
+        # It costs a little in every operation.
+        together = len(seeds) > 1 and pipeline.device.type == "cpu"
+        with RowsAsAlone(len(seeds)) if together else contextlib.nullcontext():
             return pipeline(
                 height=drawing.height,
                 width=drawing.width,

@@ -17,11 +17,11 @@ class RowsAsAlone(TorchFunctionMode):
     There are other algorithms for products of matrices where a thread gets but few rows, and for convolutions
     of a single image (a picture drawn without guidance): these are computed for each picture apart, as they
     would be alone. In all others, and in attention, a row's bits don't depend on the rows beside it. GPUs
-    choose by size everywhere; there nothing is changed.
+    choose by size everywhere: there it is of no use.
 
     Args:
-        pictures: In the batch. Inputs have a multiple of it in their first dimension, and a picture's rows
-            are `pictures` apart: diffusers puts the ones without a prompt before those with it.
+        pictures: In the batch, two or more. Inputs have a multiple of it in their first dimension, and a
+            picture's rows are `pictures` apart: diffusers puts those without a prompt before the others.
     """
 
     ROWS_A_THREAD = 16  # up to 3 were seen to matter
@@ -39,7 +39,7 @@ class RowsAsAlone(TorchFunctionMode):
     ) -> Any:
         """Called by torch in place of every function of it."""
         settings = settings or {}
-        if self._pictures == 1 or not self._depends_on_others(function, arguments):
+        if not self._depends_on_others(function, arguments):
             return function(*arguments, **settings)
         inputs, *others = arguments
         parts = [

@@ -112,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = vars(evaluation_parser().parse_all(sys.argv[1:] if arguments is None else list(arguments)))
     # After parsing: --help and bad flags answer at once.
-    import torch
-
+    from flatlora_diffusion.common.devices import is_out_of_memory
     from flatlora_diffusion.evaluate.request import TABLES, evaluate, read_plan
     from flatlora_diffusion.evaluate.tables import markdown
 
@@ -122,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = given.get("output", Path("evaluation"))
     try:
         report = evaluate(plan, folder)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"--device {plan.device}: its memory ran out while models were loaded; --dtype bf16 halves them"
         ) from None

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.check import AdapterFacts
-from flatlora_diffusion.common.devices import DTYPES, release
+from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
@@ -120,7 +119,9 @@ class Evaluation:
                         continue
                     try:
                         result = parts[part](label)
-                    except torch.OutOfMemoryError:
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise
                         too_large.add(part)
                         self.report["left_out"].append(
                             f"{part} of {label}: the memory of {self.plan.device} ran out; set --dtype bf16 "

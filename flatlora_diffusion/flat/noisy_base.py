@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input  # pyright: ignore[reportUnknownVariableType]
 
 from flatlora_diffusion.flat.noise import Draw
-from flatlora_diffusion.flat.quantized import QuantizedWeight
+from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbytes
 
 Base = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """What can be perturbed; the linear layers of bitsandbytes are `nn.Linear` too."""
@@ -31,7 +31,7 @@ class _Context(FunctionCtx):
     """What `_NoisyForward` keeps for its backward pass."""
 
     base: NoisyBase
-    draw: Draw
+    draw: Draw | None
     x_shape: torch.Size
     x_dtype: torch.dtype
     channel_dim: int
@@ -48,7 +48,7 @@ class _NoisyForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, x: Tensor, stored: Tensor, bias: Tensor | None, base: NoisyBase, draw: Draw
+        ctx: _Context, x: Tensor, stored: Tensor, bias: Tensor | None, base: NoisyBase, draw: Draw | None
     ) -> Tensor:
         ctx.save_for_backward(stored)
         ctx.base, ctx.draw = base, draw
@@ -56,7 +56,7 @@ class _NoisyForward(torch.autograd.Function):
         ctx.channel_dim = 1 if stored.dim() > 2 else -1
         # A linear layer returns a view of a matrix product, which autograd would protect from being modified
         # in place, as AdaLoRA does; `.data` is no view.
-        return base.product(x, draw.added_to(base.weight_in(stored)), bias).data
+        return base.product(x, base.weight_under(draw, stored), bias).data
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,7 @@ class _NoisyForward(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             (stored,) = ctx.saved_tensors
-            noisy = ctx.draw.added_to(ctx.base.weight_in(stored)).to(grad.dtype)
+            noisy = ctx.base.weight_under(ctx.draw, stored).to(grad.dtype)
             with torch.autocast(grad.device.type, enabled=False):
                 grad_x = ctx.base.input_grad(grad, noisy, ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
@@ -83,8 +83,8 @@ class NoisyBase:
     def __init__(self, layer: Base, quantized: QuantizedWeight | None) -> None:
         self._layer, self._quantized = layer, quantized
 
-    def __call__(self, x: Tensor, draw: Draw) -> Tensor:
-        """The base layer's result for an input x under the noise of a draw."""
+    def __call__(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """The base layer's result for an input x under the noise of a draw, or without noise."""
         bias = self._layer.bias
         if self._quantized is None:
             return self._apply(x, bias, draw)
@@ -95,6 +95,11 @@ class NoisyBase:
     def weight_in(self, stored: Tensor) -> Tensor:
         """W (m, n) or (m, in, *kernel) from the tensor that holds it; where it is quantised, a new tensor."""
         return stored if self._quantized is None else self._quantized.dequantized()
+
+    def weight_under(self, draw: Draw | None, stored: Tensor) -> Tensor:
+        """`W + eps`, or W where there is no noise."""
+        weight = self.weight_in(stored)
+        return weight if draw is None else draw.added_to(weight)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer computes of an input, with another weight."""
@@ -116,7 +121,21 @@ class NoisyBase:
             x_shape, weight, grad, layer.stride, layer.padding, layer.dilation, layer.groups
         )
 
-    def _apply(self, x: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
+    def _apply(self, x: Tensor, bias: Tensor | None, draw: Draw | None) -> Tensor:
         return _NoisyForward.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             x, self._layer.weight, bias, self, draw
         )
+
+
+def compute_dequantized(model: nn.Module) -> None:
+    """Have the 8-bit layers of bitsandbytes compute with their dequantised weights, as they do under noise.
+
+    By themselves they round their input to 8 bits too: plain LoRA would be trained on another base than
+    Flat-LoRA. Those in 4 bits compute so in any case.
+
+    Args:
+        model: Its layers hold quantised weights.
+    """
+    for module in model.modules():
+        if is_of_bitsandbytes(module) and module.weight.dtype == torch.int8:
+            module.__dict__["forward"] = NoisyBase(module, QuantizedWeight(module))

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 
-from flatlora_diffusion.common.devices import DTYPES, release
+from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.config.settings import TrainConfig
@@ -66,7 +65,9 @@ def present(
     def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return work(*arguments)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failures.append("out of memory while the comparison was drawn")
         except (UserError, OSError) as error:
             failures.append(str(error))

@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 
 from flatlora_diffusion.adapter.new_tokens import require_words
 from flatlora_diffusion.common.command import hide_progress_bars
-from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.common.devices import deterministic_algorithms, release
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
@@ -71,6 +71,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     heldout_samples = _heldout_samples(config)
     arms = _arms(config)
     with contextlib.ExitStack() as locks:
+        locks.enter_context(deterministic_algorithms(config.deterministic))
 
         def lock() -> None:
             for folder in dict.fromkeys([config.output_dir, *(arm.output_dir for arm in arms)]):

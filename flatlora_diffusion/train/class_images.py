@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from flatlora_diffusion.common.devices import DTYPES, release
+from flatlora_diffusion.common.devices import DTYPES, out_of_memory_as_error, release
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import check_writable
 from flatlora_diffusion.common.pictures import open_image, save_picture
@@ -42,8 +42,6 @@ def class_samples(config: TrainConfig) -> list[Sample]:
 
 def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> None:
     """Draw class images until there are enough; each is a function of the seed and its number."""
-    prompt = config.class_prompt
-    assert prompt is not None, "settings are checked"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--class_data_dir {folder}: not a folder")
     given = read_folder(folder, kohya_folders=config.kohya_folders).pictures if folder.is_dir() else []
@@ -53,6 +51,18 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
     if missing <= 0:
         return
     check_writable("--class_data_dir", folder)
+    with out_of_memory_as_error(
+        f"while class images were drawn into {folder}: those that are there stay; lower --sample_batch_size "
+        "or --class_resolution, or draw them with --prior_generation_precision fp16"
+    ):
+        _draw(config, folder, device, missing)
+    release()
+
+
+def _draw(config: TrainConfig, folder: Path, device: torch.device, missing: int) -> None:
+    """Draw so many class images into the folder."""
+    prompt = config.class_prompt
+    assert prompt is not None, "settings are checked"
     default = "fp16" if device.type == "cuda" else "fp32"
     precision = config.prior_generation_precision or default
     pipeline = load_pipeline(
@@ -78,8 +88,6 @@ def _draw_missing(config: TrainConfig, folder: Path, device: torch.device) -> No
         pictures = draw_batch(pipeline, None, [(prompt, seed) for seed in seeds], drawing)
         for number, picture in zip(part, pictures, strict=True):
             save_picture(picture, _class_image(folder, number))
-    del pipeline
-    release()
 
 
 def _class_image(folder: Path, number: int) -> Path:

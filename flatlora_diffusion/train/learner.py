@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.file import load_adapter_tensors
 from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace_words
 from flatlora_diffusion.adapter.start import read_start, require_layers
-from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.common.devices import release, require_room
 from flatlora_diffusion.common.seeds import hash64, seeded
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning
@@ -30,6 +30,7 @@ from flatlora_diffusion.data.latents import (
     PromptCache,
     fixed_timesteps,
 )
+from flatlora_diffusion.flat.noisy_base import compute_dequantized
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import (
     Latents,
@@ -110,6 +111,11 @@ class Learner:
             revision=config.revision,
             variant=config.variant,
         )
+        if not config.quantize_base:
+            name = str(dtype).removeprefix("torch.")
+            half = "" if dtype.itemsize < 4 else "--mixed_precision bf16 halves it, "
+            remedy = f"{half}--quantize_base 4bit keeps a quarter of 16 bits"
+            require_room(self.base.unet, accelerator.device, f"the UNet in {name}", remedy)
         self._start = (
             None if resuming or config.lora_weights is None else self._read_start(config.lora_weights)
         )
@@ -299,6 +305,7 @@ class Learner:
         config = self.config
         if config.quantize_base:
             quantize(self.base.unet, config.quantize_base, self.accelerator.device)
+            compute_dequantized(self.base.unet)
             release()
             self._add_lora()
         for model in self.learning.values():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.command import invoked_as, shell_line
+from flatlora_diffusion.common.devices import if_memory_lasts, out_of_memory_as_error
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
@@ -35,6 +36,7 @@ from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
 from flatlora_diffusion.train.best import is_worse, stopped_at
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
+from flatlora_diffusion.train.leaner import leaner
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
 from flatlora_diffusion.train.state import TrainingState
@@ -235,7 +237,8 @@ class Run:
                 if step >= self.text_encoder_steps:
                     self.learner.freeze_text_encoders()
                 sigma, lr = self.state.flat.sigma_t, self.state.lr_scheduler.get_last_lr()[0]
-                loss, stopping = self._optimizer_step(step, stop)
+                with out_of_memory_as_error(f"at step {step + 1}: {leaner(self.config)}"):
+                    loss, stopping = self._optimizer_step(step, stop)
                 norms = self.state.advance(loss)
                 self.seconds.append(time.perf_counter() - began)
                 progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
@@ -294,9 +297,15 @@ class Run:
     def _measure_heldout(self, step: int) -> None:
         if self.accelerator.is_main_process:
             with self.state.averaged():
-                loss = self.learner.heldout_loss()
-            self.state.note_heldout(step, loss)
-            self.accelerator.log({"heldout_loss": loss}, step=step)
+                loss = if_memory_lasts(
+                    self.learner.heldout_loss,
+                    lambda: None,
+                    f"while the held-out loss was measured: there is none at step {step}, and training goes "
+                    "on; a smaller --train_batch_size needs less",
+                )
+            if loss is not None:
+                self.state.note_heldout(step, loss)
+                self.accelerator.log({"heldout_loss": loss}, step=step)
         self.accelerator.wait_for_everyone()
 
     def _divergence(self, step: int, what: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from flatlora_diffusion.common.devices import release
+from flatlora_diffusion.common.devices import if_memory_lasts, release
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.draw.pipeline import conditions_of, draw
 from flatlora_diffusion.draw.stamp import BASE
@@ -22,8 +21,6 @@ from flatlora_diffusion.sdxl.lora import evaluating
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.state import TrainingState
 from flatlora_diffusion.train.tracking import report_pictures
-
-logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -118,13 +115,12 @@ def draw_validation(learner: Learner, config: TrainConfig) -> list[Image.Image] 
         memory ran out: the log says so, and training can go on.
     """
     try:
-        return _draw_all(learner, config)
-    except torch.OutOfMemoryError:
-        logger.warning(
-            "out of memory while the validation pictures were drawn: there are none this time, and training "
-            "goes on; --validation_epochs 0 draws after training only"
+        return if_memory_lasts(
+            lambda: _draw_all(learner, config),
+            lambda: None,
+            "while the validation pictures were drawn: there are none this time, and training goes on; "
+            "--validation_epochs 0 draws after training only",
         )
-        return None
     finally:
         release()
 

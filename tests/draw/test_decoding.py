@@ -43,6 +43,32 @@ def test_a_picture_is_that_of_the_pipeline(settings):
     assert ours.tobytes() == theirs.tobytes()
 
 
+def test_where_memory_runs_out_a_picture_is_decoded_in_tiles(monkeypatch, told):
+    vae = build_pipeline().vae
+    settings = {
+        name: getattr(vae, name) for name in ("use_tiling", "tile_latent_min_size", "tile_sample_min_size")
+    }
+    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, 4, 8
+    expected = decode(vae, latents_of())
+    vars(vae).update(settings)
+    decoder, sides = vae.decoder.forward, []
+
+    def small_ones(latents, *others):
+        sides.append(latents.shape[-1])
+        if latents.shape[-1] > 4:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return decoder(latents, *others)
+
+    monkeypatch.setattr(vae.decoder, "forward", small_ones)
+    pixels = decode(vae, latents_of())
+    assert sides[0] == 8 and max(sides[1:]) == 4
+    assert torch.equal(pixels, expected)
+    assert told() == [
+        "out of memory while a picture was decoded: it is decoded in tiles, whose seams may show a little"
+    ]
+    assert {name: getattr(vae, name) for name in settings} == settings
+
+
 def test_autocast_does_not_reach_the_vae():
     vae = build_pipeline().vae
     expected = vae.decode(latents_of() / vae.config.scaling_factor).sample

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw import pipeline as draw_pipeline
 from flatlora_diffusion.draw.pipeline import (
     Drawing,
     draw_batch,
@@ -142,6 +143,24 @@ def test_every_step_tells_the_picture_that_is_expected(pipeline):
     for sketch, picture in zip(sketches(pipeline, told[-1][1]), pictures, strict=True):
         assert np.abs(np.asarray(sketch, float) - np.asarray(picture, float)).max() <= 1
     assert sketches(pipeline, told[0][1], longest=6)[0].size == (8, 12)
+
+
+def test_where_memory_runs_out_text_encoders_make_room(pipeline, monkeypatch):
+    expected = draw_batch(pipeline, None, PICTURES[:1], DRAWING)
+    moved, calls, denoise = [], [], draw_pipeline._denoise
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        monkeypatch.setattr(encoder, "to", moved.append)
+
+    def too_large_once(*arguments, **conditions):
+        calls.append(len(moved))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(*arguments, **conditions)
+
+    monkeypatch.setattr(draw_pipeline, "_denoise", too_large_once)
+    again = draw_batch(pipeline, None, PICTURES[:1], DRAWING)
+    assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in expected]
+    assert calls == [0, 2] and moved == ["cpu", "cpu", torch.device("cpu"), torch.device("cpu")]
 
 
 def test_an_exception_in_a_step_ends_the_drawing_and_nothing_else(pipeline):

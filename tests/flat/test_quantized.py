@@ -26,6 +26,7 @@ from flatlora_diffusion import FlatLoRA
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.flat.noise import TableDraw
+from flatlora_diffusion.flat.noisy_base import compute_dequantized
 from flatlora_diffusion.flat.quantized import QuantizedWeight
 from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.sdxl.quantize import quantize
@@ -351,6 +352,22 @@ def test_transformers_bases_that_are_loaded_in_4_bits(tmp_path):
 
 
 # Nothing is left behind, and without noise nothing is changed.
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_in_the_trainer_8_bits_are_dequantised_with_noise_and_without(training):
+    unet = quantized_unet("8bit").train(training)
+    own = outcome(unet, run_unet)
+    compute_dequantized(unet)
+    plain = outcome(unet, run_unet)
+    assert_equals("8bit", plain, twin_of(unet, tiny_unet().train(training)), run_unet)
+    assert training or not torch.equal(plain[0], own[0]), "by itself it rounds its input in eval() mode"
+    flat = attach(unet)
+    with flat.paused():
+        assert torch.equal(outcome(unet, run_unet)[0], plain[0])
+    assert torch.equal(outcome(unet, run_unet)[0], plain[0]) is not training
+    flat.remove()
+    assert torch.equal(outcome(unet, run_unet)[0], plain[0])
 
 
 @pytest.mark.slow

@@ -153,3 +153,17 @@ def test_class_images_are_drawn_at_the_base_s_size_unless_told_otherwise(config,
     monkeypatch.setattr(train_class_images, "draw_batch", draw)
     class_samples(dataclasses.replace(config, resolution=32, class_resolution=given))
     assert drawn == [(side, side, 50, "default")]
+
+
+def test_out_of_memory_keeps_what_was_drawn(config, monkeypatch):
+    def draw(pipeline, adapter, pictures, drawing):
+        if any(images.Path(config.class_data_dir).iterdir()):
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return [Image.new("RGB", (16, 16))] * len(pictures)
+
+    monkeypatch.setattr(train_class_images, "draw_batch", draw)
+    config = dataclasses.replace(config, sample_batch_size=1)
+    told = "^out of memory while class images were drawn into .*: those that are there stay; lower --sample"
+    with pytest.raises(UserError, match=told):
+        class_samples(config)
+    assert len(list(images.Path(config.class_data_dir).iterdir())) == 1

@@ -17,6 +17,7 @@ from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.loss import diffusion_losses
 from flatlora_diffusion.train.arms import train
+from flatlora_diffusion.train.learner import Learner
 from tests.conftest import assert_equal, run, stop_after
 
 
@@ -113,3 +114,31 @@ def test_a_missing_folder_is_named_by_its_flag(config):
     with pytest.raises(UserError, match=r"--heldout_data_dir nowhere: no such folder"):
         train(dataclasses.replace(config, heldout_data_dir="nowhere"))
     assert not images.Path(config.output_dir).exists()
+
+
+@pytest.mark.slow
+def test_out_of_memory_costs_that_loss_alone_and_in_a_step_says_what_to_do(config, tmp_path, monkeypatch):
+    measure, calls = Learner.heldout_loss, []
+
+    def too_large_once(learner):
+        calls.append(learner)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(learner)
+
+    monkeypatch.setattr(Learner, "heldout_loss", too_large_once)
+    config = dataclasses.replace(config, heldout_steps=1, max_train_steps=2)
+    run(config)
+    summary = json.loads(images.Path(config.output_dir, "summary.json").read_text())
+    assert summary["heldout_losses"].keys() == {"2"}
+
+    def too_large(learner, micro_step):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(Learner, "loss", too_large)
+    told = (
+        "^out of memory at step 1: try --mixed_precision bf16, --gradient_checkpointing, --train_batch_size "
+        "1 --gradient_accumulation_steps 2, --quantize_base 4bit, a smaller --resolution, in this order; "
+    )
+    with pytest.raises(UserError, match=told):
+        run(config, output_dir=str(tmp_path / "other"))
