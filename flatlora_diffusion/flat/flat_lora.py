@@ -114,7 +114,7 @@ class FlatLoRA:
         self._global_step = step
         # What was prepared is of an earlier moment: some optimizers write through `parameter.data`, which no
         # version counter sees.
-        self._moment = object()
+        self._begin_moment()
 
     @property
     def sigma_t(self) -> float:
@@ -186,6 +186,7 @@ class FlatLoRA:
         """Perturb those of the layers that are in training (called by the hooks)."""
         if self._pauses or self.sigma_t == 0:
             return
+        moment = self._now()
         perturbed: list[PerturbedLayer] = []
         all_prepared = True
         for layer in layers:
@@ -193,7 +194,7 @@ class FlatLoRA:
                 contents = layer.contents()
                 if self._is_perturbed(contents):
                     perturbed.append(layer)
-                    all_prepared = all_prepared and layer.is_prepared(self._moment, contents)
+                    all_prepared = all_prepared and layer.is_prepared(moment, contents)
         if not all_prepared:
             self._prepare_all()
         try:
@@ -263,19 +264,28 @@ class FlatLoRA:
         names = contents.names
         return bool(names) if self._adapter_name is None else self._adapter_name in names
 
+    def _begin_moment(self) -> None:
+        self._moment, self._rank = object(), _rank()
+
+    def _now(self) -> object:
+        """The moment for which layers must be prepared; another process is another one."""
+        if self._rank != _rank():
+            self._begin_moment()
+        return self._moment
+
     def _prepare_all(self) -> None:
         """Prepare all layers that the noise of this step reaches, together."""
         training = [(layer, layer.contents()) for layer in self._perturbed.values() if layer.training]
         self._prepare([(layer, contents) for layer, contents in training if self._is_perturbed(contents)])
 
     def _prepare(self, layers: Sequence[tuple[PerturbedLayer, Contents]]) -> None:
-        key = self._seed, self._global_step, _rank()
+        key = self._seed, self._global_step, self._rank
         prepare(layers, self._moment, self.sigma_t, self._source, key)
 
     def _prepared(self, layer: PerturbedLayer) -> Prepared:
         """What holds for a layer at this step, whether it is in training or not."""
         contents = layer.contents()
-        if not layer.is_prepared(self._moment, contents):
+        if not layer.is_prepared(self._now(), contents):
             self._prepare([(layer, contents)])
         return layer.prepared
 
