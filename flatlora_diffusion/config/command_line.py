@@ -50,7 +50,7 @@ ADDITIONS = frozenset(
         *("train_text_encoder_frac", "train_text_encoder_ti", "train_text_encoder_ti_frac"),
         *("token_abstraction", "num_new_tokens_per_abstraction", "cache_latents", "class_resolution"),
         *("validation_inference_steps", "validation_guidance_scale", "validation_sampler"),
-        *("validation_resolution", "final_inference_steps", "cache"),
+        *("validation_resolution", "final_inference_steps", "cache", "deterministic"),
     )
 )
 # Flags of the diffusers script that are refused: why, and what to do.

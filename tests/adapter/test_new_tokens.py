@@ -417,6 +417,7 @@ def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_
         num_validation_images=1,
         validation_inference_steps=2,
         validation_guidance_scale=3.0,
+        validation_sampler="default",
         validation_epochs=1,
         checkpointing_steps=2,
     )

@@ -28,7 +28,7 @@ from benchmarks.quality_runs import change_since
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.command_line import parse_train_config
-from flatlora_diffusion.evaluate.merged import row_norms
+from flatlora_diffusion.evaluate.merged import filter_norms
 from flatlora_diffusion.output.names import SUMMARY
 from flatlora_diffusion.train import arms as train_arms
 
@@ -347,7 +347,7 @@ def test_the_noise_is_as_long_as_sigma_says_beside_the_update():
         weight += change
         update += change.square().sum().item()
         normals = torch.randn(weight.shape, generator=generator)
-        noise += (0.3 * row_norms(weight) / math.sqrt(weight[0].numel()) * normals).square().sum().item()
+        noise += (0.3 * filter_norms(weight) / math.sqrt(weight[0].numel()) * normals).square().sum().item()
     merged.get_submodule("2").weight.data += 100  # a layer that isn't asked for
     told = 0.3 / relative_update(base, merged, ["0", "1"])
     assert told == pytest.approx(math.sqrt(noise / update), rel=0.01)

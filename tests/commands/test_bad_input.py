@@ -376,7 +376,7 @@ FLAGS = {
     "negative sigma": (nothing, ["--flat_sigma", -0.1], "--flat_sigma -0.1: must be 0 or more"),
     "sigma nan": (nothing, ["--flat_sigma", "nan"], "--flat_sigma nan: must be a finite number"),
     "sigma inf": (nothing, ["--flat_sigma", "inf"], "--flat_sigma inf: must be a finite number"),
-    "resolution 100": (nothing, ["--resolution", 100], "--resolution 100: must be a multiple of 8"),
+    "resolution 7": (nothing, ["--resolution", 7], "--resolution 7: must be 8 or more"),
     "resolution 0": (nothing, ["--resolution", 0], "--resolution 0: must be greater than 0"),
     "learning rate nan": (nothing, ["--learning_rate", "nan"], "--learning_rate nan: must be a finite"),
     "fp8": (nothing, ["--mixed_precision", "fp8"], "--mixed_precision fp8: not one of no, fp16, bf16"),

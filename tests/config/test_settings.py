@@ -96,6 +96,7 @@ OURS = {
     "alpha_mask": False,
     "alpha_background_weight": 0.0,
     "cache": True,
+    "deterministic": False,
     "stop_when_worse": None,
     "lora_weights": None,
     "background": "white",

@@ -87,7 +87,7 @@ def pushed(config):
 def test_a_run_opens_the_repository_first_and_uploads_what_it_made(pushed, fake, monkeypatch):
     began = []
     original = Run.train
-    monkeypatch.setattr(Run, "train", lambda self: (began.append(list(fake.calls)), original(self)))
+    monkeypatch.setattr(Run, "train", lambda self: (began.append(list(fake.calls)), original(self))[1])
     output = Path(pushed.output_dir)
     train(pushed)
     opened = ("create_repo", {"repo_id": "run", "exist_ok": True, "token": TOKEN})

@@ -22,6 +22,7 @@ NOT_DECIDING = {
     *("train_text_encoder_frac", "train_text_encoder_ti_frac"),
     *("final_inference_steps", "validation_sampler", "validation_resolution", "class_resolution"),
     *("push_to_hub", "hub_token", "hub_model_id", "kohya_folders", "lora_weights", "cache"),
+    "deterministic",
 }
 
 

@@ -171,9 +171,8 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
         return loss
 
     def single(batch, index):
-        chosen = {
-            field.name: getattr(batch, field.name)[index : index + 1] for field in dataclasses.fields(batch)
-        }
+        values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        chosen = {name: value[index : index + 1] for name, value in values.items() if value is not None}
         return dataclasses.replace(batch, **chosen)
 
     unweighted = diffusion_losses
@@ -182,7 +181,7 @@ def test_4_min_snr_weighs_each_sample_of_both_halves(config, tmp_path, monkeypat
     def losses(*arguments):
         size = len(arguments[2])
         weighing.append(size)
-        return unweighted(*arguments) if size > 1 else unweighted(*arguments[:-1], None)
+        return unweighted(*arguments) if size > 1 else unweighted(*arguments[:7], None, *arguments[8:])
 
     monkeypatch.setattr(learner, "diffusion_losses", losses)
     monkeypatch.setattr(Learner, "loss", compare)
