@@ -49,8 +49,6 @@ from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from tests.script import Launcher
 
-gc.freeze()  # every `release` collects garbage: what the libraries brought needn't be searched each time
-
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -58,6 +56,15 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for a process, a browser or the disk."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_finish() -> None:
+    """Keep what libraries and test modules brought out of every later search for garbage.
+
+    A run collects garbage several times (`release`), and each search would look through all of it again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
