@@ -106,7 +106,10 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
         config = adaptable(model).peft_config[ADAPTER].to_dict()
         if FROZEN_ADAPTER in adaptable(model).peft_config:  # twice the rank at the same scale
             config["r"] *= 2
-            config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+            config["rank_pattern"] = {key: 2 * rank for key, rank in config["rank_pattern"].items()}
+            factor = math.sqrt(2) if config["use_rslora"] else 2
+            config["lora_alpha"] *= factor
+            config["alpha_pattern"] = {k: alpha * factor for k, alpha in config["alpha_pattern"].items()}
         config["lora_dropout"] = 0.0  # of the training: diffusers would draw with it
         for key, value in config.items():
             lora_metadata[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ _FLAG = "--lora_weights"
 def read_start(
     path: Path,
     *,
-    rank: int,
-    scale: float,
+    rank: int | None,
+    scale: Callable[[int], float],
     dora: bool,
     parts: Collection[str],
     layers_per_block: int,
@@ -41,8 +41,8 @@ def read_start(
 
     Args:
         path: A file in the format of diffusers, kohya or PEFT, or its folder.
-        rank: Of every layer.
-        scale: The factor on B @ A.
+        rank: Of every layer; None where they differ, so that `require_layers` compares them.
+        scale: Rank of a layer -> the factor on B @ A.
         dora: Whether the layers have magnitudes.
         parts: Those of `unet`, `text_encoder` and `text_encoder_2` that are trained.
         layers_per_block: Of the UNet; SDXL has 2.
@@ -69,22 +69,25 @@ def read_start(
         layers = complete_layers(adapter.tensors, parse)
         for part in PREFIXES:
             check_config(part, part_config(adapter.configs, part))
-        scales = set()
+        scales: set[tuple[float, float]] = set()
         for layer, weights in layers.items():
             convolution = CONVOLUTION.fullmatch(layer[1]) is not None
             own = shaped(weights, layer, convolution, of_kohya=of_kohya)
             factor, _ = scale_and_alpha(layer, own, part_config(adapter.configs, layer[0]))
-            scales.add(factor)
+            scales.add((factor, scale(len(own["down"]))))
             layers[layer] = own | {"alpha": torch.tensor(factor * len(own["down"]))}
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     differences = []
     ranks = sorted({len(weights["down"]) for weights in layers.values()})
-    if ranks != [rank]:
+    if rank is not None and ranks != [rank]:
         differences.append(f"rank {', '.join(map(str, ranks))} there and {rank} here")
-    if not all(math.isclose(factor, scale, rel_tol=1e-6) for factor in scales):
-        there = ", ".join(f"{factor:g}" for factor in sorted(scales))
-        differences.append(f"the update's scale (alpha / rank) {there} there and {scale:g} here")
+    other = [pair for pair in scales if not math.isclose(*pair, rel_tol=1e-6)]
+    if other:
+        there, here = (
+            ", ".join(f"{factor:g}" for factor in sorted(set(own))) for own in zip(*other, strict=True)
+        )
+        differences.append(f"the update's scale (alpha / rank) {there} there and {here} here")
     with_dora = {"magnitude" in weights for weights in layers.values()}
     if with_dora != {dora}:
         differences.append("DoRA here and not there" if dora else "DoRA there and not here")

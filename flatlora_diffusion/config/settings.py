@@ -15,6 +15,7 @@ from typing import Any, cast
 from flatlora_diffusion.common.command import is_unicode
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.contradictions import reject_contradictions
+from flatlora_diffusion.config.layers import parse_layers, split_layers
 from flatlora_diffusion.config.options import (
     BELOW_ONE,
     FRACTION,
@@ -195,7 +196,9 @@ class TrainConfig:
     # The adapter.
     rank: int = option(4, "Rank of the LoRA.", rules=(POSITIVE,))
     lora_alpha: float | None = option(
-        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank.", rules=(POSITIVE,)
+        None,
+        "LoRA alpha; the update is scaled by alpha / rank. Default: the rank, that of each layer.",
+        rules=(POSITIVE,),
     )
     lora_dropout: float = option(0.0, "Dropout before the LoRA's A, in training only.", rules=(BELOW_ONE,))
     use_dora: bool = option(False, "Train a DoRA: the magnitude of each filter apart from its direction.")
@@ -233,7 +236,8 @@ class TrainConfig:
     lora_layers: tuple[str, ...] | None = option(
         None,
         "Ends of the names of the UNet's layers that get a LoRA, such as to_k to_q to_v to_out.0 (these are "
-        "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2.",
+        "the default) ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2. They may be patterns with a star, "
+        'and have a rank of their own: "down_blocks.2.*.to_*=8". Of those that fit, the last rank counts.',
     )
     train_text_encoder: bool = option(False, "Train LoRA layers in both text encoders too.")
     train_text_encoder_frac: float = option(
@@ -472,6 +476,9 @@ class TrainConfig:
         last = 2**64 - self.num_validation_images  # pictures have seeds of their own, and a seed has 64 bits
         if self.seed > last:
             raise UserError(f"--seed {self.seed}: must be at most {last}")
+        if self.lora_layers is not None:
+            object.__setattr__(self, "lora_layers", split_layers(self.lora_layers))
+            parse_layers(self.lora_layers)
         reject_contradictions(self)
 
     def _choose_optimizer(self) -> None:
@@ -533,3 +540,13 @@ class TrainConfig:
     def alpha(self) -> float:
         """LoRA alpha: the rank where none is given."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def has_own_ranks(self) -> bool:
+        """Whether some layers have another rank than `rank`."""
+        return any(rank not in (None, self.rank) for _, rank in parse_layers(self.lora_layers or ()))
+
+    def scale(self, rank: int) -> float:
+        """The factor on B @ A in a layer of this rank."""
+        alpha = rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -20,8 +20,9 @@ from flatlora_diffusion.adapter.new_tokens import read_embeddings
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.memory import peak_memory
 from flatlora_diffusion.common.packages import LIBRARIES, package_versions
+from flatlora_diffusion.config.layers import parse_layers
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
-from flatlora_diffusion.sdxl.lora import ADAPTER, adaptable
+from flatlora_diffusion.sdxl.lora import ADAPTER, adaptable, is_pattern
 
 
 def deciding_settings(
@@ -41,6 +42,8 @@ def deciding_settings(
         "images and captions": data_digest,
         "processes": accelerator.num_processes,
     }
+    if config.has_own_ranks and config.lora_alpha is None:
+        settings["lora_alpha"] = "the rank of each layer"
     if config.lora_weights is not None:
         settings["start of the LoRA"] = file_digest(find_file(Path(config.lora_weights)))
     noise_stretches = config.method == FLAT and config.flat_schedule != "constant"
@@ -64,6 +67,8 @@ def facts(
         name: sorted(adaptable(model).peft_config[ADAPTER].target_modules or ())
         for name, model in trained.items()
     }
+    if any(rank or is_pattern(name) for name, rank in parse_layers(config.lora_layers or ())):
+        targets["unet"] = list(config.lora_layers or ())  # PEFT has another word for them, or a long list
     return {
         "method": config.method,
         "base": config.pretrained_model_name_or_path,

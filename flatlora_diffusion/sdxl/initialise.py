@@ -36,13 +36,12 @@ LORA_GA_SAMPLES = 32  # whose gradients are averaged
 Loss = Callable[[int], Tensor]  # the mean loss of a micro-batch, by its number
 
 
-def check(models: dict[str, nn.Module], kind: str, rank: int) -> None:
+def check(models: dict[str, nn.Module], kind: str) -> None:
     """Refuse what PEFT cannot start in this way.
 
     Args:
         models: `unet`, and `text_encoder` and `text_encoder_2` where they are trained, with LoRA layers.
         kind: The value of --init_lora_weights.
-        rank: Of every layer.
 
     Raises:
         UserError: Names the layer, and what to do.
@@ -50,10 +49,11 @@ def check(models: dict[str, nn.Module], kind: str, rank: int) -> None:
     if kind in ("gaussian", "default"):
         return
     flag = f"--init_lora_weights {kind}"
-    # EVA and LoRA-GA have PEFT compute twice as many directions.
-    directions = 2 * rank if kind in ("eva", "lora_ga") else rank
-    for name, layer in _lora_layers(models).items():
-        base = layer.get_base_layer()
+    layers = _lora_layers(models)
+    for name, layer in layers.items():
+        base, rank = layer.get_base_layer(), _greatest_rank(layers) if kind == "eva" else layer.r[ADAPTER]
+        # EVA and LoRA-GA have PEFT compute twice as many directions.
+        directions = 2 * rank if kind in ("eva", "lora_ga") else rank
         if not isinstance(base, nn.Linear):
             raise UserError(
                 f"{flag}: {name} is no linear layer, and only those can start so; "
@@ -135,6 +135,10 @@ def _lora_layers(models: dict[str, nn.Module]) -> dict[str, LoraLayer]:
     }
 
 
+def _greatest_rank(layers: dict[str, LoraLayer]) -> int:
+    return max(layer.r[ADAPTER] for layer in layers.values())
+
+
 @contextlib.contextmanager
 def _float_copy_of_weight(base: nn.Module) -> Generator[None]:
     """A layer with a float32 copy of its weight, which PEFT may write to; afterwards with its own again."""
@@ -150,7 +154,7 @@ def _float_copy_of_weight(base: nn.Module) -> Generator[None]:
 def _take_input_directions(models: dict[str, nn.Module], layers: dict[str, LoraLayer], loss: Loss) -> None:
     """EVA (arXiv 2410.07170): A becomes the principal directions of a layer's inputs; every rank is kept."""
     by_base = {f"{name}.base_layer": layer for name, layer in layers.items()}
-    rank = next(iter(layers.values())).r[ADAPTER]
+    rank = _greatest_rank(layers)
     config = LoraConfig(
         r=rank, target_modules=list(by_base), init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)
     )
@@ -177,7 +181,8 @@ def _take_input_directions(models: dict[str, nn.Module], layers: dict[str, LoraL
         show_progress_bar=False,
     )
     for name, a in directions.items():
-        weight_of(by_base[name].lora_A[ADAPTER]).copy_(a)
+        weight = weight_of(by_base[name].lora_A[ADAPTER])
+        weight.copy_(a[: len(weight)])  # the first ones are those of most variance
 
 
 class _EvaBatches:

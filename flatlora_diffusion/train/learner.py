@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from flatlora_diffusion.adapter.new_tokens import NewTokens, new_tokens, replace
 from flatlora_diffusion.adapter.start import read_start, require_layers
 from flatlora_diffusion.common.devices import release, require_room
 from flatlora_diffusion.common.seeds import hash64, seeded
+from flatlora_diffusion.config.layers import parse_layers
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.captions import AS_THEY_ARE, Captioning
 from flatlora_diffusion.data.encodings import Encodings, EncodingsOf
@@ -290,9 +290,9 @@ class Learner:
         add_lora(
             self.trained,
             rank=config.rank,
-            alpha=config.alpha,
+            alpha=config.lora_alpha,
             seed=config.seed,
-            unet_targets=config.lora_layers or UNET_TARGETS,
+            unet_targets=parse_layers(config.lora_layers or UNET_TARGETS),
             init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
             lora_dropout=config.lora_dropout,
             use_dora=config.use_dora,
@@ -312,7 +312,7 @@ class Learner:
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(model)
             model.to(self.accelerator.device).train()
-        check(self.trained, config.init_lora_weights, config.rank)
+        check(self.trained, config.init_lora_weights)
         if self._start is not None:
             load_adapter_tensors(self.trained, self._start)
             self._start = None
@@ -336,8 +336,8 @@ class Learner:
         }
         return read_start(
             Path(path),
-            rank=config.rank,
-            scale=config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank),
+            rank=None if config.has_own_ranks else config.rank,
+            scale=config.scale,
             dora=config.use_dora,
             parts=("unet", *TEXT_ENCODERS) if config.train_text_encoder else ("unet",),
             layers_per_block=base.unet.config["layers_per_block"],

@@ -555,12 +555,22 @@ def test_betas(name):
         ({"caption_dropout_rate": -0.1}, "--caption_dropout_rate -0.1: must be in [0, 1]"),
         ({"shuffle_caption": True, "keep_tokens": -1}, "--keep_tokens -1: must be 0 or more"),
         ({"keep_tokens": 1}, "--keep_tokens is for --shuffle_caption"),
+        ({"lora_layers": ("to_q", "to_k=")}, '--lora_layers "to_k=": must be NAME or NAME=RANK'),
+        ({"lora_layers": ("to_q=4.5",)}, '--lora_layers "to_q=4.5": must be NAME or NAME=RANK'),
+        ({"lora_layers": ("to_q,,to_k",)}, '--lora_layers "": must be NAME or NAME=RANK'),
+        ({"lora_layers": ("to_q=0",)}, "--lora_layers to_q=0: a rank must be 1 or more"),
     ],
 )
 def test_other_rules(values, message):
     with pytest.raises(UserError) as error:
         config(**values)
     assert str(error.value).startswith(message)
+
+
+def test_layers_may_have_commas_between_them():
+    parted = config(lora_layers=("to_k, to_q", "down_blocks.2.*=8"))
+    assert parted.lora_layers == ("to_k", "to_q", "down_blocks.2.*=8") and parted.has_own_ranks
+    assert not config(lora_layers=("to_k=4",)).has_own_ranks, "that is the rank of all"
 
 
 def test_a_seed_that_no_generator_takes():

@@ -71,7 +71,7 @@ def start(kind: str, models: dict[str, nn.Module] | None = None, *, seed: int = 
     drawn = "gaussian" if kind == "gaussian" else True
     settings = {"rank": RANK, "alpha": ALPHA, **settings}
     add_lora(models, seed=seed, init_lora_weights=drawn, **settings)
-    check(models, kind, settings["rank"])
+    check(models, kind)
     initialise(models, kind, seed=seed, batch_size=BATCH, loss=lambda number: loss_of(models, number))
     if kind in SUBTRACTED:
         subtract_initial_update(models)
@@ -300,8 +300,8 @@ def test_a_quantized_base_is_left_as_it_is(kind, bits):
     model.set_adapter = lambda names: model.to_q.set_adapter(names)
     model.add_adapter(config, ADAPTER)
     with pytest.raises(UserError, match=r"gradients of the base, and unet\.to_q is quantised"):
-        check({"unet": model}, "lora_ga", RANK)
-    check({"unet": model}, kind, RANK)
+        check({"unet": model}, "lora_ga")
+    check({"unet": model}, kind)
     initialise({"unet": model}, kind, seed=0, batch_size=1, loss=loss_of)
     subtract_initial_update({"unet": model})
     torch.testing.assert_close(model.to_q(x), expected, rtol=0, atol=1e-5)
@@ -460,10 +460,37 @@ def test_convolutions_are_refused(kind):
 
 @pytest.mark.parametrize(("kind", "most"), [("pissa", 32), ("olora", 32), ("eva", 16), ("lora_ga", 16)])
 def test_a_rank_that_a_layer_has_not_is_refused(kind, most):
-    models = start("gaussian", rank=most)
-    check(models, kind, most)
+    check(start("gaussian", rank=most), kind)
     with pytest.raises(UserError, match=f"too small for --rank {most + 1}; give a rank of at most {most},"):
-        check(models, kind, most + 1)
+        check(start("gaussian", rank=most + 1), kind)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("eva", "lora_ga")])
+def test_layers_with_ranks_of_their_own_start_too(kind):
+    targets = ["to_q", ("down_blocks.*.to_q", 2), ("mid_block.*.to_q", 6)]
+    models, few = {"unet": build_unet()}, {"unet": build_unet()}
+
+    def loss(number):
+        return models["unet"](**unet_inputs(seed=number)).sample.square().mean()
+
+    for own in (models, few):
+        own["unet"].requires_grad_(False).train()
+    add_lora(models, rank=RANK, alpha=None, seed=0, unet_targets=targets, init_lora_weights=True)
+    check(models, kind)
+    initialise(models, kind, seed=0, batch_size=2, loss=loss)
+    ranks = {name: layer.r[ADAPTER] for name, layer in lora_layers(models).items()}
+    assert set(ranks.values()) == {2, RANK, 6}
+    if kind == "eva":
+        for name, layer in lora_layers(models).items():
+            a = layer.lora_A[ADAPTER].weight
+            torch.testing.assert_close(a @ a.T, torch.eye(ranks[name]), rtol=0, atol=1e-4)
+        return
+    subtract_initial_update(models)
+    add_lora(few, rank=RANK, alpha=None, seed=0, unet_targets=targets, init_lora_weights=True)
+    inputs = unet_inputs()
+    torch.testing.assert_close(
+        models["unet"](**inputs).sample, few["unet"](**inputs).sample, rtol=0, atol=1e-4
+    )
 
 
 def test_gradients_in_fp16_are_refused():
