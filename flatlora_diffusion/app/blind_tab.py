@@ -22,7 +22,7 @@ from flatlora_diffusion.app.limits import DRAWS, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.site import Site, check_prompt, warn_of_cut
 from flatlora_diffusion.app.tally import tally_html
 from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
-from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
+from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to, stop_button
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.samplers import SAMPLERS
@@ -91,7 +91,7 @@ class BlindTab:
             method: adapters[method].sha256 if method in adapters else None for method in self._methods
         }
         gr.Markdown(
-            "Two methods draw the same prompt from the same noise. The sides are shuffled; which is which is "
+            "Two methods draw the same prompt from the same seed. The sides are shuffled; which is which is "
             "told after your vote."
         )
         with gr.Row(equal_height=False):
@@ -109,7 +109,7 @@ class BlindTab:
             self.draw_button = gr.Button(
                 "Draw a pair", variant="primary", elem_id="blind-draw", min_width=120
             )
-            self.stop_button = gr.Button("Stop", variant="stop", elem_id="blind-stop", min_width=80)
+            self.stop_button = stop_button("blind-stop")
         if presets:
             with gr.Accordion("Prompts to choose from", open=False):
                 preset_prompts(presets, self.prompt)

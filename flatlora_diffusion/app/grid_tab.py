@@ -14,7 +14,7 @@ from flatlora_diffusion.app.engine import Drawn, Job
 from flatlora_diffusion.app.files import zipped
 from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.site import Site, check_scale, refusal, warn_of_cut
-from flatlora_diffusion.app.widgets import connect_stop, progress, scrolled_to
+from flatlora_diffusion.app.widgets import connect_stop, progress, scrolled_to, stop_button
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.stamp import BASE, Stamp, png, sidecar
 from flatlora_diffusion.grid.draw import sheet_png
@@ -66,7 +66,7 @@ class GridTab:
             self.draw_button = gr.Button(
                 "Draw the grid", variant="primary", elem_id="grid-draw", min_width=120
             )
-            self.stop_button = gr.Button("Stop", variant="stop", elem_id="grid-stop", min_width=80)
+            self.stop_button = stop_button("grid-stop")
         self.seeds = gr.Textbox("0-1", label="Seeds, such as 0-3 7", max_lines=1, elem_id="grid-seeds")
         self.methods = gr.CheckboxGroup(methods, value=methods, label="Methods")
         self.scales = gr.Textbox(

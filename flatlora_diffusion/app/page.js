@@ -2,7 +2,7 @@
 (() => {
     const find = (id) => document.getElementById(id);
     const NUMBERS = new Set(["seed", "steps", "guidance", "scale", "width", "height"]);
-    const TABS = ["compare", "grid", "shake", "blind", "runs"];
+    const TABS = ["compare", "shake", "strength", "grid", "blind", "runs"];
     const tabButton = (name) => find(`tab-${name}-button`);
 
     // The stage: two pictures over each other.
@@ -134,7 +134,12 @@
 
     // Keys: Enter compares, Shift+Enter makes a line.
 
-    const ENTER = { prompt: "compare", "blind-prompt": "blind-draw", "shake-prompt": "shake-draw" };
+    const ENTER = {
+        prompt: "compare",
+        "blind-prompt": "blind-draw",
+        "shake-prompt": "shake-draw",
+        "strength-prompt": "strength-draw",
+    };
 
     function keyPressed(event) {
         if (event.key !== "Enter" || event.isComposing) return;

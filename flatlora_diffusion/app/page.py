@@ -19,12 +19,13 @@ from flatlora_diffusion.app.preview import Preview
 from flatlora_diffusion.app.runs_tab import runs_tab
 from flatlora_diffusion.app.shake_tab import ShakeTab
 from flatlora_diffusion.app.site import Site
+from flatlora_diffusion.app.strength_tab import StrengthTab
 
 _WAITING = 8  # requests; others are told to come back
 _DAY = 86_400
 _TITLE = "Flat-LoRA beside LoRA"
 _DESCRIPTION = (
-    "The same prompt and noise, drawn with a LoRA, a Flat-LoRA and the base: see what flatness does."
+    "The same prompt and seed, drawn with a LoRA, a Flat-LoRA and the base: see what flatness does."
 )
 _HERE = Path(__file__).parent
 
@@ -38,19 +39,22 @@ def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
     """
     # Files that were handed out go after a day.
     with CheckedBlocks(title=_TITLE, analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
-        gr.HTML(f"<h1>Flat-LoRA</h1><p>{site.introduction}</p>", elem_id="introduction")
+        verdict = f"<p>{site.verdict}</p>" if site.verdict else ""
+        gr.HTML(f"<h1>Flat-LoRA</h1><p>{site.introduction}</p>{verdict}", elem_id="introduction")
         with gr.Tabs():
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"), gr.Column(elem_id="compare-tab"):
                 CompareTab(site, page, first or FirstComparison(site))
             if site.studio.adapters:
                 with gr.Tab("Shake", id="shake", elem_id="tab-shake"):
                     ShakeTab(site)
+                with gr.Tab("Strength", id="strength", elem_id="tab-strength"):
+                    StrengthTab(site)
             with gr.Tab("Grid", id="grid", elem_id="tab-grid"):
                 GridTab(site)
             if site.votes and site.studio.adapters:
                 with gr.Tab("Blind test", id="blind", elem_id="tab-blind"):
                     BlindTab(site, site.votes, page)
-            with gr.Tab("Training runs", id="runs", elem_id="tab-runs"):
+            with gr.Tab("Runs", id="runs", elem_id="tab-runs"):
                 runs_tab(site.runs)
         page.load(None, js="() => window.flatlora.openTab()", **PRIVATE)
     # A closed API: every request goes through the queue and its limits.

@@ -113,7 +113,7 @@ class References:
             f'<img src="{source}" alt="{html.escape(caption)}" title="{html.escape(caption)}">'
             for caption, source in shown
         )
-        told = f"<p>What was taught: {count} training images{of_all}</p>"
+        told = f"<p>The {count} training images{of_all}, whose style was taught:</p>"
         return f'{told}<div class="strip">{pictures}</div>'
 
 

@@ -15,6 +15,7 @@ from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.first import FirstComparison
 from flatlora_diffusion.app.guard import KnownHosts
+from flatlora_diffusion.app.measured import Measured
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.presets import presets
 from flatlora_diffusion.app.references import References
@@ -71,6 +72,7 @@ def serve(given: argparse.Namespace) -> None:
         runs=runs,
         votes=VoteFile(given.votes),
         references=references,
+        measured=Measured.of(runs, studio.adapters, studio.base),
         toy=is_demo,
     )
     first = FirstComparison(site)

@@ -19,7 +19,7 @@ from flatlora_diffusion.app.site import (
     refusal,
     warn_of_cut,
 )
-from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to
+from flatlora_diffusion.app.widgets import connect_stop, preset_prompts, progress, scrolled_to, stop_button
 from flatlora_diffusion.draw.difference import difference
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.shaken import Shake
@@ -44,8 +44,8 @@ class ShakeTab:
         self._site = site
         self._methods = site.studio.methods
         gr.HTML(
-            "<p>A minimum is flat where small changes of the weights do little. Here the merged weights of "
-            "each method get the same change: see whose picture holds. Above as it is, below shaken.</p>",
+            "<p>A model is flat where small changes of its weights do little. Here the weights of each "
+            "method get the same change: see whose picture holds. Above as it is, below shaken.</p>",
             elem_classes="lead",
         )
         with gr.Row(equal_height=False, elem_id="shake-top"):
@@ -71,7 +71,7 @@ class ShakeTab:
         self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="shake-prompt")
         with gr.Row():
             self.button = gr.Button("Shake", variant="primary", elem_id="shake-draw", min_width=120)
-            self.stop_button = gr.Button("Stop", variant="stop", elem_id="shake-stop", min_width=80)
+            self.stop_button = stop_button("shake-stop")
         with gr.Row():
             limits: dict[str, Any] = {"minimum": 0, "maximum": MAX_SEED, "step": 1, "min_width": 120}
             self.draw = gr.Number(0, label="Which noise on the weights", elem_id="shake-which", **limits)

@@ -17,6 +17,7 @@ from PIL import Image
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.files import forget
 from flatlora_diffusion.app.limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SCALE, MAX_SEED, MAX_STEPS
+from flatlora_diffusion.app.measured import Measured
 from flatlora_diffusion.app.references import References
 from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.draw import stamp
@@ -24,6 +25,7 @@ from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import sidecar
 from flatlora_diffusion.grid.plan import unique_slugs
+from flatlora_diffusion.output.names import ARMS
 from flatlora_diffusion.output.reading import RunFolder
 
 _SMALL = 256  # pictures of at most so many pixels a side are enlarged without smoothing
@@ -40,6 +42,7 @@ class Site:
         guidance: First guidance.
         runs: Label -> training run.
         references: What the runs taught.
+        measured: Of the adapters, before.
         toy: The base is the project's demo, and the page says so.
         votes: Those of the blind test; without, the page has none.
     """
@@ -51,6 +54,7 @@ class Site:
     runs: Mapping[str, RunFolder] = field(default_factory=dict)
     votes: VoteFile | None = None
     references: References = field(default_factory=References)
+    measured: Measured = field(default_factory=Measured)
     toy: bool = False
     _folder: tempfile.TemporaryDirectory = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="flatlora-page-")
@@ -90,16 +94,31 @@ class Site:
     def introduction(self) -> str:
         """What the page compares, in a few sentences, as HTML."""
         names = [f"<strong>{html.escape(label)}</strong>" for label in self.studio.adapters]
-        listed = f"{', '.join([*names, 'the base'][:-1])} and the base" if names else "The base"
-        told = (
-            f"{listed} draw the same prompt from the same noise. Flat-LoRA is trained while random noise "
-            "shakes the weights of the model, so that it should hold when they change."
-        )
-        if self.toy:
+        methods = [adapter.method for adapter in self.studio.adapters.values()]
+        shaken = "shakes the model's weights at random while it learns, so that what is learnt should hold"
+        base = "(the <strong>base</strong>)"
+        if self.toy and methods == list(ARMS) and self.references.trained:
             side, count = self.studio.native_side, len(self.references.trained)
-            taught = f" Both adapters learnt the style of the {count} icons below." if count else ""
-            told += f"<br>The base is a toy of {side} x {side} pixels.{taught}"
-        return told
+            return (
+                f"A toy model that draws icons of {side} x {side} pixels {base} was taught the style of "
+                f"{count} icons twice: as {names[0]}, the usual way, and as {names[1]}, which {shaken} when "
+                "they change. Each draws the same prompt from the same seed."
+            )
+        listed = f"{', '.join(names)} and the model that they change" if names else "A model"
+        return (
+            f"{listed} {base} {'each draw' if names else 'draws'} the same prompt from the same seed. "
+            f"Flat-LoRA {shaken} when they change."
+        )
+
+    @property
+    def verdict(self) -> str:
+        """What was measured of the two methods that the page opens with, as HTML; empty without adapters."""
+        if not self.studio.adapters:
+            return ""
+        told = self.measured.verdict(*self.studio.methods[-2:])
+        if not told and len(self.studio.adapters) > 1:
+            told = "Which one is better was not measured here."
+        return f"{told} Judge with your own eyes in the blind test." if told and self.votes else told
 
     def drawing_fields(self) -> list[gr.Textbox | gr.Slider | gr.Dropdown]:
         """Fields in the current context for what `drawing` takes, in its order."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 
 import gradio as gr
 from gradio.events import Dependency
 
 from flatlora_diffusion.app.limits import PRIVATE
+
+_LEAST_SHARED = 3  # words, for prompts to be shortened
 
 
 def progress(told: str, fraction: float | None = None) -> str:
@@ -22,16 +25,43 @@ def progress(told: str, fraction: float | None = None) -> str:
 def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> list[Dependency]:
     """Prompts to click on, under their headings; a click writes one into the field.
 
+    Words that all prompts under a heading begin with are told once, in the heading.
+
     Returns:
         The events that follow the clicks.
     """
     clicks = []
     for heading, prompts in presets.items():
+        beginning, endings = _common_beginning(prompts)
         dataset = gr.Dataset(
-            samples=[[text] for text in prompts], components=[prompt], label=heading, type="values"
+            samples=[[text] for text in prompts],
+            sample_labels=endings,
+            components=[prompt],
+            label=f"{heading}: {beginning} ..." if beginning else heading,
+            type="values",
         )
         clicks.append(dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE))
     return clicks
+
+
+def _common_beginning(prompts: Sequence[str]) -> tuple[str, list[str]]:
+    """The words that all begin with, and what follows; none where these are few or all that one has."""
+    words = [prompt.split() for prompt in prompts]
+    shared = [
+        own[0] for own in itertools.takewhile(lambda own: len(set(own)) == 1, zip(*words, strict=False))
+    ]
+    if len(prompts) < 2 or len(shared) < _LEAST_SHARED or any(len(own) == len(shared) for own in words):
+        return "", list(prompts)
+    return " ".join(shared), [" ".join(own[len(shared) :]) for own in words]
+
+
+def stop_button(name: str) -> gr.Button:
+    """Ends a drawing. It is quieter than what begins one.
+
+    Args:
+        name: Its id on the page.
+    """
+    return gr.Button("Stop", variant="secondary", elem_id=name, elem_classes="stop", scale=0, min_width=100)
 
 
 def connect_stop(button: gr.Button, status: gr.HTML, drawing: Sequence[Dependency]) -> None:

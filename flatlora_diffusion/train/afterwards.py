@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
+from flatlora_diffusion.common.command import invoked_as, shell_line
 from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.pictures import open_image, save_picture
@@ -93,6 +94,8 @@ def present(
         attempt(upload, config, repository)
     if failures:
         raise UserError(f"{'; '.join(failures)} ({saved})")
+    app = ["flatlora-app"] if invoked_as("") else ["python", "app.py"]
+    logger.info("to look at it in a browser:\n  %s", shell_line([*app, "--run", config.output_dir]))
 
 
 def report_final(tracked: Tracked | None, folder: Path, methods: list[str]) -> None:

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.adapter.kohya import convert
@@ -34,6 +33,7 @@ from flatlora_diffusion.output.going_on import in_words
 from flatlora_diffusion.output.hub import without_token
 from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
+from flatlora_diffusion.train.bar import StepBar
 from flatlora_diffusion.train.best import is_worse, stopped_at
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.leaner import leaner
@@ -222,14 +222,8 @@ class Run:
 
     def _loop(self, start: int, stop: StopRequest) -> int:
         """Train; the last step, which --stop_when_worse may make an earlier one than planned."""
-        progress = tqdm(
-            total=self.total_steps,
-            initial=start,
-            desc=self.config.method,
-            unit="step",
-            disable=not self.accelerator.is_local_main_process,
-        )
-        with progress:
+        hidden = not self.accelerator.is_local_main_process
+        with StepBar(self.config.method, start, self.total_steps, hidden=hidden) as bar:
             for step in range(start, self.total_steps):
                 if self._is_worse():
                     return step
@@ -241,15 +235,17 @@ class Run:
                     loss, stopping = self._optimizer_step(step, stop)
                 norms = self.state.advance(loss)
                 self.seconds.append(time.perf_counter() - began)
-                progress.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
-                progress.update()
+                bar.set_postfix(loss=f"{loss:.4f}", sigma=f"{sigma:.3f}", lr=f"{lr:.1e}")
+                bar.update()
                 self.accelerator.log({"loss": loss, "sigma": sigma, "lr": lr, **norms}, step=step + 1)
                 self.public.step, self.public.loss, self.public.sigma = step + 1, loss, sigma
                 self.callbacks.on_step_end(self.public)
-                self._after_step(step + 1)
+                self._after_step(step + 1, bar)
                 if stopping:
                     self._interrupt(step + 1, stop)
-                self.validation.after(step + 1)
+                if self.validation.is_due(step + 1):
+                    with bar.doing("drawing validation pictures"):
+                        self.validation.after(step + 1)
         return self.total_steps
 
     def _is_worse(self) -> bool:
@@ -257,12 +253,14 @@ class Run:
         patience = self.config.stop_when_worse
         return patience is not None and from_main(lambda: is_worse(self.state.heldout_losses, patience))
 
-    def _after_step(self, step: int) -> None:
+    def _after_step(self, step: int, bar: StepBar) -> None:
         """What is due after so many steps: the loss of held-out images, a checkpoint."""
         if self.heldout_samples and (step % self.config.heldout_steps == 0 or step == self.total_steps):
-            self._measure_heldout(step)
+            with bar.doing("measuring the held-out loss"):
+                self._measure_heldout(step)
         if step % self.config.checkpointing_steps == 0:
-            self._save_checkpoint(step)
+            with bar.doing("saving a checkpoint"):
+                self._save_checkpoint(step)
 
     def _optimizer_step(self, step: int, stop: StopRequest) -> tuple[float, bool]:
         """One optimizer step: the mean loss of its samples, and whether to stop after it."""

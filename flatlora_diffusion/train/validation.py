@@ -60,7 +60,7 @@ class Validation:
     def before(self, start: int) -> None:
         """Draw what an interruption prevented after the last step; before the first one, the base."""
         if self._learner.accelerator.is_main_process:
-            if start and self._is_due(start) and not self._gallery.has(step_name(start)):
+            if start and self.is_due(start) and not self._gallery.has(step_name(start)):
                 self._show(start)
             if not start and self._side_by_side and self._will_be_due():
                 self._draw_base(self._gallery_in(self._side_by_side.folder, 0))
@@ -68,12 +68,13 @@ class Validation:
 
     def after(self, step: int) -> None:
         """Draw, if it is time: after the first epoch and then every so many, as in the diffusers script."""
-        if self._is_due(step):
+        if self.is_due(step):
             if self._learner.accelerator.is_main_process:
                 self._show(step)
             self._learner.accelerator.wait_for_everyone()
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether pictures are drawn after this step."""
         config = self._config
         epoch, rest = divmod(step, self._steps_an_epoch)
         if not config.prompts_to_draw or not config.validation_epochs or rest:
@@ -81,7 +82,7 @@ class Validation:
         return (epoch - 1) % config.validation_epochs == 0
 
     def _will_be_due(self) -> bool:
-        return self._steps_an_epoch <= self._total_steps and self._is_due(self._steps_an_epoch)
+        return self._steps_an_epoch <= self._total_steps and self.is_due(self._steps_an_epoch)
 
     def _show(self, step: int) -> None:
         with self._state.averaged():
