@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from flatlora_diffusion.app.comparison import Asked
-from flatlora_diffusion.app.engine import Drawn
-from flatlora_diffusion.app.first import comparison_jobs
+from flatlora_diffusion.app.comparison import Asked, Comparison
 from flatlora_diffusion.app.limits import DRAWS
 from flatlora_diffusion.app.links import Field
 from flatlora_diffusion.draw.stamp import BASE
@@ -19,15 +18,20 @@ if TYPE_CHECKING:
     from flatlora_diffusion.app.site import Site
 
 
-def connect_compare_api(site: Site, settings: Sequence[Field], check: Callable[..., Asked]) -> None:
+def connect_compare_api(
+    site: Site,
+    settings: Sequence[Field],
+    check: Callable[..., Asked],
+    draw: Callable[[Asked, Path], Comparison],
+) -> None:
     """Add both to the current context.
 
     Args:
         site: Draws.
         settings: The fields, in the order of `comparison.SETTINGS`.
         check: Their values -> what is asked for.
+        draw: Draws it into a folder.
     """
-    methods = site.studio.methods
 
     def compare(
         prompt: str,
@@ -42,16 +46,12 @@ def connect_compare_api(site: Site, settings: Sequence[Field], check: Callable[.
     ) -> Iterator[tuple[list[str], dict[str, Any]]]:
         asked = check(prompt, negative_prompt, seed, steps, guidance, scale, sampler, width, height)
         with site.lent_folder() as folder:
-            files: list[str] = []
+            comparison = draw(asked, folder)
             facts: dict[str, Any] = {}
-            for event in site.studio.run(comparison_jobs(methods, asked)):
-                if isinstance(event, Drawn):
-                    made = (methods[event.job], asked.prompt, asked.seed, asked.drawing, asked.scale)
-                    png, sidecar = site.picture_files(folder, event.pictures[0], *made)
-                    files.append(str(png))
-                    told = json.loads(sidecar.read_text(encoding="utf-8"))
-                    facts[made[0]] = {"seconds": event.seconds, **told}
-            yield files, facts
+            for method, file in comparison.files.items():
+                told = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+                facts[method] = {"seconds": comparison.seconds[method], **told}
+            yield [str(file) for file in comparison.files.values()], facts
 
     def describe() -> dict[str, Any]:
         described: dict[str, Any] = {BASE: {"name": site.studio.base}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator
 from functools import partial
@@ -11,15 +12,16 @@ from urllib.parse import parse_qs
 
 import gradio as gr
 
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.app.compare_api import connect_compare_api
-from flatlora_diffusion.app.comparison import SETTINGS, Asked, Comparison, Shelf
+from flatlora_diffusion.app.comparison import SETTINGS, Asked, Comparison, Shelf, setting_names
 from flatlora_diffusion.app.engine import Drawn
 from flatlora_diffusion.app.files import forget, zipped
-from flatlora_diffusion.app.first import FirstComparison, comparison_jobs
+from flatlora_diffusion.app.first import FirstComparison, comparison_jobs, drawn_comparison
 from flatlora_diffusion.app.limits import DRAWS, MAX_SCALE, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.links import COMPARE_IF_LINKED, Field, from_link
 from flatlora_diffusion.app.results import Results, Update
-from flatlora_diffusion.app.site import Site, check_prompt, check_scale, check_seed, warn_of_cut
+from flatlora_diffusion.app.site import Site, check_part, check_prompt, check_scale, check_seed, warn_of_cut
 from flatlora_diffusion.app.stage import stage
 from flatlora_diffusion.app.widgets import preset_prompts, progress, stop_button
 
@@ -83,14 +85,20 @@ class CompareTab:
             )
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
         self.scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="Scale of the adapters")
+        self._parts = [
+            gr.Slider(-MAX_SCALE, MAX_SCALE, scale, step=0.05, label=f"{label}: {_named(part.file)}")
+            for label, adapter in site.studio.adapters.items()
+            for part, scale in adapter.mix
+        ]
         with gr.Accordion("More settings", open=False):
             self._drawing = site.drawing_fields()
 
     @property
     def _settings(self) -> list[Field]:
-        """The fields, in the order of `SETTINGS`."""
+        """The fields, in the order of `setting_names`."""
         negative, steps, guidance, sampler, width, height = self._drawing
-        return [self.prompt, negative, self.seed, steps, guidance, self.scale, sampler, width, height]
+        first = [self.prompt, negative, self.seed, steps, guidance, self.scale, sampler, width, height]
+        return [*first, *self._parts]
 
     def _connect(self, page: gr.Blocks) -> None:
         results, sides = self._results, [self.left, self.right]
@@ -151,7 +159,8 @@ class CompareTab:
             timer = gr.Timer(_FIRST_EVERY)
             look = partial(self._first_has_come, timer)
             timer.tick(look, [results.shelf, *sides], [*shown, timer], **quiet)
-        connect_compare_api(self._site, self._settings, self._asked)
+        draw = partial(drawn_comparison, self._site)
+        connect_compare_api(self._site, self._settings[: len(SETTINGS)], self._asked, draw)
 
     # Handlers.
 
@@ -166,9 +175,14 @@ class CompareTab:
         sampler: str,
         width: int,
         height: int,
+        *parts: float,
     ) -> Asked:
         drawing = self._site.drawing(negative, steps, guidance, sampler, width, height)
-        asked = Asked(check_prompt(prompt), check_seed(seed), drawing, check_scale(scale))
+        mixes = self._site.studio.mixes
+        if parts:
+            scales = iter([check_part(part) for part in parts])
+            mixes = tuple((label, tuple(itertools.islice(scales, len(own)))) for label, own in mixes)
+        asked = Asked(check_prompt(prompt), check_seed(seed), drawing, check_scale(scale), mixes)
         warn_of_cut(self._site.studio, prompt, negative)
         return asked
 
@@ -183,7 +197,7 @@ class CompareTab:
             for event in self._site.studio.run(comparison_jobs(self._methods, asked)):
                 method = self._methods[event.job]
                 if isinstance(event, Drawn):
-                    made = (method, asked.prompt, asked.seed, asked.drawing, asked.scale)
+                    made = asked.made(method)
                     files[method], _ = self._site.picture_files(folder, event.pictures[0], *made)
                     seconds[method] = event.seconds
                     yield self._results.picture(asked, method, files[method], event.seconds)
@@ -225,7 +239,8 @@ class CompareTab:
         """
         query = dict(request.query_params)
         left_out: list[str] = []
-        fields = dict(zip(SETTINGS, self._settings, strict=True)) | {"left": self.left, "right": self.right}
+        names = setting_names(len(self._settings))
+        fields = dict(zip(names, self._settings, strict=True)) | {"left": self.left, "right": self.right}
         update: Update = {
             field: from_link(query.get(name), field, name, left_out) for name, field in fields.items()
         }
@@ -243,11 +258,12 @@ class CompareTab:
 
     def _is_first(self, query: dict[str, str]) -> bool:
         """Whether a link is to what the page opens with anyway: the bare address, or as it is then shown."""
-        if not any(name in query for name in SETTINGS):
+        names = setting_names(len(self._settings))
+        if not any(name in query for name in names):
             return True
         first = self._first.ready
         link = parse_qs(first.asked.link("", "")[1:], keep_blank_values=True) if first else {}
-        return bool(first) and all(query.get(name) == link[name][0] for name in SETTINGS)
+        return bool(first) and all(query.get(name) == link[name][0] for name in names)
 
     @property
     def _opening_words(self) -> str:
@@ -266,3 +282,8 @@ class CompareTab:
             return {timer: gr.skip()}
         update: Update = {timer: gr.Timer(active=False)}
         return update if shelf.kept else {**update, **self._opening(left, right)}
+
+
+def _named(file: Path) -> str:
+    """What the page calls an adapter's file: without its folders."""
+    return file.parent.name if file.name == WEIGHTS_NAME else file.stem

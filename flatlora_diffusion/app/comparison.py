@@ -14,32 +14,52 @@ from flatlora_diffusion.draw.pipeline import Drawing
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, checked."""
+    """What was asked for, checked.
+
+    Attributes:
+        prompt: What is drawn.
+        seed: Of the initial noise.
+        drawing: How.
+        scale: Of the adapters.
+        mixes: Labels of the mixes on the page, each with the scales of its adapters.
+    """
 
     prompt: str
     seed: int
     drawing: Drawing
     scale: float
+    mixes: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def made(self, method: str) -> tuple[str, str, int, Drawing, float, tuple[float, ...]]:
+        """What made a method's picture, as `Studio.stamp` takes it."""
+        return method, self.prompt, self.seed, self.drawing, self.scale, dict(self.mixes).get(method, ())
 
     def link(self, left: str, right: str) -> str:
         """The query that opens the page with this comparison."""
-        values = dict(zip(SETTINGS, self.fields(), strict=True))
-        values |= {"guidance": f"{self.drawing.guidance:g}", "scale": f"{self.scale:g}"}
+        fields = self.fields()
+        values = dict(zip(setting_names(len(fields)), fields, strict=True))
+        values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in values.items()}
         return "?" + urlencode({**values, "left": left, "right": right})
 
     def fields(self) -> list[str | int | float]:
-        """The values of the page's fields, in the order of `SETTINGS`."""
+        """The values of the page's fields, in the order of `setting_names`."""
         drawing = self.drawing
         return [
             *(self.prompt, drawing.negative_prompt or "", self.seed, drawing.steps, drawing.guidance),
             *(self.scale, drawing.sampler, drawing.width, drawing.height),
+            *(scale for _, scales in self.mixes for scale in scales),
         ]
 
 
 SETTINGS = (
     *("prompt", "negative_prompt", "seed", "steps", "guidance", "scale", "sampler", "width", "height"),
 )
-"""What links call the settings, in the order of the page's fields."""
+"""What links call the settings that every page has, in the order of its fields."""
+
+
+def setting_names(count: int) -> tuple[str, ...]:
+    """What links call all settings of a page that has so many: the scales in its mixes come last."""
+    return (*SETTINGS, *(f"part{number}" for number in range(1, count - len(SETTINGS) + 1)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.check import AdapterFacts, facts_of_mix
 from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
@@ -25,9 +25,11 @@ from flatlora_diffusion.draw.pipeline import (
     Drawing,
     activate,
     adapter_names,
+    blended,
     draw_batch,
     load_adapter,
     native_side,
+    parts_of,
     sketches,
     where_cut_in,
 )
@@ -49,6 +51,8 @@ class Job:
         drawing: How.
         scale: Of the adapter's update.
         shake: What is done to the merged weights; None for nothing.
+        parts: Of a mix: the scale of each of its adapters in place of its own.
+        added: Label of another adapter whose update is added, and how many times.
     """
 
     method: str
@@ -56,6 +60,8 @@ class Job:
     drawing: Drawing
     scale: float = 1.0
     shake: Shake | None = None
+    parts: tuple[float, ...] = ()
+    added: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,15 @@ class Studio:
         """Precision in which pictures are drawn."""
         return next(name for name, dtype in DTYPES.items() if dtype == self._pipeline.dtype)
 
+    @property
+    def mixes(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
+        """The labels of those that are several adapters at once, each with their scales."""
+        return tuple(
+            (label, tuple(scale for _, scale in adapter.mix))
+            for label, adapter in self.adapters.items()
+            if adapter.mix
+        )
+
     def where_cut(self, prompt: str) -> str | None:
         """Where a prompt ends that is longer than the text encoders read with some method, else None."""
         found = (
@@ -221,9 +236,19 @@ class Studio:
             worker.join(max(0.0, end - time.monotonic()))
         return not any(worker.is_alive() for worker in running)
 
-    def stamp(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float = 1.0) -> Stamp:
-        """What a picture says of its making."""
+    def stamp(
+        self,
+        method: str,
+        prompt: str,
+        seed: int,
+        drawing: Drawing,
+        scale: float = 1.0,
+        parts: Sequence[float] = (),
+    ) -> Stamp:
+        """What a picture says of its making; for the arguments see `Job`."""
         adapter = self.adapters.get(method)
+        if adapter and adapter.mix and parts:
+            adapter = facts_of_mix([(own, part) for (own, _), part in zip(adapter.mix, parts, strict=True)])
         return Stamp(
             prompt=prompt,
             negative_prompt=drawing.negative_prompt,
@@ -270,21 +295,37 @@ class Studio:
             if index in known:
                 tell(Drawn(index, known[index], time.perf_counter() - started))
                 continue
-            name = self._names[job.method]
-            activate(self._pipeline, name, job.scale)
-            shaking = shaken(self._pipeline, name, job.shake) if job.shake else nullcontext()
-            with shaking:
+            with self._active(job) as (name, scale):
                 pictures = draw_batch(
                     self._pipeline,
                     name,
                     job.pictures,
                     job.drawing,
-                    scale=job.scale,
+                    scale=scale,
                     on_step=partial(after_step, index, done),
                 )
             done += job.drawing.steps * len(job.pictures)
             self._frames.keep(job, pictures)
             tell(Drawn(index, pictures, time.perf_counter() - started))
+
+    @contextmanager
+    def _active(self, job: Job) -> Iterator[tuple[str | None, float]]:
+        """Within the block a job's method is active, blended and shaken: a name and a scale to draw with."""
+        pipeline, name, scale = self._pipeline, self._names[job.method], job.scale
+        with ExitStack() as stack:
+            if job.parts or job.added:
+                own = parts_of(pipeline, name) if name else {}
+                factors = job.parts or tuple(own.values())
+                scales = {part: scale * factor for part, factor in zip(own, factors, strict=True)}
+                if job.added:
+                    label, times = job.added
+                    for part, factor in parts_of(pipeline, str(self._names[label])).items():
+                        scales[part] = scales.get(part, 0.0) + times * factor
+                name, scale = stack.enter_context(blended(pipeline, name, scales)), 1.0
+            activate(pipeline, name, scale)
+            if job.shake:
+                stack.enter_context(shaken(pipeline, name, job.shake))
+            yield name, scale
 
 
 class _Frames:
@@ -316,7 +357,8 @@ class _Frames:
     @staticmethod
     def _keys(job: Job) -> list[Hashable]:
         scale = None if job.method == BASE else job.scale
-        return [(job.method, prompt, seed, job.drawing, scale, job.shake) for prompt, seed in job.pictures]
+        how = (job.method, job.drawing, scale, job.shake, job.parts, job.added)
+        return [(*how, prompt, seed) for prompt, seed in job.pictures]
 
 
 def _size(picture: Image.Image) -> int:

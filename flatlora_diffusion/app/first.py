@@ -53,7 +53,7 @@ class FirstComparison:
         prompts = [prompt for group in site.presets.values() for prompt in group]
         if not prompts or not site.studio.adapters:
             return
-        asked = Asked(prompts[0], 0, self._drawing(), 1.0)
+        asked = Asked(prompts[0], 0, self._drawing(), 1.0, site.studio.mixes)
         self.ready = self._read(asked)
         if self.ready is None and site.draws_fast:
             self.coming = True
@@ -129,12 +129,14 @@ def drawn_comparison(site: Site, asked: Asked, folder: Path) -> Comparison:
     for event in site.studio.run(comparison_jobs(methods, asked)):
         if isinstance(event, Drawn):
             method = methods[event.job]
-            made = (method, asked.prompt, asked.seed, asked.drawing, asked.scale)
-            files[method], _ = site.picture_files(folder, event.pictures[0], *made)
+            files[method], _ = site.picture_files(folder, event.pictures[0], *asked.made(method))
             seconds[method] = event.seconds
     return Comparison(asked, files, seconds, zipped(folder, "comparison.zip"), lent=False)
 
 
 def comparison_jobs(methods: Sequence[str], asked: Asked) -> list[Job]:
     """A picture for each method."""
-    return [Job(method, [(asked.prompt, asked.seed)], asked.drawing, asked.scale) for method in methods]
+    pictures, mixes = [(asked.prompt, asked.seed)], dict(asked.mixes)
+    return [
+        Job(method, pictures, asked.drawing, asked.scale, parts=mixes.get(method, ())) for method in methods
+    ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from flatlora_diffusion.app.comparison import Comparison
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.sheet.animation import gif, there_and_back, wiped
 from flatlora_diffusion.sheet.layout import contact_sheet
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.app.comparison import Comparison
 
 _CUTS = 13  # from one edge to the other
 _MILLISECONDS = 90

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from flatlora_diffusion.adapter.check import AdapterFacts
-from flatlora_diffusion.draw.stamp import BASE, base_name
-from flatlora_diffusion.output.history import Curve
+from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.reading import RunFolder
 
 _REPORTS = ("evaluation.json", "evaluation/evaluation.json")  # in a run's folder, or that of a comparison
@@ -31,7 +30,7 @@ class Measured:
 
     heldout: Mapping[str, float] = field(default_factory=dict)
     pictures: int | None = None
-    rises: Mapping[str, Curve] = field(default_factory=dict)
+    rises: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, runs: Mapping[str, RunFolder], adapters: Mapping[str, AdapterFacts], base: str) -> Measured:
@@ -53,7 +52,7 @@ class Measured:
 
     @classmethod
     def _of_report(cls, report: Any, adapters: Mapping[str, AdapterFacts], base: str) -> Measured:
-        if base_name(report["base"]) != base:
+        if base not in (report["base"], PureWindowsPath(report["base"]).name):  # it knows both slashes
             return cls()
         hashes = {sha256: label for label, sha256 in report["settings"]["adapters"].items()}
         names = {BASE: BASE} | {

@@ -85,13 +85,15 @@
         const names = [
             "prompt", "negative_prompt", "seed", "steps", "guidance", "scale", "sampler", "width", "height",
         ];
+        const parts = given.length - 1 - names.length; // the scales of adapters in mixes
+        for (let number = 1; number <= parts; number++) names.push(`part${number}`);
         const link = given[names.length];
         const stage = document.querySelector(".stage");
         if (!stage) return;
         const shown = new URLSearchParams((link ?? "").split("?")[1] ?? "");
         const same = names.every((name, index) => {
             const value = given[index] ?? "";
-            if (NUMBERS.has(name)) return Number(value) === Number(shown.get(name)) && value !== "";
+            if (NUMBERS.has(name) || name.startsWith("part")) return Number(value) === Number(shown.get(name)) && value !== "";
             return String(value).trim() === (shown.get(name) ?? "");
         });
         const stale = Boolean(link) && !same;

@@ -194,7 +194,7 @@ class Results:
         return [{"value": str(file), "interactive": True} for file in keepsakes(comparison, left, right)]
 
     def _caption(self, asked: Asked, method: str, seconds: float) -> str:
-        how = self._site.caption(method, asked.prompt, asked.seed, asked.drawing, asked.scale)
+        how = self._site.caption(*asked.made(method))
         return f"{html.escape(asked.prompt)}  \n{how}, {seconds:.1f} s"
 
     def _true(self, prompt: str) -> tuple[Image.Image | None, str, str]:

@@ -12,19 +12,13 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
+from flatlora_diffusion.app.colours import METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.limits import PRIVATE
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.output.history import Curve
-from flatlora_diffusion.output.names import ARMS
 from flatlora_diffusion.output.reading import SMOOTHING, Reading, RunFolder
-
-METHOD_COLOURS = dict(zip(ARMS, ("#d97706", "#3b82f6"), strict=True))
-"""Method -> its colour in every plot: orange and blue stay apart for the colour-blind too."""
-
-OTHER_COLOURS = ("#be4bb4", "#0f9488", "#8b6f5c", "#7c7cf0")
-"""Colours of further runs, taken in turn."""
 
 _NEWEST = 2  # so many steps are shown where none are chosen
 _LARGEST_SIDE = 2048  # larger pictures are reduced for the page

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 
+from flatlora_diffusion.app.colours import method_colours
 from flatlora_diffusion.app.engine import Drawn, Job
-from flatlora_diffusion.app.limits import DRAWS, MAX_SEED, PRIVATE
+from flatlora_diffusion.app.limits import DRAWS, MAX_SCALE, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.site import (
     Site,
     check_draw,
     check_prompt,
+    check_scale,
     check_seed,
     check_sigma,
     refusal,
@@ -27,7 +30,9 @@ from flatlora_diffusion.draw.shaken import Shake
 MAX_SIGMA = 0.5
 
 _NOISE = "Random noise"
-_KINDS = {_NOISE: None, "Rounded to 8 bits": 8, "Rounded to 4 bits": 4, "Rounded to 3 bits": 3}
+_ADDED = "Another adapter added"
+_BITS = {"Rounded to 8 bits": 8, "Rounded to 4 bits": 4, "Rounded to 3 bits": 3}
+_KINDS = (_NOISE, *_BITS, _ADDED)
 _SIGMA = 0.2  # first: with less, little is to be seen on a small base
 
 _Update = dict[gr.components.Component, Any]
@@ -68,6 +73,12 @@ class ShakeTab:
             info="Relative to each filter: Flat-LoRA trains with noise of this kind.",
             elem_id="shake-sigma",
         )
+        with gr.Row(visible=False) as self._addition:
+            labels = list(site.studio.adapters)
+            self.other = gr.Dropdown(labels, value=labels[0], label="The other adapter", min_width=120)
+            self.times = gr.Slider(
+                0, MAX_SCALE, 0.5, step=0.05, label="How much of it", elem_id="shake-times", min_width=160
+            )
         self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="shake-prompt")
         with gr.Row():
             self.button = gr.Button("Shake", variant="primary", elem_id="shake-draw", min_width=120)
@@ -100,9 +111,25 @@ class ShakeTab:
                         if name == "shaken":
                             self.captions[method] = gr.HTML("", elem_classes="caption")
         self.told = gr.HTML("", elem_id="shake-told")
+        if rises := self._site.measured.rises:
+            points = [(sigma, rise, method) for method, own in rises.items() for sigma, rise in own]
+            gr.LinePlot(
+                pd.DataFrame(points, columns=["sigma", "rise", "method"]),
+                x="sigma",
+                y="rise",
+                color="method",
+                color_map=method_colours(list(rises)),
+                x_title="Strength of the noise, sigma",
+                y_title="Rise of the loss, in percent",
+                color_title="Method",
+                label="Measured over many pictures: how much noise raises the loss",
+                height=260,
+                buttons=["fullscreen"],
+                elem_id="shake-rise",
+            )
 
     def _connect(self) -> None:
-        inputs = [self.prompt, self.seed, self.kind, self.sigma, self.draw]
+        inputs = [self.prompt, self.seed, self.kind, self.sigma, self.draw, self.other, self.times]
         outputs = [
             self.status,
             self.told,
@@ -111,7 +138,13 @@ class ShakeTab:
             *self.captions.values(),
         ]
         drawing = gr.on(
-            [self.button.click, self.sigma.release, self.kind.input],
+            [
+                self.button.click,
+                self.sigma.release,
+                self.kind.input,
+                self.other.input,
+                self.times.release,
+            ],
             self._shake,
             inputs,
             outputs,
@@ -124,25 +157,27 @@ class ShakeTab:
         )
         connect_stop(self.stop_button, self.status, [drawing])
         self.kind.change(
-            lambda kind: gr.Slider(interactive=kind == _NOISE), self.kind, self.sigma, queue=False, **PRIVATE
+            lambda kind: [gr.Slider(visible=kind == _NOISE), gr.Row(visible=kind == _ADDED)],
+            self.kind,
+            [self.sigma, self._addition],
+            queue=False,
+            show_progress="hidden",
+            **PRIVATE,
         )
         for preset in self._presets:
             preset.then(None, js='() => document.getElementById("shake-draw").click()', **PRIVATE)
 
     # Handlers.
 
-    def _shake(self, prompt: str, seed: float, kind: str, sigma: float, draw: float) -> Iterator[_Update]:
+    def _shake(
+        self, prompt: str, seed: float, kind: str, sigma: float, draw: float, other: str, times: float
+    ) -> Iterator[_Update]:
         site, methods = self._site, self._methods
         prompt, seed = check_prompt(prompt), check_seed(seed)
-        if kind not in _KINDS:
-            raise refusal(f"The weights are shaken in one of these ways: {', '.join(_KINDS)}.")
-        bits = _KINDS[kind]
-        strength = check_sigma(sigma, MAX_SIGMA) if bits is None else 0.0
-        shake = Shake(strength, bits, check_draw(draw))
+        change, what = self._change(kind, sigma, draw, other, times)
         warn_of_cut(site.studio, prompt)
         side = site.studio.native_side
         drawing = site.drawing("", site.steps, site.guidance, SAMPLERS[0], side, side)
-        what = f"sigma {strength:g}" if bits is None else f"{bits} bits"
         yield {
             self.status: progress("Starting.", 0.0),
             self.told: "",
@@ -150,31 +185,45 @@ class ShakeTab:
             **dict.fromkeys(self.captions.values(), ""),
         }
         # Method by method: a calm picture, then a shaken one.
-        asked = [(method, change) for method in methods for change in (None, shake)]
-        jobs = [Job(method, [(prompt, seed)], drawing, shake=change) for method, change in asked]
+        asked = [(method, is_shaken) for method in methods for is_shaken in (False, True)]
+        jobs = [Job(method, [(prompt, seed)], drawing, **(change if own else {})) for method, own in asked]
         calm: dict[str, Any] = {}
         moved: dict[str, float] = {}
         for event in site.studio.run(jobs):
-            method, change = asked[event.job]
-            shown = (self.calm if change is None else self.shaken)[method]
+            method, is_shaken = asked[event.job]
+            shown = (self.shaken if is_shaken else self.calm)[method]
             if not isinstance(event, Drawn):
-                told = (
-                    f"Drawing {method}{', shaken' if change else ''}: about {event.seconds_left:.0f} s left."
-                )
+                after = ", shaken" if is_shaken else ""
+                told = f"Drawing {method}{after}: about {event.seconds_left:.0f} s left."
                 yield {self.status: progress(told, event.fraction), shown: event.sketches[0]}
                 continue
             picture = event.pictures[0]
             alt = f'"{prompt}" drawn by {method} with seed {seed}' + (
-                f", weights shaken: {what}" if change else ""
+                f", weights shaken: {what}" if is_shaken else ""
             )
             update: _Update = {shown: gr.Image(picture, alt_text=alt)}
-            if change is None:
-                calm[method] = picture
-            else:
+            if is_shaken:
                 moved[method] = difference(calm[method], picture).mean_percent
-                update[self.captions[method]] = f"<p>{what}: changed by {moved[method]:.1f}%</p>"
+                told = f"{what}: changed by {moved[method]:.1f}%"
+                update[self.captions[method]] = f"<p>{html.escape(told)}</p>"
+            else:
+                calm[method] = picture
             yield update
         yield {self.status: progress("Done."), self.told: moved_text(moved, what)}
+
+    def _change(
+        self, kind: str, sigma: float, draw: float, other: str, times: float
+    ) -> tuple[dict[str, Any], str]:
+        """What a job gets for it, and what it is called."""
+        if kind not in _KINDS:
+            raise refusal(f"The weights are shaken in one of these ways: {', '.join(_KINDS)}.")
+        if kind == _ADDED:
+            times = check_scale(times)
+            return {"added": (other, times)}, f"{other} x {times:g} added"
+        if kind == _NOISE:
+            strength = check_sigma(sigma, MAX_SIGMA)
+            return {"shake": Shake(strength, draw=check_draw(draw))}, f"sigma {strength:g}"
+        return {"shake": Shake(bits=_BITS[kind])}, f"{_BITS[kind]} bits"
 
 
 def moved_text(moved: dict[str, float], what: str) -> str:

@@ -171,6 +171,7 @@ class Site:
         seed: int,
         drawing: Drawing,
         scale: float,
+        parts: Sequence[float] = (),
     ) -> tuple[Path, Path]:
         """Write a picture that says how it was made, and a JSON file that says the same.
 
@@ -182,21 +183,32 @@ class Site:
             seed: Its seed.
             drawing: How it was drawn.
             scale: Of the adapter's update.
+            parts: Of a mix: the scale of each of its adapters, in place of its own.
         """
-        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+        made = self.studio.stamp(method, prompt, seed, drawing, scale, parts)
         names = dict(zip(self.studio.methods, unique_slugs(self.studio.methods), strict=True))
         png = folder / f"{names[method]}-seed{seed}.png"
         png.write_bytes(stamp.png(picture, made))
         png.with_suffix(".json").write_bytes(sidecar(made))
         return png, png.with_suffix(".json")
 
-    def caption(self, method: str, prompt: str, seed: int, drawing: Drawing, scale: float) -> str:
-        """How a picture was made, as two lines of Markdown; of the base one."""
-        made = self.studio.stamp(method, prompt, seed, drawing, scale)
+    def caption(
+        self,
+        method: str,
+        prompt: str,
+        seed: int,
+        drawing: Drawing,
+        scale: float,
+        parts: Sequence[float] = (),
+    ) -> str:
+        """How a picture was made, as two lines of Markdown; of the base one. See `picture_files`."""
+        made = self.studio.stamp(method, prompt, seed, drawing, scale, parts)
         adapter = self.studio.adapters.get(method)
         of_adapter = ""
         if adapter:
-            of_adapter = f"rank {adapter.rank}, scale {scale:g}, hash {adapter.sha256[:10]}  \n"
+            mixed = " + ".join(f"{part:g}" for _, part in made.mix or ())
+            scales = f"{scale:g} x ({mixed})" if mixed else f"{scale:g}"
+            of_adapter = f"rank {adapter.rank}, scale {scales}, hash {str(made.adapter_sha256)[:10]}  \n"
         return (
             f"{of_adapter}seed {seed}, {drawing.steps} steps of {made.sampler}, "
             f"guidance {drawing.guidance:g}, {drawing.width} x {drawing.height}"
@@ -252,6 +264,16 @@ def check_scale(scale: float) -> float:
         gradio.Error: It is out of its limits.
     """
     _require("The scale of the adapters", scale, 0, MAX_SCALE)
+    return float(scale)
+
+
+def check_part(scale: float) -> float:
+    """The scale of an adapter in a mix; below 0 it is taken away.
+
+    Raises:
+        gradio.Error: It is out of its limits.
+    """
+    _require("The scale of an adapter in a mix", scale, -MAX_SCALE, MAX_SCALE)
     return float(scale)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,31 @@ def _load_mix(pipeline: StableDiffusionXLPipeline, name: str, mix: Mix) -> Adapt
 def parts_of(pipeline: StableDiffusionXLPipeline, name: str) -> dict[str, float]:
     """The adapters that are active under a name, with their scales: several for a mix, else itself."""
     return vars(pipeline).get(_MIXES, {}).get(name, {name: 1.0})
+
+
+@contextlib.contextmanager
+def blended(
+    pipeline: StableDiffusionXLPipeline, adapter: str | None, scales: Mapping[str, float]
+) -> Iterator[str]:
+    """Within the block a name stands for several loaded adapters at once, as that of a mix does.
+
+    Args:
+        pipeline: With its adapters.
+        adapter: The one whose new tokens count in prompts; None for none.
+        scales: Those that are active, as `parts_of` names them, and the scale of each.
+
+    Yields:
+        The name, for `draw_batch` and the like.
+    """
+    name = "blend"
+    mixes = vars(pipeline).setdefault(_MIXES, {})
+    mixes[name] = dict(scales)
+    remember_words(pipeline, name, loaded_words(pipeline, adapter))
+    try:
+        yield name
+    finally:
+        del mixes[name]
+        remember_words(pipeline, name, {})
 
 
 _MIXES = "mixed_adapters"  # attribute of a pipeline: name -> adapter -> scale

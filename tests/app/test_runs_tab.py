@@ -11,10 +11,9 @@ from gradio_client import Client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from flatlora_diffusion.app.colours import METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.page import launch_settings
 from flatlora_diffusion.app.runs_tab import (
-    METHOD_COLOURS,
-    OTHER_COLOURS,
     open_sheets,
     run_colours,
     run_record,

@@ -3,10 +3,13 @@
 import gradio as gr
 import pytest
 
-from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.adapter.mix import Mix
+from flatlora_diffusion.app.engine import Job, Studio
 from flatlora_diffusion.app.shake_tab import ShakeTab, moved_text
 from flatlora_diffusion.app.site import Site
-from flatlora_diffusion.draw.pipeline import load_pipeline
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+
+ADDED = ("Flat-LoRA", 0.5)  # what is added where that is asked for
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def tab(base_path, written_adapters):
 
 def shaken(tab, *asked):
     shown = {}
-    for update in tab._shake(*asked):
+    for update in tab._shake(*asked, *ADDED):
         shown |= update
     return shown
 
@@ -35,6 +38,27 @@ def test_each_method_is_drawn_calm_and_shaken(tab):
     assert "3 bits: changed by " in rounded[tab.captions["base"]]
 
 
+def test_another_adapter_is_added_to_each_method(tab, written_adapters):
+    shown = shaken(tab, "a icon", 5, "Another adapter added", 0.3, 0)
+    assert "Flat-LoRA x 0.5 added: changed by " in shown[tab.captions["LoRA"]]
+    drawing = Drawing(16, 16, 2, 3.0, None, "default")
+    studio = tab._site.studio
+    # To the base it is itself, to itself more of it, and to another a mix.
+    mix = Mix(((written_adapters["LoRA"], 1.0), (written_adapters["Flat-LoRA"], 0.5)))
+    pipeline = studio._pipeline
+    load_adapter(pipeline, "both", mix)
+    for method, name, scale in (
+        ("base", "adapter_2", 0.5),
+        ("Flat-LoRA", "adapter_2", 1.5),
+        ("LoRA", "both", 1.0),
+    ):
+        expected = draw_with(pipeline, name, "a icon", 5, drawing, scale)
+        (job,) = studio.run([Job(method, [("a icon", 5)], drawing, added=("Flat-LoRA", 0.5))])
+        assert job.pictures[0].tobytes() == expected.tobytes(), method
+    (again,) = studio.run([Job("LoRA", [("a icon", 6)], drawing)])
+    assert again.pictures[0].tobytes() == draw_with(pipeline, "adapter_1", "a icon", 6, drawing).tobytes()
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
@@ -48,7 +72,7 @@ def test_each_method_is_drawn_calm_and_shaken(tab):
 )
 def test_wrong_values_are_refused(tab, asked, told):
     with pytest.raises(gr.Error) as refused:
-        next(tab._shake(*asked))
+        next(tab._shake(*asked, *ADDED))
     assert told in refused.value.message
 
 
