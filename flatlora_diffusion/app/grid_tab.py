@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from flatlora_diffusion.app.limits import DRAWS, MAX_PROMPT, MAX_SEED, PRIVATE
 from flatlora_diffusion.app.site import Site, check_scale, refusal, warn_of_cut
 from flatlora_diffusion.app.widgets import connect_stop, progress, scrolled_to, stop_button
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.samplers import SAMPLERS
 from flatlora_diffusion.draw.stamp import BASE, Stamp, png, sidecar
 from flatlora_diffusion.grid.draw import sheet_png
-from flatlora_diffusion.grid.plan import Cell, Grid, Method
+from flatlora_diffusion.grid.plan import DRAWING_AXES, Cell, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 
 MAX_PICTURES = 60
@@ -28,6 +30,7 @@ _LAYOUTS = {
     "Prompts down, seeds and methods across": (("prompt",), ("seed", "method")),
     "Seeds down, prompts and methods across": (("seed",), ("prompt", "method")),
     "Methods down, prompts and seeds across": (("method",), ("prompt", "seed")),
+    "Prompts and seeds down, settings and methods across": (("prompt", "seed"), (*DRAWING_AXES, "method")),
 }
 
 
@@ -79,6 +82,23 @@ class GridTab:
         self.layout = gr.Dropdown(list(_LAYOUTS), value=next(iter(_LAYOUTS)), label="Layout")
         with gr.Accordion("More settings", open=False):
             self._drawing = site.drawing_fields()
+        with gr.Accordion("Several steps, guidances, samplers", open=False):
+            gr.HTML(
+                "<p>Each is an axis in place of the one value above. They go downwards, unless the "
+                "layout has settings across.</p>",
+                elem_classes="caption",
+            )
+            self.steps = gr.Textbox(
+                "",
+                label="Several numbers of steps",
+                placeholder="10 20 40",
+                max_lines=1,
+                elem_id="grid-steps",
+            )
+            self.guidance = gr.Textbox(
+                "", label="Several guidances", placeholder="1 3 6", max_lines=1, elem_id="grid-guidance"
+            )
+            self.samplers = gr.Dropdown(list(SAMPLERS), value=[], multiselect=True, label="Several samplers")
 
     def _build_results(self) -> None:
         self.status = gr.HTML(progress("Press Draw the grid."), elem_id="grid-status")
@@ -105,6 +125,7 @@ class GridTab:
 
     def _connect(self) -> None:
         asked = [self.prompts, self.seeds, self.methods, self.scales, self.layout, *self._drawing]
+        asked += [self.steps, self.guidance, self.samplers]
         drawing = self.draw_button.click(
             self._draw,
             asked,
@@ -136,16 +157,20 @@ class GridTab:
         methods: Sequence[str],
         scales: str,
         layout: str,
-        *drawing: Any,
+        *settings: Any,
     ) -> _Planned:
         """The grid that the fields ask for; one that is too large is refused before anything is drawn."""
+        *drawing, steps, guidances, samplers = settings
         how = self._site.drawing(*drawing)
+        varied = self._varied(drawing, steps, guidances, samplers)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         longest = max(map(len, lines), default=0)
         if longest > MAX_PROMPT:
             raise refusal(f"Each prompt must have at most {MAX_PROMPT} characters; one has {longest}.")
         factors = [check_scale(scale) for scale in _numbers(scales, "scale")]
-        rows, columns = _LAYOUTS[layout]
+        rows, columns = (
+            [axis for axis in axes if axis not in DRAWING_AXES or varied[axis]] for axes in _LAYOUTS[layout]
+        )
         columns_of = {
             method: factors if method in self._site.studio.adapters else [1.0] for method in methods
         }
@@ -155,17 +180,19 @@ class GridTab:
             for scale in own
         ]
         numbers = _seeds(seeds)
-        pictures = len(lines) * len(numbers) * len(chosen)
+        further = {axis: len(values) for axis, values in varied.items() if values}
+        pictures = len(lines) * len(numbers) * len(chosen) * math.prod(further.values())
         if pictures > MAX_PICTURES:
+            told = "".join(f", {count} values of {axis}" for axis, count in further.items())
             raise refusal(
-                f"{len(lines)} prompts, {len(numbers)} seeds and {len(chosen)} methods are {pictures} "
+                f"{len(lines)} prompts, {len(numbers)} seeds and {len(chosen)} methods{told} are {pictures} "
                 f"pictures; this page draws at most {MAX_PICTURES}. For more there is the command "
                 "python -m flatlora_diffusion.grid."
             )
         studio = self._site.studio
         warn_of_cut(studio, *lines, how.negative_prompt)
         try:
-            grid = Grid(lines, numbers, chosen, rows, columns)
+            grid = Grid(lines, numbers, chosen, rows, columns, **varied)
             adapters = {label: facts.source for label, facts in studio.adapters.items()}
             recipe = Recipe(studio.base, grid, how, adapters, dtype=studio.dtype)
             recipe.check_size()
@@ -176,12 +203,26 @@ class GridTab:
             Job(
                 batch[0].method.adapter or BASE,
                 [(cell.prompt, cell.seed) for cell in batch],
-                how,
+                batch[0].drawing(how),
                 batch[0].method.scale,
             )
             for batch in batches
         ]
         return _Planned(recipe, batches, jobs)
+
+    def _varied(
+        self, drawing: Sequence[Any], steps: str, guidances: str, samplers: Sequence[str]
+    ) -> dict[str, list[Any]]:
+        """Axis -> its values, none where the drawing's own stands for all; each checked as that is."""
+        counts = _numbers(steps, "number of steps") if steps.strip() else []
+        strengths = _numbers(guidances, "guidance") if guidances.strip() else []
+        # One of the three at a time, in the place of the field's value: the negative prompt is before them.
+        for place, values in enumerate((counts, strengths, samplers), start=1):
+            for value in values:
+                how: list[Any] = [*drawing]
+                how[place] = value
+                self._site.drawing(*how)
+        return {"steps": list(map(int, counts)), "guidance": strengths, "sampler": list(samplers)}
 
     def _draw(self, *asked: Any) -> Iterator[dict[gr.components.Component, Any]]:
         planned = self._planned(*asked)
@@ -221,10 +262,14 @@ class GridTab:
         sampler: str,
         width: int,
         height: int,
+        several_steps: str,
+        several_guidances: str,
+        several_samplers: list[str],
     ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
         planned = self._planned(
             *(prompts, seeds, methods, scales, layout),
             *(negative_prompt, steps, guidance, sampler, width, height),
+            *(several_steps, several_guidances, several_samplers),
         )
         cells = [cell for row in planned.recipe.grid.table() for cell in row]
         made = [json.loads(sidecar(self._stamp(cell, planned.recipe))) for cell in cells]
@@ -241,7 +286,8 @@ class GridTab:
         for cell, picture in zip(planned.batches[done.job], done.pictures, strict=True):
             file = folder / cell.file
             file.write_bytes(png(picture, self._stamp(cell, planned.recipe)))
-            shown.append((str(file), f"{cell.method.label}, seed {cell.seed}: {cell.prompt}"))
+            told = "".join(f", {axis} {value}" for axis, value in cell.settings)
+            shown.append((str(file), f"{cell.method.label}{told}, seed {cell.seed}: {cell.prompt}"))
         return shown
 
     def _write_sheet(self, folder: Path, planned: _Planned) -> Path:
@@ -255,7 +301,7 @@ class GridTab:
     def _stamp(self, cell: Cell, recipe: Recipe) -> Stamp:
         method = cell.method
         return self._site.studio.stamp(
-            method.adapter or BASE, cell.prompt, cell.seed, recipe.drawing, method.scale
+            method.adapter or BASE, cell.prompt, cell.seed, cell.drawing(recipe.drawing), method.scale
         )
 
 

@@ -59,7 +59,7 @@ def draw_cells(
     Args:
         pipeline: With the grid's adapters loaded.
         grid: What to draw.
-        drawing: How.
+        drawing: How, but for the settings that are axes of the grid.
         batch_size: Pictures denoised together. On the CPU it doesn't change a bit of them.
         done: Those that needn't be drawn.
         on_step: Told of every step of every batch (`draw_batch`).
@@ -67,9 +67,9 @@ def draw_cells(
     for batch in grid.batches(batch_size):
         if all(cell in done for cell in batch):
             continue
-        method = batch[0].method
+        method, how = batch[0].method, batch[0].drawing(drawing)
         wanted = [(cell.prompt, cell.seed) for cell in batch]
-        pictures = draw_batch(pipeline, method.adapter, wanted, drawing, scale=method.scale, on_step=on_step)
+        pictures = draw_batch(pipeline, method.adapter, wanted, how, scale=method.scale, on_step=on_step)
         for cell, picture in zip(batch, pictures, strict=True):
             if cell not in done:
                 yield cell, picture
@@ -147,7 +147,15 @@ def draw_grid(
             _check_folder(flag, folder, recipe, manifest)
         write_atomically(folder / MANIFEST, _json(manifest))
         stamps = {
-            cell: _stamp(recipe, cell, sampler, device.type, hashes, mixed, versions)
+            cell: _stamp(
+                recipe,
+                cell,
+                sampler_name(cell.drawing(drawing).sampler, pipeline.scheduler),
+                device.type,
+                hashes,
+                mixed,
+                versions,
+            )
             for batch in recipe.grid.batches(1)
             for cell in batch
         }
@@ -186,7 +194,7 @@ def _stamp(
     mixed: Mapping[str, list[list[str | float]] | None],
     versions: dict[str, str],
 ) -> Stamp:
-    drawing, method = recipe.drawing, cell.method
+    drawing, method = cell.drawing(recipe.drawing), cell.method
     return Stamp(
         prompt=cell.prompt,
         negative_prompt=drawing.negative_prompt,
@@ -275,8 +283,12 @@ def sheet_png(recipe: Recipe, sheet: Image.Image, sampler: str, hashes: Mapping[
     if drawing.negative_prompt:
         lines.append(f"Negative prompt: {drawing.negative_prompt}")
     quoted = json.dumps(", ".join(methods), ensure_ascii=False)
+    grid = recipe.grid
+    steps = " ".join(map(str, grid.steps or [drawing.steps]))
+    samplers = " / ".join(grid.sampler or [sampler])
+    guidance = " ".join(f"{value:g}" for value in grid.guidance or [drawing.guidance])
     lines.append(
-        f"Steps: {drawing.steps}, Sampler: {sampler}, CFG scale: {drawing.guidance:g}, "
+        f"Steps: {steps}, Sampler: {samplers}, CFG scale: {guidance}, "
         f"Seeds: {' '.join(map(str, recipe.grid.seeds))}, Size: {drawing.width}x{drawing.height}, "
         f"Model: {base_name(recipe.base)}, Methods: {quoted}"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from flatlora_diffusion.adapter.mix import parse_scaled
 from flatlora_diffusion.common.command import DTYPE_NAMES, OneLineParser, invoked_as
 from flatlora_diffusion.draw.samplers import SAMPLERS
-from flatlora_diffusion.grid.plan import AXES
+from flatlora_diffusion.grid.plan import AXES, DRAWING_AXES
 from flatlora_diffusion.sheet.command import add_measures
 
 
@@ -53,17 +53,25 @@ def grid_parser() -> OneLineParser:
     )
     add("--limit", type=int, metavar="N", help="Take the first N prompts.")
     add("--seed", nargs="+", type=int, metavar="N", help="One or more seeds for each prompt (default: 0).")
-    add("--rows", nargs="+", choices=AXES, help="What goes downwards, slowest first (default: prompt seed).")
+    axes = (*AXES, *DRAWING_AXES)
+    add("--rows", nargs="+", choices=axes, help="What goes downwards, slowest first (default: prompt seed).")
     add(
-        "--columns", nargs="+", choices=AXES, help="What goes to the right (default: all that --rows leaves)."
+        "--columns", nargs="+", choices=axes, help="What goes to the right (default: all that --rows leaves)."
     )
     add("--negative_prompt", metavar="TEXT", help="What guidance steers away from.")
     add("--resolution", type=int, metavar="PIXELS", help="Width and height (default: the base's own).")
     add("--width", type=int, metavar="PIXELS", help="In place of --resolution.")
     add("--height", type=int, metavar="PIXELS", help="The same.")
-    add("--steps", type=int, metavar="N", help="Denoising steps (default: 50).")
-    add("--guidance", type=float, metavar="X", help="Classifier-free guidance (default: 5).")
-    add("--sampler", choices=SAMPLERS, help="Default: the base's own.")
+    several = "several are an axis, downwards unless --columns names it."
+    add("--steps", nargs="+", type=int, metavar="N", help=f"Denoising steps (default: 50); {several}")
+    add(
+        "--guidance",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="Classifier-free guidance (default: 5); several are one, too.",
+    )
+    add("--sampler", nargs="+", choices=SAMPLERS, help="Default: the base's own. Several are one, too.")
     add(
         "--caption_chunks",
         type=int,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.sheet.layout import Label
 
+if TYPE_CHECKING:
+    from flatlora_diffusion.draw.pipeline import Drawing
+
 AXES = ("prompt", "seed", "method")
+DRAWING_AXES = ("steps", "guidance", "sampler")
+"""Settings of the drawing that are axes where they have several values."""
+
 MAX_CELLS = 4096
 
 _LONGEST_SLUG = 40  # characters of a prompt or label in a file's name
@@ -42,24 +49,38 @@ class Cell:
         seed: Of the initial noise.
         method: How.
         file: Name of its file, which no other cell of the grid has and which doesn't depend on the layout.
+        settings: Name and value of each setting of the drawing that is an axis.
     """
 
     prompt: str
     seed: int
     method: Method
     file: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def drawing(self, shared: Drawing) -> Drawing:
+        """How it is drawn.
+
+        Args:
+            shared: How all are, but for these settings.
+        """
+        return dataclasses.replace(shared, **dict(self.settings))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every prompt with every seed and every method.
+    """Every prompt with every seed, every method, and every one of further settings.
 
     Attributes:
         prompts: All different.
         seeds: All different; 64 bits at most.
         methods: With different labels.
-        rows: The axes (`prompt`, `seed`, `method`) that go downwards, the slowest first.
+        rows: The axes (`prompt`, `seed`, `method`, and those below) that go downwards, the slowest first.
+            Those of `DRAWING_AXES` that are in neither come last here.
         columns: Those that go to the right; each axis is in one of the two.
+        steps: Numbers of denoising steps; none where all pictures have the drawing's.
+        guidance: Strengths of guidance, in the same way.
+        sampler: Names of samplers, in the same way.
 
     Raises:
         UserError: One of these doesn't hold, or the grid has more than `MAX_CELLS` pictures.
@@ -70,20 +91,28 @@ class Grid:
     methods: Sequence[Method]
     rows: Sequence[str] = ("prompt", "seed")
     columns: Sequence[str] = ("method",)
+    steps: Sequence[int] = ()
+    guidance: Sequence[float] = ()
+    sampler: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "seeds", "methods", "rows", "columns"):
+        for name in ("prompts", "seeds", "methods", "rows", "columns", *DRAWING_AXES):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if sorted([*self.rows, *self.columns]) != sorted(AXES):
+        placed = (*self.rows, *self.columns)
+        unplaced = tuple(axis for axis in self.settings_axes if axis not in placed)
+        object.__setattr__(self, "rows", (*self.rows, *unplaced))
+        axes = (*AXES, *self.settings_axes)
+        if sorted([*self.rows, *self.columns]) != sorted(axes):
             given = f"rows {' '.join(self.rows)}, columns {' '.join(self.columns)}"
-            raise UserError(f"{given}: each of {', '.join(AXES)} must be in one of them, once")
+            raise UserError(f"{given}: each of {', '.join(axes)} must be in one of them, once")
         for axis, values in zip(AXES, (self.prompts, self.seeds, self.methods), strict=True):
             if not values:
                 raise UserError(f"there is no {axis}; give at least one")
         if len(self) > MAX_CELLS:
+            further = "".join(f", {len(self._values(axis))} {axis} values" for axis in self.settings_axes)
             raise UserError(
-                f"{len(self.prompts)} prompts, {len(self.seeds)} seeds and {len(self.methods)} methods are "
-                f"{len(self)} pictures, more than the limit of {MAX_CELLS}; use fewer"
+                f"{len(self.prompts)} prompts, {len(self.seeds)} seeds and {len(self.methods)} "
+                f"methods{further} are {len(self)} pictures, more than the limit of {MAX_CELLS}; use fewer"
             )
         for seed in self.seeds:
             if not 0 <= seed < 2**64:
@@ -94,39 +123,41 @@ class Grid:
             if not math.isfinite(method.scale):
                 raise UserError(f"{method.label}: its scale {method.scale} must be a finite number")
         labels = [method.label for method in self.methods]
-        for axis, values in (("prompt", self.prompts), ("seed", self.seeds), ("method", labels)):
+        own = [(axis, self._values(axis)) for axis in self.settings_axes]
+        for axis, values in (("prompt", self.prompts), ("seed", self.seeds), ("method", labels), *own):
             for index, value in enumerate(values):
                 if value in values[:index]:
                     raise UserError(f"{axis} {value}: is there twice; each needs to be different")
 
     def __len__(self) -> int:
-        return len(self.prompts) * len(self.seeds) * len(self.methods)
+        return math.prod(len(self._values(axis)) for axis in (*AXES, *self.settings_axes))
+
+    @property
+    def settings_axes(self) -> tuple[str, ...]:
+        """Those of `DRAWING_AXES` that have values here."""
+        return tuple(axis for axis in DRAWING_AXES if getattr(self, axis))
 
     def batches(self, size: int) -> list[list[Cell]]:
         """The pictures in the order of drawing: method by method, at most `size` together."""
-        files = self._files()
+        names = self._file_names()
         batches = []
         for method in self.methods:
-            cells = [
-                Cell(prompt, seed, method, files[prompt, seed, method])
-                for prompt in self.prompts
-                for seed in self.seeds
-            ]
-            batches += [cells[start : start + size] for start in range(0, len(cells), size)]
+            for settings in self._places(self.settings_axes):
+                cells = [
+                    self._cell({"prompt": prompt, "seed": seed, "method": method, **settings}, names)
+                    for prompt in self.prompts
+                    for seed in self.seeds
+                ]
+                batches += [cells[start : start + size] for start in range(0, len(cells), size)]
         return batches
 
     def table(self) -> list[list[Cell]]:
         """The pictures as they stand: rows of cells."""
-        files = self._files()
-        rows = []
-        for row in self._places(self.rows):
-            cells = []
-            for column in self._places(self.columns):
-                place = row | column
-                key = (place["prompt"], place["seed"], place["method"])
-                cells.append(Cell(*key, files[key]))
-            rows.append(cells)
-        return rows
+        names = self._file_names()
+        return [
+            [self._cell(row | column, names) for column in self._places(self.columns)]
+            for row in self._places(self.rows)
+        ]
 
     def labels(self, axes: Sequence[str], *, shared: bool = True) -> list[Label]:
         """What is written at each row (`axes` is `grid.rows`) or column (`grid.columns`).
@@ -150,29 +181,43 @@ class Grid:
                 own.pop(0)
         return [axis for own in same for axis in own]
 
-    def _values(self, axis: str) -> Sequence[str | int | Method]:
-        return {"prompt": self.prompts, "seed": self.seeds, "method": self.methods}[axis]
+    def _values(self, axis: str) -> Sequence[Any]:
+        own = {axis: getattr(self, axis) for axis in DRAWING_AXES}
+        return {"prompt": self.prompts, "seed": self.seeds, "method": self.methods, **own}[axis]
 
     def _places(self, axes: Sequence[str]) -> list[dict[str, Any]]:
         combinations = itertools.product(*(self._values(axis) for axis in axes))
         return [dict(zip(axes, values, strict=True)) for values in combinations]
 
     @staticmethod
-    def _text(axis: str, value: str | int | Method) -> str:
+    def _text(axis: str, value: Any) -> str:
         if isinstance(value, Method):
             return value.label
         if axis == "seed":
             return f"seed {value}"
+        if axis == "steps":
+            return f"{value} steps"
+        if axis == "guidance":
+            return f"guidance {value:g}"
         return str(value) if str(value).strip() else "(no prompt)"
 
-    def _files(self) -> dict[tuple[str, int, Method], str]:
-        prompts = unique_slugs(self.prompts)
-        methods = unique_slugs(method.label for method in self.methods)
+    def _cell(self, place: Mapping[str, Any], names: Mapping[str, Mapping[Any, str]]) -> Cell:
+        """The picture at a place: axis -> value."""
+        settings = tuple((axis, place[axis]) for axis in self.settings_axes)
+        parts = [names["prompt"][place["prompt"]], f"seed{place['seed']}", names["method"][place["method"]]]
+        parts += [names[axis][value] for axis, value in settings]
+        return Cell(place["prompt"], place["seed"], place["method"], f"{'-'.join(parts)}.png", settings)
+
+    def _file_names(self) -> dict[str, dict[Any, str]]:
+        """Axis -> value -> what the names of files call it."""
+        told: dict[str, Sequence[str]] = {
+            "prompt": self.prompts,
+            "method": [method.label for method in self.methods],
+            **{axis: [self._text(axis, v) for v in self._values(axis)] for axis in self.settings_axes},
+        }
         return {
-            (prompt, seed, method): f"{prompts[index]}-seed{seed}-{methods[place]}.png"
-            for index, prompt in enumerate(self.prompts)
-            for seed in self.seeds
-            for place, method in enumerate(self.methods)
+            axis: dict(zip(self._values(axis), unique_slugs(texts), strict=True))
+            for axis, texts in told.items()
         }
 
 

@@ -16,7 +16,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.draw.samplers import DEFAULT, SAMPLERS
 from flatlora_diffusion.draw.stamp import base_name
-from flatlora_diffusion.grid.plan import Grid, Method
+from flatlora_diffusion.grid.plan import DRAWING_AXES, Grid, Method
 from flatlora_diffusion.sheet.files import MANIFEST, STRIP_LABEL, Sheet, SheetRow, read_manifest
 
 _KEY = "grid"  # of the manifest: what its sheet doesn't need
@@ -66,7 +66,8 @@ class Recipe:
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_drawing(self.drawing)
+        for cells in self.grid.batches(len(self.grid)):
+            check_drawing(cells[0].drawing(self.drawing))
         if self.batch_size < 1:
             raise UserError(f"batch_size {self.batch_size}: must be greater than 0")
         if self.dtype not in DTYPES:
@@ -92,6 +93,7 @@ class Recipe:
         folder = path.parent.resolve()
         try:
             axes = {name: content[name] for name in ("prompts", "seeds", "rows", "columns")}
+            axes |= {name: content[name] for name in DRAWING_AXES if name in content}
             return cls(
                 base=_read_path(content["base"], folder),
                 grid=Grid(methods=[Method(**method) for method in content["methods"]], **axes),
@@ -154,7 +156,8 @@ class Recipe:
         sheet, folder = self.sheet(folder, sampler), folder.resolve()
         rows = []
         for row, cells in zip(sheet.rows, self.grid.table(), strict=True):
-            place = {axis: getattr(cells[0], axis) for axis in self.grid.rows if axis != "method"}
+            of_first = {"prompt": cells[0].prompt, "seed": cells[0].seed, **dict(cells[0].settings)}
+            place = {axis: of_first[axis] for axis in self.grid.rows if axis != "method"}
             rows.append({"label": row.label, "images": [cell.file for cell in cells], **place})
         measures = {"cell_size": self.cell_size, "margin": self.margin}
         texts = {
@@ -179,6 +182,7 @@ class Recipe:
                 "drawing": dataclasses.asdict(self.drawing),
                 "prompts": self.grid.prompts,
                 "seeds": self.grid.seeds,
+                **{axis: getattr(self.grid, axis) for axis in self.grid.settings_axes},
                 "methods": [dataclasses.asdict(method) for method in self.grid.methods],
                 "adapters": {
                     name: {**_written_source(source, folder), "sha256": hashes.get(name)}
@@ -194,9 +198,14 @@ class Recipe:
     def _legend(self, sampler: str) -> str:
         """What all pictures share."""
         grid, drawing = self.grid, self.drawing
+        own = {
+            "steps": f"{drawing.steps} steps",
+            "guidance": f"guidance {drawing.guidance:g}",
+            "sampler": "the base's own sampler" if sampler == DEFAULT else sampler,
+        }
         parts = [
-            *(base_name(self.base), f"{drawing.steps} steps", f"guidance {drawing.guidance:g}"),
-            "the base's own sampler" if sampler == DEFAULT else sampler,
+            base_name(self.base),
+            *(told for axis, told in own.items() if axis not in grid.settings_axes),
             *(f"{drawing.width} x {drawing.height} px", self.dtype),
         ]
         if drawing.caption_chunks > 1:

@@ -14,7 +14,7 @@ from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, complete_caption, find_samples
 from flatlora_diffusion.draw.pipeline import Drawing, adapter_names, native_side_of
 from flatlora_diffusion.draw.stamp import BASE
-from flatlora_diffusion.grid.plan import AXES, Grid, Method
+from flatlora_diffusion.grid.plan import AXES, DRAWING_AXES, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
 from flatlora_diffusion.sheet.command import expanded
 
@@ -38,20 +38,22 @@ def read_recipe(given: dict[str, Any]) -> Recipe:
         raise UserError("--base is missing; name the SDXL pipeline, or give the --manifest of a grid")
     adapters, methods = _methods(given.get("adapter", []), given.get("no_base", False))
     axes = {name: given[name] for name in ("rows", "columns") if name in given}
+    varied = {name: given[name] for name in DRAWING_AXES if len(given.get(name, ())) > 1}
     if len(axes) == 1:
         (named,) = axes.values()
-        rest = [axis for axis in AXES if axis not in named]
+        rest = [axis for axis in (*AXES, *varied) if axis not in named]
         axes = {"rows": rest, "columns": rest} | axes
     resolution = given.get("resolution", _SDXL)
-    own = ("steps", "guidance", "negative_prompt", "sampler", "caption_chunks", "transparent")
+    own = ("negative_prompt", "caption_chunks", "transparent")
     drawing = {name: given[name] for name in own if name in given}
+    drawing |= {name: given[name][0] for name in DRAWING_AXES if name in given}
     try:
         strip = expanded(given.get("strip", []))
     except ValueError as error:
         raise UserError(f"--strip: {error}") from error
     return Recipe(
         base=given["base"],
-        grid=Grid(_prompts(given), given.get("seed", [0]), methods, **axes),
+        grid=Grid(_prompts(given), given.get("seed", [0]), methods, **axes, **varied),
         drawing=Drawing(given.get("width", resolution), given.get("height", resolution), **drawing),
         adapters=adapters,
         vae=given.get("pretrained_vae_model_name_or_path"),

@@ -1,5 +1,6 @@
 """The Grid tab: its sheet, what it refuses, and a browser's user."""
 
+import dataclasses
 import re
 import zipfile
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_a_program_gets_the_sheet_and_each_picture(client, studio):
         assert "Model: tiny" in image.info["parameters"]
 
 
+@pytest.mark.slow
+def test_steps_and_samplers_are_axes_too(client, studio):
+    asked = {**ASKED, "prompts": "a icon", "seeds": "3", "methods": ["base"]}
+    layout = "Prompts and seeds down, settings and methods across"
+    more = {"several_steps": "1 2", "several_samplers": ["Euler", "DDIM"], "layout": layout}
+    (sheet, *pictures), facts = client.predict(**{**asked, **more}, api_name="/grid")
+    assert [(own["steps"], own["sampler"], own["guidance"]) for own in facts] == [
+        (steps, sampler, 3.0) for steps in (1, 2) for sampler in ("Euler", "DDIM")
+    ]
+    for file, own in zip(pictures, facts, strict=True):
+        drawing = dataclasses.replace(DRAWING, steps=own["steps"], sampler=own["sampler"])
+        (job,) = studio.run([Job(BASE, [("a icon", 3)], drawing)])
+        assert Image.open(file).tobytes() == job.pictures[0].tobytes()
+    with Image.open(sheet) as image:
+        assert "Steps: 1 2, Sampler: Euler / DDIM, CFG scale: 3," in image.info["parameters"]
+        assert image.width > image.height
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -127,6 +146,15 @@ def test_a_program_gets_the_sheet_and_each_picture(client, studio):
             f"are 66 pictures; this page draws at most {MAX_PICTURES}",
         ),
         ({"width": 12}, "Width must be a multiple of 8"),
+        ({"several_steps": "2 x"}, "Each number of steps must be a number, with spaces between them."),
+        ({"several_steps": "2 1.5"}, "Steps must be a whole number from 1 to 100"),
+        ({"several_steps": "2 2"}, "Steps 2: is there twice"),
+        ({"several_guidances": "1 21"}, "Guidance must be a number from 0 to 20"),
+        ({"several_samplers": ["../x"]}, "not in the list of choices"),
+        (
+            {"several_steps": "1 2 3 4 5", "several_guidances": "1 2"},
+            "2 prompts, 2 seeds and 3 methods, 5 values of steps, 2 values of guidance are 120 pictures",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_it_starts(client, monkeypatch, wrong, told):

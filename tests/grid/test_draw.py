@@ -73,6 +73,49 @@ def test_rows_and_columns_go_through_their_axes_the_first_the_slowest(places, sp
         assert labels == [text if len(text) > 1 else "".join(text) for text in texts]
 
 
+def test_settings_of_the_drawing_are_axes_where_they_have_several_values():
+    plan = Grid(["a"], [3], METHODS[:1], steps=[1, 2], guidance=[3.0], sampler=["DDIM", "Euler"])
+    assert plan.rows == ("prompt", "seed", "steps", "guidance", "sampler") and len(plan) == 4
+    assert plan.labels(plan.rows, shared=False) == [
+        (f"{steps} steps", sampler) for steps in (1, 2) for sampler in ("DDIM", "Euler")
+    ]
+    cells = [cell for row in plan.table() for cell in row]
+    drawings = [cell.drawing(DRAWING) for cell in cells]
+    expected = list(itertools.product((1, 2), ("DDIM", "Euler")))
+    assert [(own.steps, own.sampler) for own in drawings] == expected
+    assert cells[0].file == "a-seed3-base-1_steps-guidance_3-ddim.png"
+    assert {cell for batch in plan.batches(9) for cell in batch} == set(cells)
+    assert [len(batch) for batch in plan.batches(9)] == [1] * 4  # of one drawing
+    across = Grid(["a"], [3], METHODS, ("prompt", "seed"), ("steps", "method"), steps=[1, 2])
+    assert [len(row) for row in across.table()] == [6]
+    with pytest.raises(UserError, match="each of prompt, seed, method must be in one of them"):
+        Grid(["a"], [3], METHODS, ("prompt", "seed", "steps"))
+    with pytest.raises(UserError, match="2 methods, 4000 steps values are 8000 pictures"):
+        Grid(["a"], [3], METHODS[:2], steps=range(4000))
+
+
+def test_a_grid_over_steps_and_guidance_is_drawn_again(words, tmp_path, base_path):
+    one = words[: words.index("--adapter")] + words[words.index("--width") : words.index("--steps")]
+    first, second = tmp_path / "first", tmp_path / "second"
+    varied = ["--prompt", "a icon", "--steps", "1", "2", "--guidance", "3", "1.5"]
+    main([*one, *varied, "--columns", "guidance", "method", "--output", str(first)])
+    main(["--manifest", str(first), "--output", str(second), "--device", "cpu"])
+    assert len(pictures(first)) == 4 and files(first).keys() == files(second).keys()
+    assert pictures(first) == pictures(second)
+    recipe = Recipe.load(first)
+    assert recipe.grid.steps == (1, 2) and recipe.grid.rows == ("prompt", "seed", "steps")
+    pipeline = load_pipeline(str(base_path))
+    drawing = dataclasses.replace(DRAWING, steps=1, guidance=1.5)
+    drawn = draw_with(pipeline, None, "a icon", 0, drawing)
+    file = first / "a_icon-seed0-base-1_steps-guidance_1.5.png"
+    assert Image.open(file).tobytes() == drawn.tobytes()
+    stamp = read(file)
+    assert (stamp.steps, stamp.guidance) == (1, 1.5)
+    manifest = json.loads((first / "manifest.json").read_text())
+    assert "steps" not in manifest["footer"] and "guidance" not in manifest["footer"]
+    assert [row["steps"] for row in manifest["rows"]] == [1, 2]
+
+
 def test_batches_are_of_one_method_and_as_full_as_they_can_be():
     batches = Grid(PROMPTS, [3, 4, 5], METHODS).batches(4)
     assert [len(batch) for batch in batches] == [4, 2] * 3
