@@ -293,8 +293,8 @@ def draw(
         name: The prompt in words, for that line, where embeddings stand in for it.
         prompt: `prompt="..."`, or the embeddings that the pipeline takes in its place.
     """
-    latents = _denoise(pipeline, [seed], drawing, None, **prompt)
-    return _decoded(pipeline, latents, name or prompt["prompt"], seed, drawing.transparent)
+    with _denoised(pipeline, [seed], drawing, None, **prompt) as latents:
+        return _decoded(pipeline, latents, name or prompt["prompt"], seed, drawing.transparent)
 
 
 def draw_with(
@@ -344,6 +344,23 @@ def draw_batch(
     }
     seeds = [seed for _, seed in pictures]
 
+    with _denoised(pipeline, seeds, drawing, on_step, **conditions) as latents:
+        return [
+            _decoded(pipeline, own[None], prompt, seed, drawing.transparent)
+            for own, (prompt, seed) in zip(latents, pictures, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _denoised(
+    pipeline: StableDiffusionXLPipeline,
+    seeds: Sequence[int],
+    drawing: Drawing,
+    on_step: OnStep | None,
+    **conditions: Any,
+) -> Iterator[Tensor]:
+    """The latents of `_denoise`; where memory is short, the text encoders are away until they are decoded."""
+
     def denoised() -> Tensor:
         return _denoise(pipeline, seeds, drawing, on_step, **conditions)
 
@@ -353,21 +370,18 @@ def draw_batch(
             until_drawn.enter_context(_text_encoders_away(pipeline))
             return denoised()
 
-        latents = if_memory_lasts(
+        yield if_memory_lasts(
             denoised,
             in_less_room,
             "while a picture was drawn: it is drawn again with the text encoders in the main memory",
         )
-        return [
-            _decoded(pipeline, own[None], prompt, seed, drawing.transparent)
-            for own, (prompt, seed) in zip(latents, pictures, strict=True)
-        ]
 
 
 @contextlib.contextmanager
 def _text_encoders_away(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """The text encoders on the CPU inside the block: prompts must be encoded before it."""
-    text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    """The text encoders on the CPU inside the block: prompts are best encoded before it."""
+    both = pipeline.text_encoder, pipeline.text_encoder_2
+    text_encoders = [text_encoder for text_encoder in both if text_encoder is not None]
     devices = [text_encoder.device for text_encoder in text_encoders]
     try:
         for text_encoder in text_encoders:

@@ -22,12 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output is None:
         raise UserError("--output is missing; name the folder for the pictures")
     # After parsing: --help and bad flags answer at once.
-    from flatlora_diffusion.common.devices import checked_device
+    from flatlora_diffusion.common.devices import checked_device, out_of_memory_as_error
     from flatlora_diffusion.grid.draw import SHEET_NAME, draw_grid
     from flatlora_diffusion.grid.request import at_base_size, read_recipe
 
     recipe = at_base_size(read_recipe(given), given)
     device = checked_device(given.get("device"))
     hide_progress_bars()
-    draw_grid(recipe, output, device=device)
+    with out_of_memory_as_error(
+        f"while the grid was drawn: what is in {output} stays, and a smaller --batch_size goes on with it; "
+        "--dtype bf16 or a smaller --resolution, into another folder, need less too"
+    ):
+        draw_grid(recipe, output, device=device)
     print(output / SHEET_NAME)

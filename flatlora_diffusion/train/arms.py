@@ -86,8 +86,10 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         for arm in arms:
             tracked.finish()
             logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
-            run = Run(arm, samples, class_samples, heldout_samples, side_by_side, together, encodings)
-            tracked = run.train()
+            # No name keeps a run: what follows it needs the room of its models.
+            tracked = Run(
+                arm, samples, class_samples, heldout_samples, side_by_side, together, encodings
+            ).train()
             release()
         try:
             if PartialState().is_main_process:

@@ -173,12 +173,14 @@ class Learner:
         without noise and dropout, as at inference: once, for all prompts. Then they leave the accelerator.
         """
         text_encoders = self.base.text_encoders
+        if not text_encoders:
+            return
         for text_encoder in text_encoders:
             text_encoder.requires_grad_(False).eval()  # an optimizer passes over what has no gradient
-        if text_encoders:
-            self._cache_prompts()
+        self._cache_prompts()
         for text_encoder in text_encoders:
             text_encoder.to("cpu")  # pyright: ignore[reportArgumentType]
+        release()
 
     def loss(self, micro_step: int) -> Tensor:
         """The loss of this process's share of a micro-batch, with the models as they are."""

@@ -117,7 +117,8 @@ class Run:
                 self._require_steps_left(stored)
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._prepare(resuming=stored is not None)
+        with out_of_memory_as_error(f"before the first step: {leaner(config)}"):
+            self._prepare(resuming=stored is not None)
         tracked = Tracked()
         try:
             if self.accelerator.is_main_process:
@@ -228,10 +229,10 @@ class Run:
                 if self._is_worse():
                     return step
                 began = time.perf_counter()
-                if step >= self.text_encoder_steps:
-                    self.learner.freeze_text_encoders()
                 sigma, lr = self.state.flat.sigma_t, self.state.lr_scheduler.get_last_lr()[0]
                 with out_of_memory_as_error(f"at step {step + 1}: {leaner(self.config)}"):
+                    if step >= self.text_encoder_steps:
+                        self.learner.freeze_text_encoders()
                     loss, stopping = self._optimizer_step(step, stop)
                 norms = self.state.advance(loss)
                 self.seconds.append(time.perf_counter() - began)

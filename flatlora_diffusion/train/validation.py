@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.tracking import GeneralTracker
 from PIL import Image
+from torch import nn
 
 from flatlora_diffusion.common.devices import if_memory_lasts, release
 from flatlora_diffusion.config.settings import TrainConfig
@@ -148,7 +149,9 @@ def _draw_all(learner: Learner, config: TrainConfig) -> list[Image.Image]:
         return {name: tensor.to(accelerator.device) for name, tensor in embeds.items()}
 
     try:
-        vae.to(accelerator.device)
+        # A VAE that stands half precision takes half the room in it, as in the comparison after training.
+        precision = torch.float32 if vae.config["force_upcast"] else base.unet.conv_in.weight.dtype
+        nn.Module.to(vae, accelerator.device, precision)  # the models' own warns of every change of precision
         with evaluating(learner.learning.values()), accelerator.autocast():
             return [
                 draw(pipeline, seed, drawing, prompt, **conditions(prompt))

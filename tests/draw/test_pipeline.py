@@ -11,6 +11,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw import pipeline as draw_pipeline
 from flatlora_diffusion.draw.pipeline import (
     Drawing,
+    conditions_of,
     draw_batch,
     draw_with,
     load_adapter,
@@ -145,8 +146,18 @@ def test_every_step_tells_the_picture_that_is_expected(pipeline):
     assert sketches(pipeline, told[0][1], longest=6)[0].size == (8, 12)
 
 
-def test_where_memory_runs_out_text_encoders_make_room(pipeline, monkeypatch):
-    expected = draw_batch(pipeline, None, PICTURES[:1], DRAWING)
+@pytest.mark.parametrize("alone", [False, True])
+def test_where_memory_runs_out_text_encoders_make_room(pipeline, monkeypatch, alone):
+    """Also for the trainer, which draws one picture of embeddings."""
+    ((prompt, seed),) = pictures = PICTURES[:1]
+    conditions = conditions_of(pipeline, prompt, None, DRAWING)
+
+    def drawn():
+        if alone:
+            return draw_pipeline.draw(pipeline, seed, DRAWING, prompt, **conditions)
+        return draw_batch(pipeline, None, pictures, DRAWING)[0]
+
+    expected = drawn()
     moved, calls, denoise = [], [], draw_pipeline._denoise
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         monkeypatch.setattr(encoder, "to", moved.append)
@@ -158,9 +169,13 @@ def test_where_memory_runs_out_text_encoders_make_room(pipeline, monkeypatch):
         return denoise(*arguments, **conditions)
 
     monkeypatch.setattr(draw_pipeline, "_denoise", too_large_once)
-    again = draw_batch(pipeline, None, PICTURES[:1], DRAWING)
-    assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in expected]
+    assert drawn().tobytes() == expected.tobytes()
     assert calls == [0, 2] and moved == ["cpu", "cpu", torch.device("cpu"), torch.device("cpu")]
+    if alone:  # the trainer's text encoders may be gone
+        monkeypatch.setattr(pipeline, "text_encoder", None)
+        monkeypatch.setattr(pipeline, "text_encoder_2", None)
+        calls.clear()
+        assert drawn().tobytes() == expected.tobytes()
 
 
 def test_an_exception_in_a_step_ends_the_drawing_and_nothing_else(pipeline):

@@ -419,6 +419,16 @@ def recipe_of(*words):
     return read_recipe(vars(grid_parser().parse_all([*words, "--base", "b"])))
 
 
+def test_memory_that_runs_out_is_told_in_a_line(words, tmp_path, monkeypatch):
+    def too_large(*arguments, **settings):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(draw, "load_pipeline", too_large)
+    told = "^out of memory while the grid was drawn: what is in .* stays, and a smaller --batch_size goes on"
+    with pytest.raises(UserError, match=told):
+        main([*words, "--output", str(tmp_path / "grid")])
+
+
 def test_adapters_with_scales(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file@2").touch()

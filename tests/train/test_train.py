@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import Framing, find_samples
@@ -18,7 +20,7 @@ from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.lora import add_lora
-from flatlora_diffusion.train import learner
+from flatlora_diffusion.train import arms, learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
@@ -324,3 +326,43 @@ def test_a_last_step_that_is_filled_is_told(config, caplog, batch, told):
         "an epoch is 2 steps of 3 samples: the images fill the last one to 1, and the next epoch's the rest"
     )
     assert any(message.startswith(line) for message in caplog.messages) == told
+
+
+@pytest.mark.slow
+def test_pytorch_is_asked_for_determinism_while_a_run_lasts(config, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    asked = []
+
+    class Look(Callback):
+        def on_step_end(self, run):
+            asked.append(torch.are_deterministic_algorithms_enabled())
+
+    for wanted in (True, False):
+        run(config, [Look()], deterministic=wanted, max_train_steps=1)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert asked == [True, False]
+
+
+@pytest.mark.slow
+def test_the_models_of_a_run_are_gone_when_pictures_are_drawn_after_it(config, monkeypatch):
+    """Those that draw the comparison need their room."""
+    trained, left = [], []
+
+    class Look(Callback):
+        def on_train_end(self, run):
+            trained.extend(map(weakref.ref, run.models.values()))
+
+    monkeypatch.setattr(arms, "present", lambda *_: left.extend(ref() is not None for ref in trained))
+    run(config, [Look()], train_text_encoder=True, max_train_steps=1)
+    assert left == [False, False, False]
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told(config, monkeypatch):
+    def too_large(*arguments, **settings):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(learner, "encode_images", too_large)
+    with pytest.raises(
+        UserError, match=r"^out of memory before the first step: try --mixed_precision bf16, "
+    ):
+        train(config)

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.draw.decoding import decoding_dtype
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
 from flatlora_diffusion.output.gallery import Gallery, SideBySide
 from flatlora_diffusion.output.names import step_name
+from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sheet import layout
 from flatlora_diffusion.sheet.files import Sheet
 from flatlora_diffusion.train import afterwards
@@ -168,6 +170,27 @@ def test_running_out_of_memory_costs_the_pictures_alone(validated, undisturbed, 
     assert sorted(path.name for path in folder.glob("*.png")) == ["step-000004.png"]
     (line,) = [line for line in caplog.messages if line.startswith("out of memory")]
     assert "training goes on; --validation_epochs 0 draws after training only" in line
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_vae_that_stands_half_precision_draws_in_it(validated, base_path, monkeypatch, upcast):
+    """It takes half the room beside the UNet."""
+    base = load_base(str(base_path), dtype=torch.bfloat16)
+    base.vae.register_to_config(force_upcast=upcast)
+    found = []
+    monkeypatch.setattr(
+        train_validation, "draw", lambda pipeline, *_, **__: found.append(decoding_dtype(pipeline.vae))
+    )
+    learner = SimpleNamespace(
+        base=base,
+        prompts=None,
+        accelerator=SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext),
+        learning={"unet": base.unet},
+        in_tokens=str,
+    )
+    train_validation.draw_validation(learner, validated)
+    assert set(found) == {torch.float32 if upcast else torch.bfloat16}
+    assert base.vae.device.type == "cpu"
 
 
 def test_fewer_prompts_leave_no_picture_of_the_others(validated, tmp_path):
