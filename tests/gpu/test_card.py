@@ -1,4 +1,4 @@
-"""What only a CUDA card can tell: `python -m pytest -n0 -s tests/gpu`. Tiny models: it takes a minute."""
+"""What only a CUDA card can tell of whole runs, on tiny models: `python -m pytest -n0 -s tests/gpu`."""
 
 import dataclasses
 import json

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.rehearsal.known import numbers
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data import images
@@ -67,6 +68,30 @@ def test_models_may_be_on_two_devices(models):
                     factor.weight = nn.Parameter(torch.empty(factor.weight.shape, device=device))
         norms = UpdateNorms(models).measure()
     assert norms.shape == (len(layers_of(models)),) and norms.device.type == "meta"
+
+
+def test_the_limit_reaches_both_devices(monkeypatch):
+    """The norms, with numbers, are on the device of the UNet."""
+    models = [build_unet(), build_text_encoders()[0]]
+    for model, targets in zip(models, (["to_q"], TEXT_TARGETS), strict=True):
+        model.requires_grad_(False)
+        add_lora(model, targets)
+    there, before = copy.deepcopy(models), UpdateNorms(models).measure()
+    greatest = before.median().item()
+    norms, scaled = UpdateNorms(models).limit(greatest)
+    assert 0 < scaled < len(norms)
+    with FakeTensorMode(allow_non_fake_inputs=True), numbers():
+        for layer in layers_of(there[:1]):
+            for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+                factor.weight = nn.Parameter(factor.weight.detach().to("meta"))
+        monkeypatch.setattr(UpdateNorms, "measure", lambda _: before.to("meta"))
+        found, count = UpdateNorms(there).limit(greatest)
+        assert found.device.type == "meta" and count == scaled
+        assert found.tolist() == pytest.approx(norms.tolist())
+    for one, other in zip(layers_of(models[1:]), layers_of(there[1:]), strict=True):
+        for factor in ("lora_A", "lora_B"):
+            here, moved = (getattr(layer, factor)["default"].weight for layer in (one, other))
+            torch.testing.assert_close(here, moved)
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
