@@ -212,7 +212,8 @@ def _snippet(
     repository: str | None,
 ) -> str:
     """Code that draws the card's first picture as it was drawn."""
-    vae = config.pretrained_vae_model_name_or_path
+    base, vae = _public(config.pretrained_model_name_or_path), config.pretrained_vae_model_name_or_path
+    output = _public(config.output_dir)
     drawing = final_drawing(config)
     scheduler = scheduler_of(drawing.sampler)
     classes = ["AutoencoderKL"] * bool(vae) + ([scheduler[0]] if scheduler else [])
@@ -236,7 +237,10 @@ def _snippet(
     if new_tokens:
         prompt = replace_words(prompt, new_tokens["words"])
         embeddings, imports = _embeddings_lines(new_tokens["tokens"], subfolder, config, repository)
+    named = (config.pretrained_model_name_or_path, vae, None if repository else config.output_dir)
+    shortened = [_public(name) for name in named if name and Path(name).is_absolute()]
     lines = [
+        *([f"# Write where they are on your computer: {', '.join(shortened)}."] if shortened else []),
         "import torch",
         f"from diffusers import {', '.join([*classes, 'StableDiffusionXLPipeline'])}",
         *imports,
@@ -244,15 +248,14 @@ def _snippet(
     ]
     if vae:
         of_vae = {name: chosen[name] for name in ("dtype", "use_safetensors")}
-        lines.append(f"vae = AutoencoderKL.from_pretrained({_arguments(_quoted(vae), of_vae)})")
-    base = config.pretrained_model_name_or_path
+        lines.append(f"vae = AutoencoderKL.from_pretrained({_arguments(_quoted(_public(vae)), of_vae)})")
     load = "from_single_file" if is_single_file(base) else "from_pretrained"
     lines += [
         f"pipeline = StableDiffusionXLPipeline.{load}(",
         f"    {_arguments(_quoted(base), chosen)}",
         ').to("cuda")',
         *_scheduler_lines(scheduler),
-        f"pipeline.load_lora_weights({_arguments(_quoted(repository or config.output_dir), file)})",
+        f"pipeline.load_lora_weights({_arguments(_quoted(repository or output), file)})",
         *embeddings,
         "picture = pipeline(",
         f"    {_quoted(prompt)},",
@@ -286,7 +289,7 @@ def _embeddings_lines(
         imports.insert(0, "from huggingface_hub import hf_hub_download")
         path = f"hf_hub_download({_quoted(repository)}, {_quoted(file)})"
     else:
-        path = _quoted(Path(config.output_dir, file).as_posix())
+        path = _quoted(Path(_public(config.output_dir), file).as_posix())
     names = ", ".join(f'"{token}"' for token in tokens)
     return [
         f"embeddings = load_file({path})",
@@ -338,8 +341,8 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         rates += f" (text encoders {config.text_encoder_lr:g}, {config.second_text_encoder_lr:g})"
     prior = config.with_prior_preservation
     rows = {
-        "base": _code(config.pretrained_model_name_or_path),
-        "VAE": _code(config.pretrained_vae_model_name_or_path or "") or "the base's own",
+        "base": _code(_public(config.pretrained_model_name_or_path)),
+        "VAE": _code(_public(config.pretrained_vae_model_name_or_path or "")) or "the base's own",
         "method": "; ".join(methods),
         "adapter": f"{kind}, rank {known['rank']}, alpha {known['alpha']:g}, on {targets}",
         "instance prompt": _code(config.instance_prompt),
@@ -384,8 +387,14 @@ def _licence_note(base: str) -> str:
     licence = _licence(base)
     name = licence.get("license_name", licence.get("license", "other"))
     if name == "other":
-        return f"See that of the base, {_code(base)}.\n"
-    return f"That of the base, {_code(base)}: {_code(name)}.\n"
+        return f"See that of the base, {_code(_public(base))}.\n"
+    return f"That of the base, {_code(_public(base))}: {_code(name)}.\n"
+
+
+def _public(name: str) -> str:
+    """A name on the hub or a relative path as it is, an absolute path without the folders of this machine."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name
 
 
 def _quoted(text: str | None) -> str | None:
