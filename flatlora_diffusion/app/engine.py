@@ -6,8 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.check import AdapterFacts, facts_of_mix
 from flatlora_diffusion.adapter.mix import Source
+from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.pipeline import (
@@ -37,7 +37,6 @@ from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.shaken import Shake, shaken
 from flatlora_diffusion.draw.stamp import BASE, Stamp, versions
 
-_MOST_BYTES = 2**26  # of pictures that are remembered: 20 of 1024 x 1024 pixels
 SECONDS_BETWEEN_STEPS = 0.3  # that are told: whoever listens takes time from the drawing
 
 
@@ -139,7 +138,7 @@ class Studio:
         self._names: dict[str, str | None] = {BASE: None, **names}
         # Adapters and schedulers are states of the pipeline: it belongs to one run at a time.
         self._lock = threading.Lock()
-        self._frames = _Frames()
+        self._frames = Frames()
         self._running: dict[threading.Thread, threading.Event] = {}
 
     @property
@@ -326,43 +325,6 @@ class Studio:
             if job.shake:
                 stack.enter_context(shaken(pipeline, name, job.shake))
             yield name, scale
-
-
-class _Frames:
-    """Pictures that were drawn lately, so that they needn't be drawn again. The pipeline's lock guards it."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, Image.Image] = OrderedDict()
-        self._bytes = 0
-
-    def of(self, job: Job) -> list[Image.Image]:
-        """Copies of a job's pictures; none where one is missing."""
-        keys = self._keys(job)
-        if not all(key in self._known for key in keys):
-            return []
-        for key in keys:
-            self._known.move_to_end(key)
-        return [self._known[key].copy() for key in keys]
-
-    def keep(self, job: Job, pictures: Sequence[Image.Image]) -> None:
-        """Remember a job's pictures, and forget the oldest ones."""
-        for key, picture in zip(self._keys(job), pictures, strict=True):
-            if key not in self._known:
-                self._known[key] = picture.copy()
-                self._bytes += _size(picture)
-        while self._bytes > _MOST_BYTES:
-            _, oldest = self._known.popitem(last=False)
-            self._bytes -= _size(oldest)
-
-    @staticmethod
-    def _keys(job: Job) -> list[Hashable]:
-        scale = None if job.method == BASE else job.scale
-        how = (job.method, job.drawing, scale, job.shake, job.parts, job.added)
-        return [(*how, prompt, seed) for prompt, seed in job.pictures]
-
-
-def _size(picture: Image.Image) -> int:
-    return len(picture.getbands()) * picture.width * picture.height
 
 
 def _fingerprint(pipeline: StableDiffusionXLPipeline) -> str:

@@ -20,6 +20,7 @@ from flatlora_diffusion.app import blind_tab, engine
 from flatlora_diffusion.app.__main__ import main
 from flatlora_diffusion.app.blind_tab import shuffled
 from flatlora_diffusion.app.engine import Studio
+from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.tally import chance, tally_html
@@ -144,7 +145,7 @@ def test_what_is_sent_is_the_same_whatever_the_sides_but_for_the_pictures(
     streams = []
     for order in (0, 1):
         monkeypatch.setattr(blind_tab, "secrets", fixed(5, order))
-        monkeypatch.setattr(studio, "_frames", engine._Frames())  # both are drawn
+        monkeypatch.setattr(studio, "_frames", Frames())  # both are drawn
         streams.append(visitor().draw())
     assert all(says_nothing(text, studio) for text in streams)
     files = [sent_pictures(text) for text in streams]
@@ -519,6 +520,7 @@ def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, vote
         page.keyboard.press("Enter")
         page.locator("#blind-status", has_text="Which is better?").wait_for()
         assert page.locator("#blind-tally").inner_text() == ""
+        assert "secondary" in page.locator("#blind-another").get_attribute("class")
         prompt = page.locator("#blind-prompt textarea")
         assert prompt.input_value() in [text for prompts in PRESETS.values() for text in prompts]
         prompt.focus()
@@ -529,6 +531,7 @@ def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, vote
         assert len(votes.votes()) == number - 1
         page.keyboard.press(key)
         page.locator("#blind-status", has_text="You preferred").wait_for()
+        page.locator("#blind-another.primary").wait_for()  # it leads on
         vote = votes.votes()[number - 1]
         assert vote.chosen == getattr(vote, side) and vote.prompt == prompt.input_value()
     assert votes.votes()[0].seed != votes.votes()[1].seed

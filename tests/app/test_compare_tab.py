@@ -256,6 +256,12 @@ def test_a_method_that_is_not_there_is_refused(address, client):
 # In a browser.
 
 
+IN_SIGHT = """(id) => {
+    const box = document.getElementById(id).getBoundingClientRect();
+    return box.bottom > 0 && box.top < innerHeight;
+}"""
+
+
 def compare(page, seed=5):
     page.locator("#seed input").fill(str(seed))
     page.locator("#compare").click()
@@ -273,6 +279,7 @@ def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_
     page = open_page(address, device)
     page.locator("#prompt textarea").fill("a red icon")
     compare(page)
+    assert page.evaluate(IN_SIGHT, "slider")  # on a phone the button is below it
     expected = lone("a red icon", 5)
     pictures = page.locator("#pictures .picture img")
     sources = [pictures.nth(index).get_attribute("src") for index in range(3)]

@@ -11,8 +11,9 @@ from PIL import Image
 
 from flatlora_diffusion.app.comparison import MOST_KEPT, Asked, Comparison, Shelf
 from flatlora_diffusion.app.difference_text import difference_text, same_text, scale_html
-from flatlora_diffusion.app.engine import Job, Studio, _Frames
+from flatlora_diffusion.app.engine import Job, Studio
 from flatlora_diffusion.app.first import FOLDER, FirstComparison
+from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.app.presets import presets
 from flatlora_diffusion.app.references import Example, References
 from flatlora_diffusion.app.serve import PROJECT
@@ -106,7 +107,7 @@ def test_a_comparison_has_a_link_and_a_shelf_a_limit(tmp_path):
 
 
 def test_frames_are_remembered_by_all_that_makes_them(monkeypatch):
-    frames, picture = _Frames(), Image.new("RGB", (16, 16))
+    frames, picture = Frames(), Image.new("RGB", (16, 16))
     job = Job("LoRA", [("a", 1), ("a", 2)], DRAWING, 0.5)
     frames.keep(job, [picture, picture])
     assert len(frames.of(job)) == 2 and frames.of(job)[0] is not picture
@@ -120,7 +121,7 @@ def test_frames_are_remembered_by_all_that_makes_them(monkeypatch):
         assert not frames.of(other)
     frames.keep(Job(BASE, [("a", 1)], DRAWING, 0.5), [picture])
     assert frames.of(Job(BASE, [("a", 1)], DRAWING, 2.0))  # a scale is nothing to the base
-    monkeypatch.setattr("flatlora_diffusion.app.engine._MOST_BYTES", 3 * 16 * 16)
+    monkeypatch.setattr("flatlora_diffusion.app.frames._MOST_BYTES", 3 * 16 * 16)
     frames.keep(Job(BASE, [("a", 9)], DRAWING), [picture])
     assert not frames.of(job) and frames.of(Job(BASE, [("a", 9)], DRAWING))
 

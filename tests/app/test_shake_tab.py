@@ -5,9 +5,14 @@ import pytest
 
 from flatlora_diffusion.adapter.mix import Mix
 from flatlora_diffusion.app.engine import Job, Studio
+from flatlora_diffusion.app.measured import Measured
+from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.shake_tab import ShakeTab, moved_text
 from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from tests.browser import served
+
+pytest_plugins = ["tests.browser"]
 
 ADDED = ("Flat-LoRA", 0.5)  # what is added where that is asked for
 
@@ -74,6 +79,45 @@ def test_wrong_values_are_refused(tab, asked, told):
     with pytest.raises(gr.Error) as refused:
         next(tab._shake(*asked, *ADDED))
     assert told in refused.value.message
+
+
+@pytest.fixture(scope="module")
+def address(tab):
+    rises = {method: [(0.1, 0.2), (0.3, 2.0)] for method in tab._methods}
+    site = Site(
+        tab._site.studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0, measured=Measured(rises=rises)
+    )
+    with served(build(site), **launch_settings()) as url:
+        yield url
+
+
+@pytest.mark.parametrize(("device", "dark"), [("desktop", True), ("phone", False)])
+def test_it_is_used_in_a_browser(open_page, address, device, dark):
+    page = open_page(f"{address}#shake", device, dark=dark)
+    page.get_by_role("tab", name="Shake").click()
+    captions = page.locator("#shake-results .caption p")
+    page.locator("#shake-draw").click()
+    page.locator("#shake-status", has_text="Done.").wait_for()
+    assert captions.all_inner_texts()[0].startswith("sigma 0.2: changed by ")
+    assert page.locator("#shake-results .picture img").count() == 6
+    # On a phone the button is below the results: they come into sight.
+    page.wait_for_function(
+        "() => { const box = document.getElementById('shaken-0').getBoundingClientRect();"
+        " return box.bottom > 0 && box.top < innerHeight; }"
+    )
+    sides = [page.locator(f"#{name}-1").bounding_box() for name in ("calm", "shaken")]
+    assert sides[0]["x"] == sides[1]["x"] and sides[0]["y"] < sides[1]["y"]  # above each other
+    page.get_by_label("Another adapter added").check()
+    page.locator("#shake-told", has_text="LoRA x 0.5 added").wait_for()
+    page.locator("#shake-times").wait_for()
+    assert not page.locator("#shake-sigma").is_visible()
+    assert (
+        page.locator("#shake-rise").is_visible()
+        and page.locator("#shake-rise").bounding_box()["height"] > 200
+    )
+    page.get_by_label("Rounded to 8 bits").check()
+    page.locator("#shake-told", has_text="8 bits").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_it_claims_no_more_than_it_saw():

@@ -8,18 +8,24 @@ from flatlora_diffusion.app.comparison import Asked
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.first import drawn_comparison
 from flatlora_diffusion.app.keepsakes import keepsakes
+from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.strength_tab import SCALES, StrengthTab
+from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.app.widgets import _common_beginning
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from tests.browser import served
+
+pytest_plugins = ["tests.browser"]
 
 DRAWING = Drawing(16, 16, 2, 3.0)
 
 
 @pytest.fixture(scope="module")
-def site(base_path, written_adapters):
+def site(base_path, written_adapters, tmp_path_factory):
     studio = Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
-    return Site(studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0)
+    votes = VoteFile(tmp_path_factory.mktemp("votes") / "votes.jsonl")
+    return Site(studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0, votes=votes)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,28 @@ def test_a_comparison_can_be_taken_home(site):
     made = moving.stat().st_mtime_ns
     assert keepsakes(comparison, "LoRA", "Flat-LoRA") == (still, moving)
     assert moving.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_the_slider_moves_and_files_are_taken_home(open_page, site, device):
+    with served(build(site), **launch_settings()) as address:
+        page = open_page(address, device)
+        page.get_by_role("tab", name="Strength").click()
+        page.locator("#strength-draw").click()
+        page.locator("#strength-status", has_text="Done: move the slider.").wait_for()
+        picture = page.locator("#strength-0 img")
+        assert picture.get_attribute("alt") == '"a icon" drawn by LoRA at scale 1'
+        page.locator("#strength-scale input[type=range]").press("ArrowRight")
+        page.locator("#strength-0 img[alt$='at scale 1.25']").wait_for()
+        for button, kind in (("sheet", "PNG"), ("gif", "GIF")):
+            with page.expect_download() as waiting:
+                page.locator(f"#strength-{button}").click()
+            with Image.open(waiting.value.path()) as taken:
+                assert taken.format == kind
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if device == "phone":  # no tab hides in a menu
+            assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
+            assert page.get_by_role("tab").count() == 6
 
 
 def test_words_that_all_prompts_share_are_told_once():
