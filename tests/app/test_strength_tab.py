@@ -31,7 +31,8 @@ def site(base_path, written_adapters, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tab(site):
     with gr.Blocks():
-        yield StrengthTab(site)
+        built = StrengthTab(site)
+    return built
 
 
 def drawn(tab, *asked):

@@ -31,9 +31,9 @@ def code_of(card: Path) -> str:
     return code
 
 
-def run_code_of(card: Path, folder: Path, base: Path, monkeypatch) -> Image.Image:
-    """Run the card's code as it is, on the CPU, where the folders that it names are; open what it draws."""
-    code = code_of(card)
+def run_code_of(card: Path, base: Path, monkeypatch) -> Image.Image:
+    """Run the card's code, on the CPU and where the folders that it names are; open what it draws."""
+    code, folder = code_of(card), card.parent.parent
     assert code.count('.to("cuda")') == 1
     assert str(folder) not in card.read_text() and str(base) not in card.read_text()
     if not (folder / base.name).exists():
@@ -58,7 +58,7 @@ def short(config):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tmp_path, monkeypatch):
+def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, monkeypatch):
     short = dataclasses.replace(short, compare=True)
     train(short)
     output = Path(short.output_dir)
@@ -72,13 +72,13 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
     ]
     assert "](comparison.png)" in top.text and "<Gallery />" in top.text
     shown = Image.open(output / top.data.widget[0]["output"]["url"])
-    assert run_code_of(output / CARD, tmp_path, base_path, monkeypatch).tobytes() == shown.tobytes()
+    assert run_code_of(output / CARD, base_path, monkeypatch).tobytes() == shown.tobytes()
 
     plain = ModelCard.load(output / "lora" / CARD)
     assert plain.data.tags == TAGS and "widget" not in plain.data.to_dict()
     assert "](validation/step-000002.png)" in plain.text and "bibtex" not in plain.text
     shown = Image.open(output / "comparison" / f"{names[0]}-lora.png")
-    assert run_code_of(output / "lora" / CARD, tmp_path, base_path, monkeypatch).tobytes() == shown.tobytes()
+    assert run_code_of(output / "lora" / CARD, base_path, monkeypatch).tobytes() == shown.tobytes()
 
     first = (output / CARD).read_bytes()
     (output / CARD).unlink()
@@ -87,14 +87,14 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, tm
 
 
 @pytest.mark.slow
-def test_the_code_loads_new_tokens(short, base_path, tmp_path, monkeypatch):
+def test_the_code_loads_new_tokens(short, base_path, monkeypatch):
     short = dataclasses.replace(
         short, compare=True, train_text_encoder_ti=True, instance_prompt="a TOK", validation_prompt=("a TOK",)
     )
     train(short)
     output = Path(short.output_dir)
     shown = Image.open(output / "comparison" / "a_tok-seed3-flat_lora.png")
-    assert run_code_of(output / CARD, tmp_path, base_path, monkeypatch).tobytes() == shown.tobytes()
+    assert run_code_of(output / CARD, base_path, monkeypatch).tobytes() == shown.tobytes()
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_the_code_of_a_run_without_pictures_and_with_another_vae(short, base_pat
     assert "![" not in card.read_text() and "<Gallery />" not in card.read_text()
     tags = [tag if tag != "lora" else "dora" for tag in TAGS]
     assert ModelCard.load(card).data.tags == [*tags, "flat-lora"]
-    drawn = run_code_of(card, tmp_path, base_path, monkeypatch)
+    drawn = run_code_of(card, base_path, monkeypatch)
     pipeline = load_pipeline(str(base_path), vae=str(vae))
     load_adapter(pipeline, "mine", Path(short.output_dir))
     expected = draw_with(pipeline, "mine", "a icon", short.seed, validation_drawing(short))
