@@ -21,8 +21,7 @@ ADDED = ("Flat-LoRA", 0.5)  # what is added where that is asked for
 def tab(base_path, written_adapters):
     studio = Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
     with gr.Blocks():
-        built = ShakeTab(Site(studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0))
-    return built
+        return ShakeTab(Site(studio, {"Unseen": ["a icon"]}, steps=2, guidance=3.0))
 
 
 def shaken(tab, *asked):

@@ -31,8 +31,7 @@ def site(base_path, written_adapters, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tab(site):
     with gr.Blocks():
-        built = StrengthTab(site)
-    return built
+        return StrengthTab(site)
 
 
 def drawn(tab, *asked):
