@@ -37,11 +37,9 @@ class Branch:
     modules: tuple[nn.Module, nn.Module, nn.Module]
     hooks: Sequence[dict[Any, Any]]
 
-    def is_of(self, layer: LoraLayer, name: str, a: Tensor, b: Tensor, scaling: float) -> bool:
-        """Whether it is the branch of an adapter still: asked at every step, and quick."""
-        if self.a is not a or self.b is not b or self.scaling != scaling or name in layer.lora_variant:
-            return False
-        return self.modules == (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
+    def is_plain_in(self, layer: LoraLayer, name: str) -> bool:
+        """Whether neither a variant nor dropout has come to the layer's adapter."""
+        return name not in layer.lora_variant and layer.lora_dropout[name] is self.modules[2]
 
     def is_passable(self) -> bool:
         """Whether nobody notices that the modules are never called."""

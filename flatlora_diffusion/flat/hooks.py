@@ -7,6 +7,7 @@ is the same everywhere.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard
 
@@ -59,6 +60,8 @@ class FlatLoRAAttnProcessor:
             finally:
                 switch.off(layers)
 
+        # Diffusers asks for it at every call (see below), and looking through wrappers takes its time.
+        call.__dict__["__signature__"] = inspect.signature(processor.__call__)
         self._call = call
 
     @property

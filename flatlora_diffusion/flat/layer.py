@@ -7,7 +7,7 @@ with a transient `W + eps`; the backward pass builds the sum again from the nois
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,27 +25,40 @@ from flatlora_diffusion.flat.quantized import QuantizedWeight, is_of_bitsandbyte
 from flatlora_diffusion.flat.row_norms import row_norms_squared
 from flatlora_diffusion.flat.supported import supported_base
 
+Place = tuple[dict[str, Any], str, Any]
+"""A dictionary of a module, a key, and what was found there."""
+
 
 @dataclass(slots=True)
 class Contents:
     """All that the merged weight depends on.
 
     Attributes:
-        names: The adapters that the forward pass adds to the base weight.
+        active: The layer's active adapters, or none where they are disabled or merged.
+        names: Those of them that the forward pass adds to the base weight.
         scalings: Their factors.
         factors: The weights A of each, then B of each, and for AdaLoRA E.
-        versions: Those of the base weight and of the factors.
+        tensors: The factors and the base weight.
+        places: Where modules keep these and each other.
+        versions: Those of the tensors.
     """
 
+    active: list[str]
     names: list[str]
     scalings: list[float]
     factors: list[Tensor]
+    tensors: list[Tensor]
+    places: list[Place]
     versions: list[tuple[object, ...]]
 
-    def same_as(self, other: Contents) -> bool:
-        """Whether the merged weight is still the same."""
-        same = self.versions == other.versions
-        return same and self.names == other.names and self.scalings == other.scalings
+    def is_all_of(self, layer: LoraLayer) -> bool:
+        """Whether a layer is still made of these parts, whatever was written into them."""
+        if self.active != _active(layer):
+            return False
+        for name, scaling in zip(self.names, self.scalings, strict=True):
+            if layer.scaling[name] != scaling:  # pyright: ignore[reportUnknownMemberType]
+                return False
+        return all(place.get(key) is part for place, key, part in self.places)
 
 
 @dataclass(slots=True)
@@ -107,6 +120,7 @@ class PerturbedLayer:
         self.host_forward: Callable[..., Tensor] | None = None
         self._noisy_base = NoisyBase(self.base, self._quantized)
         self._weight_norms: tuple[tuple[object, ...], Tensor] | None = None
+        self._contents: Contents | None = None
         self._prepared: Prepared | None = None
         self._replaced: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         self._dora_hooks: list[RemovableHandle] = []
@@ -134,14 +148,33 @@ class PerturbedLayer:
         return self.module.training
 
     def contents(self) -> Contents:
-        """What the merged weight is made of just now: no adapter where they are disabled or merged."""
-        layer, known = self.layer, self._groups[0]
-        names: list[str] = []
-        if not (layer.disable_adapters or layer.merged):
-            names = [name for name in layer.active_adapters if name in known]
-        scalings: list[float] = [layer.scaling[name] for name in names]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        factors = [_factor(group, name) for group in self._groups for name in names]
-        return Contents(names, scalings, factors, [_version(self.base.weight), *map(_version, factors)])
+        """What the merged weight is made of just now: no adapter where they are disabled or merged.
+
+        Asked at every pass, and so quick where only values have changed; where nothing has, it is the very
+        object of the last time.
+        """
+        contents = self._contents
+        if contents is None or not contents.is_all_of(self.layer):
+            contents = self._contents = self._read_contents()
+        elif (versions := [_version(tensor) for tensor in contents.tensors]) != contents.versions:
+            contents = self._contents = replace(contents, versions=versions)
+        return contents
+
+    def _read_contents(self) -> Contents:
+        active = _active(self.layer)
+        names = [name for name in active if name in self._groups[0]]
+        scalings: list[float] = [self.layer.scaling[name] for name in names]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        factors: list[Tensor] = []
+        base = self.base
+        places: list[Place] = [(base._parameters, "weight", base.weight)]  # pyright: ignore[reportPrivateUsage]
+        for group in self._groups:
+            for name in names:
+                found = _places(group, name)
+                places += found
+                factors.append(found[-1][-1])
+        tensors = [*factors, base.weight]
+        versions = [_version(tensor) for tensor in tensors]
+        return Contents(active, names, scalings, factors, tensors, places, versions)
 
     @property
     def noise_dtype(self) -> torch.dtype:
@@ -151,7 +184,7 @@ class PerturbedLayer:
     def is_prepared(self, moment: object, contents: Contents) -> bool:
         """Whether what was prepared is of this step and of those contents."""
         prepared = self._prepared
-        return prepared is not None and prepared.moment is moment and prepared.contents.same_as(contents)
+        return prepared is not None and prepared.moment is moment and prepared.contents is contents
 
     def prepare(self, moment: object, contents: Contents, row_norms: Tensor, draw: Draw) -> None:
         """Take over what `prepare.prepare` computed for this step."""
@@ -220,10 +253,11 @@ class PerturbedLayer:
             return None
         if self.module.__dict__.get("forward") is not self.host_forward:
             return None  # somebody else's
-        (name,), (scaling,), (a, b) = contents.names, contents.scalings, contents.factors[:2]
-        known = self._prepared.branch if self._prepared is not None else None
-        if known is not None and known.is_of(self.layer, name, a, b, scaling):
-            return known
+        (name,), (scaling,), last = contents.names, contents.scalings, self._prepared
+        if last is not None and last.contents.places is contents.places:  # of the same parts
+            known = last.branch
+            if known is not None and known.is_plain_in(self.layer, name):
+                return known
         return branch_of(self.layer, name, scaling)
 
     def weight_norms_squared(self) -> Tensor:
@@ -264,7 +298,16 @@ class PerturbedLayer:
         )
 
 
-def _factor(group: nn.ModuleDict | nn.ParameterDict, name: str) -> Tensor:
-    """A or B of an adapter: PEFT keeps a layer with that weight, for AdaLoRA the parameter itself."""
+def _active(layer: LoraLayer) -> list[str]:
+    """The adapters that count: none where they are disabled, or in the base weight already."""
+    return [] if layer.disable_adapters or layer.merged else layer.active_adapters
+
+
+def _places(group: nn.ModuleDict | nn.ParameterDict, name: str) -> list[Place]:
+    """Where A or B of an adapter is, last the tensor: PEFT keeps a layer with it, for AdaLoRA only itself."""
     entry = group[name]
-    return entry if isinstance(entry, Tensor) else weight_of(entry)
+    if isinstance(entry, Tensor):
+        return [(group._parameters, name, entry)]  # pyright: ignore[reportPrivateUsage]
+    # A module's attributes are ten times slower to read than the dictionaries that they are in.
+    kept = entry._parameters  # pyright: ignore[reportPrivateUsage]
+    return [(group._modules, name, entry), (kept, "weight", weight_of(entry))]  # pyright: ignore[reportPrivateUsage]
