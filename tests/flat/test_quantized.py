@@ -283,18 +283,28 @@ def test_a_layer_computes_in_the_precision_of_bitsandbytes_and_keeps_no_weight(
     assert m * n not in saved and saved
     assert len(transient) > 1 and not any(reference() is not None for reference in transient)
     monkeypatch.undo()
+    sums, add = [], TableDraw.added_to
+
+    def keep(draw, weight):
+        sums.append(add(draw, weight))
+        return sums[-1]
+
+    monkeypatch.setattr(TableDraw, "added_to", keep)
     upstream = torch.randn(output.shape, generator=generator).to(output.dtype)
     output.backward(upstream)
 
+    (noisy,), eps = sums, flat.epsilon("0").double()
+    assert noisy.dtype == (base_dtype if kind == "4bit" else torch.float32)
+    # Rounded once, where `eps` by itself has been rounded too, and so has what was multiplied out of 8 bits.
+    weight, unit = dequantized(base).double(), torch.finfo(noisy.dtype).eps / 2
+    roundings = (weight + eps).abs() + eps.abs() + (0 if kind == "4bit" else 4 * weight.abs())
+    assert ((noisy.double() - weight - eps).abs() <= (1 + 4 * unit) * unit * roundings).all()
     compute = base_dtype if kind == "4bit" else input_dtype
-    noisy = dequantized(base).to(base_dtype if kind == "4bit" else torch.float32) + flat.epsilon("0")
     noisy = noisy.to(compute)
     expected = torch.nn.functional.linear(x.to(compute), noisy, base.bias.to(compute)).to(input_dtype)
-    # The layer's sum rounds once, the one above twice.
-    bound = max(1e-6, torch.finfo(base_dtype).eps / 2) if kind == "4bit" else 1e-6
     gradient = (upstream.to(compute) @ noisy).to(input_dtype)
-    assert (output - expected).float().norm() <= bound * expected.float().norm()
-    assert (x.grad - gradient).float().norm() <= bound * gradient.float().norm()
+    assert (output - expected).float().norm() <= 1e-6 * expected.float().norm()
+    assert (x.grad - gradient).float().norm() <= 1e-6 * gradient.float().norm()
 
 
 @for_both_kinds
