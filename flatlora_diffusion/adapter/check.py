@@ -33,6 +33,7 @@ from flatlora_diffusion.adapter.kohya_names import (
     split_diffusers_key,
 )
 from flatlora_diffusion.adapter.mix import Mix, Source, mix_digest
+from flatlora_diffusion.adapter.strength import without_strength
 from flatlora_diffusion.common.command import is_unicode
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.weights import weight_of
@@ -240,12 +241,8 @@ def find_file(path: Path) -> Path:
 
 
 def file_digest(file: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The SHA-256 of a file, in hex; without the scale that an evaluation may have noted in it since."""
+    return hashlib.sha256(without_strength(file.read_bytes())).hexdigest()
 
 
 def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:

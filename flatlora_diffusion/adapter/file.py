@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,30 @@ def adapter_bytes(models: dict[str, nn.Module], facts: dict[str, Any]) -> bytes:
 
 def with_sorted_metadata(file: bytes) -> bytes:
     """The same safetensors file with its metadata in order: the library writes them in a random one."""
+    return with_metadata(file, {})
+
+
+def with_metadata(file: bytes, changes: Mapping[str, str | None]) -> bytes:
+    """The same safetensors file with some metadata added, replaced, or (where they are None) taken out.
+
+    All of them are in order. The tensors keep their bits.
+    """
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    metadata = header.get("__metadata__", {}) | changes
+    header["__metadata__"] = {name: text for name, text in sorted(metadata.items()) if text is not None}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
     return len(text).to_bytes(8, "little") + text + file[8 + length :]
+
+
+def metadata_of(file: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where it is none."""
+    try:
+        length = int.from_bytes(file[:8], "little")
+        return dict(json.loads(file[8 : 8 + length]).get("__metadata__", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def adapter_file(path: Path) -> Path:
