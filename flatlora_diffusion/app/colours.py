@@ -13,6 +13,9 @@ METHOD_COLOURS = dict(zip(ARMS, ("#d97706", "#3b82f6"), strict=True))
 OTHER_COLOURS = ("#be4bb4", "#0f9488", "#8b6f5c", "#7c7cf0")
 """Colours of further runs, taken in turn."""
 
+FOLD_COLOUR = "#808080"
+"""Of the curve of each fold, beside that of their mean."""
+
 _OF_BASE = "#6b7280"
 
 

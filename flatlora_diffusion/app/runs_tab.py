@@ -12,7 +12,7 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
-from flatlora_diffusion.app.colours import METHOD_COLOURS, OTHER_COLOURS
+from flatlora_diffusion.app.colours import FOLD_COLOUR, METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.limits import PRIVATE
 from flatlora_diffusion.app.runs_table import TABLE_CSS, facts_table, settings_table
 from flatlora_diffusion.common.errors import UserError
@@ -92,13 +92,19 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
         pictures, unreadable = open_sheets(sheets, set(wanted or drawn[-_NEWEST:]))
         heading = f"Training loss, {'smoothed' if smoothed else 'as it was'}"
         sigmas = {label: run.sigmas for label, run in shown.items()}
-        heldout_losses = {label: run.heldout for label, run in shown.items()}
+        measured = heldout_curves(shown, colours)
+        heldout_losses = {name: curve for name, (curve, _) in measured.items()}
+        heldout_colours = {name: colour for name, (_, colour) in measured.items()}
         return [
-            verdicts(heldout_losses),
+            verdicts({name: curve for name, (curve, colour) in measured.items() if colour != FOLD_COLOUR})
+            + strengths(shown),
             _gaps_text(shown, unreadable),
             *_curves("loss", curves, "losses", colours, label=heading),
             *_curves("sigma", sigmas, "sigma", colours),
-            *_curves("held-out loss", heldout_losses, "held-out loss", colours),
+            *_curves(
+                *("held-out loss", heldout_losses, "held-out loss", heldout_colours),
+                color_map=heldout_colours,
+            ),
             gr.Dropdown(drawn, value=wanted, visible=len(drawn) > _NEWEST),
             gr.Gallery(pictures, visible=bool(pictures)),
             "" if pictures else "There are no validation pictures." if shown else "",
@@ -141,6 +147,23 @@ def _verdict(label: str, curve: Curve) -> str:
     )
 
 
+def heldout_curves(runs: Mapping[str, Reading], colours: Mapping[str, str]) -> dict[str, tuple[Curve, str]]:
+    """The held-out loss of each run, or of its folds and their mean, with the colours to show them in."""
+    shown: dict[str, tuple[Curve, str]] = {}
+    for label, run in runs.items():
+        if not run.folds:
+            shown[label] = (run.heldout, colours[label])
+        for place, (name, curve) in enumerate(run.folds.items()):
+            shown[f"{label}, {name}"] = (curve, FOLD_COLOUR if place else colours[label])
+    return shown
+
+
+def strengths(runs: Mapping[str, Reading]) -> str:
+    """For each adapter of which an evaluation has noted it, the recommended scale."""
+    noted = {label: run.strength for label, run in runs.items() if run.strength}
+    return "".join(f"<p>{escape(strength.sentence(label))}</p>" for label, strength in noted.items())
+
+
 def run_record(run: RunFolder) -> dict[str, Any]:
     """All that is known of a run, as JSON; without paths."""
     found = run.read()
@@ -150,6 +173,7 @@ def run_record(run: RunFolder) -> dict[str, Any]:
         "smoothed_losses": found.smoothed,
         "sigmas": found.sigmas,
         "heldout_losses": found.heldout,
+        "folds": found.folds,
         "validation_steps": [step for step, _ in found.validation],
         "settings": found.settings,
         "facts": found.facts,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from flatlora_diffusion.common.errors import UserError
 
 if TYPE_CHECKING:
     from flatlora_diffusion.config.settings import TrainConfig
+
+FEWEST_MEASUREMENTS = 3
+"""Of the held-out loss of folds: with fewer, one in the middle can't be the lowest."""
 
 
 def reject_contradictions(config: TrainConfig) -> None:
@@ -47,6 +51,8 @@ def reject_contradictions(config: TrainConfig) -> None:
         raise UserError("--heldout_data_dir and --heldout_split: give only one of them")
     if config.heldout_split and not config.dataset_name:
         raise UserError("--heldout_split is for --dataset_name; for a folder give --heldout_data_dir")
+    if config.folds:
+        _reject_with_folds(config)
     if config.stop_when_worse and not (config.heldout_data_dir or config.heldout_split):
         raise UserError("--stop_when_worse needs held-out images; give --heldout_data_dir or --heldout_split")
     if config.heldout_split == "train":
@@ -84,4 +90,42 @@ def reject_contradictions(config: TrainConfig) -> None:
     if config.compare and not config.flat_sigma:
         raise UserError(
             "--compare with --flat_sigma 0 would train plain LoRA twice; give a sigma such as 0.1"
+        )
+
+
+def _reject_with_folds(config: TrainConfig) -> None:
+    """Refuse what doesn't go together with --folds."""
+    for name in ("heldout_data_dir", "heldout_split"):
+        if getattr(config, name):
+            raise UserError(f"--folds with --{name}: both say what is held out; leave out one of the two")
+    if config.stop_when_worse:
+        raise UserError(
+            "--folds with --stop_when_worse: the mean needs curves of one length; leave out one of the two"
+        )
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise UserError(
+            f"--folds with --resume_from_checkpoint {config.resume_from_checkpoint}: every fold has "
+            "checkpoints of its own; give latest"
+        )
+    if config.max_train_steps:
+        require_curve(config.max_train_steps, config.heldout_steps)
+
+
+def require_curve(total_steps: int, every: int) -> None:
+    """Refuse folds whose held-out loss would be measured too seldom to see where it is lowest.
+
+    Args:
+        total_steps: Of each fold.
+        every: So many steps it is measured, and at the end.
+
+    Raises:
+        UserError: Names the flag, and what to give.
+    """
+    count = math.ceil(total_steps / every)
+    if count < FEWEST_MEASUREMENTS:
+        advice = f"give --heldout_steps {total_steps // 10 or 1}"
+        raise UserError(
+            f"--folds with --heldout_steps {every}: in {total_steps} steps the held-out loss would be "
+            f"measured {count} time{'s' * (count > 1)}, too seldom to see where it is lowest; "
+            f"{advice if total_steps >= FEWEST_MEASUREMENTS else 'train for longer'}"
         )

@@ -69,6 +69,7 @@ NOT_NEGATIVE = Rule("must be 0 or more", lambda value: value >= 0)
 BELOW_ONE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 FRACTION = Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)
 LEARNING_RATE = (NOT_NEGATIVE, Rule("must be at most 1e30", lambda value: value <= 1e30))
+FROM_2 = Rule("must be 2 or more", lambda value: value >= 2)
 FROM_8 = Rule("must be 8 or more", lambda value: value >= 8)
 MULTIPLE_OF_8 = Rule("must be a multiple of 8", lambda value: value % 8 == 0)
 INITIALISATION = Rule(

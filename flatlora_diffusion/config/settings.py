@@ -19,6 +19,7 @@ from flatlora_diffusion.config.layers import parse_layers, split_layers
 from flatlora_diffusion.config.options import (
     BELOW_ONE,
     FRACTION,
+    FROM_2,
     FROM_8,
     INITIALISATION,
     LEARNING_RATE,
@@ -190,6 +191,13 @@ class TrainConfig:
         None,
         "Stop when the held-out loss was not below its lowest in so many measurements in a row.",
         rules=(POSITIVE,),
+        later=True,
+    )
+    folds: int | None = option(
+        None,
+        "Where no image can be held out: train so many times without a part of the images, find the number "
+        "of steps after which the loss of that part is lowest, then train on all images for so many.",
+        rules=(FROM_2,),
         later=True,
     )
 

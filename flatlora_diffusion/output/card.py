@@ -18,14 +18,16 @@ from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_NAME, FACTS_KEY, re
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.draw.samplers import scheduler_of
+from flatlora_diffusion.output.findings import best_steps, scales, steps_of_folds
 from flatlora_diffusion.output.gallery import final_drawing
-from flatlora_diffusion.output.names import FOLDER, SUMMARY, numbered_steps, step_name
+from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
 from flatlora_diffusion.sdxl.single_file import is_single_file
 from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+USE = "## Use\n"  # the heading under which scales are recommended
 
 _KNOWN_LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -143,26 +145,33 @@ def write_card(
         *_pictures(exhibit),
         "## Trigger words\n",
         f"You should use {_code(config.instance_prompt)} to trigger the image generation.\n",
-        "## Use\n",
+        USE,
+        *scales(adapters),
         f"```python\n{_snippet(config, adapters, facts, making.precision, exhibit, repository)}```\n",
         "## Training\n",
         _table(config, facts, making),
-        *_best(adapters),
+        *best_steps(adapters),
+        *(steps_of_folds(adapters) if config.folds else []),  # else those there are of a run before
         *([_METHOD] if _is_flat(facts) else []),
         "## License\n",
         _licence_note(config.pretrained_model_name_or_path),
         "",
     ]
-    write_atomically(path, _sealed("\n".join(parts).encode()))
+    write_atomically(path, sealed("\n".join(parts).encode()))
 
 
 def is_ours(card: bytes) -> bool:
     """Whether a card was written here and not changed since."""
-    body = card[: card.rstrip(b"\n").rfind(b"\n") + 1]
-    return card == _sealed(body)
+    return card == sealed(unsealed(card))
 
 
-def _sealed(body: bytes) -> bytes:
+def unsealed(card: bytes) -> bytes:
+    """What a card says: all but its last line."""
+    return card[: card.rstrip(b"\n").rfind(b"\n") + 1]
+
+
+def sealed(body: bytes) -> bytes:
+    """A card that `is_ours`, of what it says."""
     return body + _SEAL.format(hashlib.sha256(body).hexdigest()).encode()
 
 
@@ -305,24 +314,6 @@ def _embeddings_lines(
 def _arguments(first: str | None, named: dict[str, str | None]) -> str:
     """Arguments of a call in Python; those that are None are left out."""
     return ", ".join([f"{first}", *(f"{name}={value}" for name, value in named.items() if value is not None)])
-
-
-def _best(adapters: dict[str, Path]) -> list[str]:
-    """A line for each adapter of which an earlier step was better on the held-out images."""
-    told = []
-    for method, folder in adapters.items():
-        known = _summary(folder).get("best")
-        if known and known["file"] != WEIGHTS_NAME:
-            told.append(
-                f"The held-out loss of {method} was lowest after step {known['step']} "
-                f"({known['heldout_loss']:.4g}): that adapter is `{known['file']}`.\n"
-            )
-    return told
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making) -> str:

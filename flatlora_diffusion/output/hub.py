@@ -14,6 +14,7 @@ from flatlora_diffusion.common.command import shell_line
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output.card import CARD, is_ours
+from flatlora_diffusion.output.names import FOLDS
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,14 @@ def open_repository(config: TrainConfig) -> str:
 
 
 def upload(config: TrainConfig, repository: str) -> None:
-    """Upload the output folder, but for checkpoints, logs and hidden files.
+    """Upload the output folder, but for checkpoints, logs, the runs of folds and hidden files.
 
     A model card that somebody has written on the hub stays.
 
     Raises:
         UserError: It failed; the message has the command that uploads by hand.
     """
-    ignored = ["checkpoint-*", "*/checkpoint-*", ".*", "*/.*"]
+    ignored = ["checkpoint-*", "*/checkpoint-*", ".*", "*/.*", f"{FOLDS}/*/*", f"*/{FOLDS}/*/*"]
     logs = Path(config.logging_dir)
     if not logs.is_absolute():
         ignored += [f"{logs.as_posix()}/*", f"*/{logs.as_posix()}/*"]

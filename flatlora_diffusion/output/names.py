@@ -25,6 +25,7 @@ COMPARISON = "comparison.png"
 
 
 BEST = "best"  # folder of the adapter whose held-out loss was lowest, where it isn't the last one
+FOLDS = "folds"  # folder of the runs without a part of the images, and of their curves
 SUMMARY = "summary.json"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
 

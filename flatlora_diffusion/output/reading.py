@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from flatlora_diffusion.adapter.check import file_digest
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.adapter.strength import Strength, read_strength
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import LOCK_NAME
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.flat.noise import SCHEDULES, sigma_at
 from flatlora_diffusion.output.checkpoint import checkpoints
+from flatlora_diffusion.output.folds import read_folds
 from flatlora_diffusion.output.history import (
     HEADER_KINDS,
     NUMBER,
@@ -170,6 +172,8 @@ class Reading:
         sigmas: sigma_t, the strength of the noise in force during each step that has been done; empty where
             sigma, schedule or length aren't known.
         heldout: The loss of the held-out images after the steps at which it was measured.
+        folds: Of a run that has found its number of steps by folds: what each is called -> its curve of the
+            same kind, that of their mean first.
         validation: Step -> sheet of the pictures that were drawn after it, in order.
         side_by_side: Step -> sheet of all arms of the comparison beside the base; none for a single run.
         final_comparison: The picture of base and adapters that is drawn after training, where there is one.
@@ -181,6 +185,7 @@ class Reading:
             `images`, `mean_loss_of_last_tenth`, `mean_update_norm`, `median_seconds_a_step`,
             `peak_memory_bytes`, `peak_memory_of` ("GPU", "process"), `device`, `processes`, `versions`
             (package -> version), and `sha256` of the adapter's file.
+        strength: The scale that an evaluation has noted in the adapter's file; None where there is none.
         gaps: A line for everything that should be there and is missing or damaged.
     """
 
@@ -188,9 +193,11 @@ class Reading:
         self.run = run
         self.gaps: list[str] = []
         self.adapter: Path | None = None
+        self.strength: Strength | None = None
         self.finished = False
         self.losses: Curve = []
         self.heldout: Curve = []
+        self.folds: dict[str, Curve] = {}
         self.settings: dict[str, Any] = {}
         self.validation: Sheets = []
         self.side_by_side: Sheets = []
@@ -205,6 +212,7 @@ class Reading:
         try:
             self._read_history(run.folder)
             self._read_pictures(run.folder, run.comparison)
+            self._read_folds(run.folder)
         except OSError as error:  # the folder itself: it has gone, or may not be read any more
             self.gaps.append(f"the folder cannot be read: {error.strerror}")
         means = exponential_mean([loss for _, loss in self.losses], SMOOTHING)
@@ -262,6 +270,7 @@ class Reading:
         status = file.stat()
         self._sha256 = _sha256(file, status.st_mtime_ns, status.st_size)
         self._header = self._attempt(header_facts, file) or {}
+        self.strength = read_strength(file) if self._header else None
 
     def _read_pictures(self, folder: Path, comparison: Path | None) -> None:
         self.validation = _sheets(folder / FOLDER)
@@ -273,6 +282,17 @@ class Reading:
         picture = (comparison or folder) / COMPARISON
         if picture.is_file():
             self.final_comparison = picture
+
+    def _read_folds(self, folder: Path) -> None:
+        # Without that setting they are of an earlier run in this folder.
+        found = self._attempt(read_folds, folder) if self.settings.get("folds") else None
+        if found:
+            curves = {f"fold {number}": own for number, own in enumerate(found.curves, start=1)}
+            curves = {f"mean of {len(curves)} folds": found.mean, **curves}
+            self.folds = {
+                name: self._finite(f"held-out losses of the {name}", sorted(own.items()))
+                for name, own in curves.items()
+            }
 
     def _attempt(self, read: Callable[[Path], Any], path: Path) -> Any:
         """What a function reads; None and a line where that is not what was written."""
@@ -325,4 +345,4 @@ def _sheets(folder: Path) -> Sheets:
 @functools.lru_cache(maxsize=64)
 def _sha256(file: Path, modified: int, size: int) -> str:
     """SHA-256 of a file, which is read again only when it has changed."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file_digest(file)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,16 @@ from flatlora_diffusion.adapter.new_tokens import require_words
 from flatlora_diffusion.common.command import hide_progress_bars
 from flatlora_diffusion.common.devices import deterministic_algorithms, release
 from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.config.contradictions import require_curve
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
 from flatlora_diffusion.data.encodings import Encodings, kept_folder
 from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import Sample, find_samples, parse_background, require_transparency
 from flatlora_diffusion.draw.pipeline import native_side_of
+from flatlora_diffusion.output.folds import Folds, verdict
 from flatlora_diffusion.output.gallery import SideBySide
+from flatlora_diffusion.output.history import from_summary
 from flatlora_diffusion.output.hub import open_repository
 from flatlora_diffusion.output.names import ARMS, FOLDER
 from flatlora_diffusion.sdxl.base import BASE_FLAG, check_base
@@ -29,6 +33,7 @@ from flatlora_diffusion.sdxl.quantize import require_bitsandbytes
 from flatlora_diffusion.train import class_images
 from flatlora_diffusion.train.afterwards import present
 from flatlora_diffusion.train.callbacks import Callback, Callbacks
+from flatlora_diffusion.train.folds import require_images, split, without_a_part
 from flatlora_diffusion.train.loop import Run
 from flatlora_diffusion.train.processes import from_main, join_processes, leave_processes
 from flatlora_diffusion.train.tracking import Tracked, check_tracker
@@ -60,6 +65,8 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     if config.train_text_encoder_ti:
         require_words(config.abstractions, samples)
     parse_background(config.background)
+    if config.folds:
+        require_images(config.folds, samples)
     if config.alpha_mask:
         require_transparency(samples)
     check_base(config.pretrained_model_name_or_path)
@@ -82,21 +89,59 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         repository = from_main(lambda: open_repository(config)) if config.push_to_hub else None
         side_by_side = _side_by_side(config, arms)
         tracked = Tracked()
+        folds: dict[str, Folds] = {}
         encodings = Encodings(kept_folder() if config.cache else None)
         for arm in arms:
             tracked.finish()
+            found = None
+            if arm.folds:
+                found = folds[arm.method] = _find_steps(arm, samples, class_samples, together, encodings)
             logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
             # No name keeps a run: what follows it needs the room of its models.
             tracked = Run(
-                arm, samples, class_samples, heldout_samples, side_by_side, together, encodings
+                arm, samples, class_samples, heldout_samples, side_by_side, together, encodings, found
             ).train()
             release()
+        if len(folds) > 1:
+            logger.info("%s", verdict(folds))
         try:
             if PartialState().is_main_process:
                 present(config, arms, samples, side_by_side, repository, tracked)
         finally:
             tracked.finish()
         leave_processes()
+
+
+def _find_steps(
+    config: TrainConfig,
+    samples: list[Sample],
+    class_samples: Sequence[Sample],
+    callbacks: Callbacks,
+    encodings: Encodings,
+) -> Folds:
+    """Train the folds of an arm, or go on with them; their curves are written into its folder.
+
+    Each trains as many steps as the arm has, with the same schedules.
+
+    Raises:
+        UserError: The held-out loss would be measured too seldom to see a curve, or as `Run.train`.
+    """
+    assert config.folds, "folds were asked for"
+    total_steps = Run(config, samples, class_samples).total_steps
+    require_curve(total_steps, config.heldout_steps)
+    parts, curves = split(samples, config.folds, config.seed), []
+    for number, (trained, heldout) in enumerate(parts, start=1):
+        fold = without_a_part(config, number, total_steps)
+        label = f"{config.method}, fold {number} of {config.folds}"
+        told = (label, len(trained), len(heldout), fold.output_dir)
+        logger.info("%s: %d images, %d held out, into %s", *told)
+        Run(fold, trained, class_samples, heldout, None, callbacks, encodings, label=label).train().finish()
+        release()
+        curves.append(dict(from_main(partial(from_summary, Path(fold.output_dir))).heldout))
+    found = Folds(total_steps, tuple(len(heldout) for _, heldout in parts), tuple(curves))
+    from_main(partial(found.write, Path(config.output_dir)))
+    logger.info("%s", found.sentence(config.method))
+    return found
 
 
 def _with_size_of_pictures(config: TrainConfig) -> TrainConfig:

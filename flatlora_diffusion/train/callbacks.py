@@ -11,10 +11,11 @@
     on_train_end                    after the last step, before the adapter is saved
 
 `compare` trains two runs, LoRA and then Flat-LoRA, with the same callbacks: `TrainingRun.method` tells which
-one calls. A run that was complete already calls nothing. One that goes on from a checkpoint begins with
-`on_train_begin`, at the checkpoint's step: nothing of a callback is saved, so one that has a state of its own
-writes it beside the checkpoints, and the callbacks must be given again. One that a signal or an error ends
-never comes to `on_train_end`; a signal's last checkpoint calls `on_checkpoint`.
+one calls. With `folds` every fold calls them too: `TrainingRun.output` is its own folder, and the run on all
+images may end before `total_steps`. A run that was complete already calls nothing. One that goes on from a
+checkpoint begins with `on_train_begin`, at the checkpoint's step: nothing of a callback is saved, so one that
+has a state of its own writes it beside the checkpoints, and the callbacks must be given again. One that a
+signal or an error ends never comes to `on_train_end`; a signal's last checkpoint calls `on_checkpoint`.
 
 With several processes each has its own callbacks and calls all their methods; only the main one writes files
 (`run.accelerator.is_main_process`). Gradients have been averaged over the processes when `backward`'s

@@ -28,6 +28,7 @@ from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.data.encodings import Encodings
 from flatlora_diffusion.data.images import Sample, digest
 from flatlora_diffusion.output.checkpoint import Stored, find_checkpoint, newest_checkpoint, write_checkpoint
+from flatlora_diffusion.output.folds import Folds
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.going_on import in_words
 from flatlora_diffusion.output.hub import without_token
@@ -60,6 +61,8 @@ class Run:
         side_by_side: Shows the validation pictures of this run and of those that it is compared with.
         callbacks: What the run calls.
         encodings: What other runs have encoded already.
+        found: What folds have found: the run ends after their best step, with the schedules of all steps.
+        label: Of a fold: what the progress bar and trackers call it.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Run:
         side_by_side: SideBySide | None = None,
         callbacks: Callback | None = None,
         encodings: Encodings | None = None,
+        found: Folds | None = None,
+        label: str | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
@@ -79,6 +84,8 @@ class Run:
         self.side_by_side = side_by_side
         self.callbacks = callbacks or Callback()
         self.encodings = encodings
+        self.found = found
+        self.label = label
         self.output = Path(config.output_dir)
         self.accelerator = make_accelerator(config)
         samples_a_micro_step = config.train_batch_size * self.accelerator.num_processes
@@ -88,6 +95,7 @@ class Run:
         self.steps_an_epoch = math.ceil(samples_an_epoch / self.samples_a_step)
         self.left_over = samples_an_epoch % self.samples_a_step
         self.total_steps = config.max_train_steps or config.num_train_epochs * self.steps_an_epoch
+        self.last_step = found.best_step if found else self.total_steps
         self.text_encoder_steps = config.text_encoder_steps(self.total_steps)
         self.settings = deciding_settings(
             config, self.total_steps, digest([*samples, *class_samples]), self.accelerator
@@ -128,9 +136,9 @@ class Run:
             if stored:
                 self.state.resume(stored)
                 start = self.public.step = stored.step
-                logger.info("resuming from %s at step %d of %d", stored.folder, start, self.total_steps)
+                logger.info("resuming from %s at step %d of %d", stored.folder, start, self.last_step)
             self._start_trackers()
-            last_epoch = math.ceil(self.total_steps / self.steps_an_epoch) - 1
+            last_epoch = math.ceil(self.last_step / self.steps_an_epoch) - 1
             tracked = Tracked(self.accelerator.trackers, last_epoch)
             with stop_request() as stop:
                 self.validation.before(start)
@@ -150,6 +158,12 @@ class Run:
     def _require_steps_left(self, stored: Stored) -> None:
         """Refuse a checkpoint from which there is no way to the end that these settings ask for."""
         done, differ = stored.step, ", ".join(in_words(stored.differences))
+        if self.found and (done > self.last_step or (done == self.last_step and differ)):
+            other = f", with other settings ({differ})" if differ else ""
+            raise UserError(
+                f"{stored.folder} has {done} steps{other}, and the folds have found {self.last_step}; give "
+                "another --output_dir"
+            )
         if done > self.total_steps:
             raise UserError(
                 f"{stored.folder} has {done} steps, more than the {self.total_steps} of this run; give a "
@@ -164,7 +178,7 @@ class Run:
     def _is_complete(self) -> bool:
         # The summary is written last: without it, a kill may have come before the kohya file too.
         written = (self.output / SUMMARY).is_file()
-        last = stopped_at(self.output) or self.total_steps
+        last = stopped_at(self.output) or self.last_step
         return written and is_complete(self.output, self.settings, last)
 
     def _prepare(self, resuming: bool) -> None:
@@ -196,7 +210,7 @@ class Run:
             folder=self.output / FOLDER,
             images=len(self.samples),
             steps_an_epoch=self.steps_an_epoch,
-            total_steps=self.total_steps,
+            total_steps=self.last_step,
             side_by_side=self.side_by_side,
         )
         self.public = TrainingRun(
@@ -216,7 +230,7 @@ class Run:
             for name, value in self.config.settings().items()
         }
         # With `compare` a project has both arms.
-        names = named(self.config.method) if self.side_by_side else {}
+        names = named(self.label or self.config.method) if self.side_by_side or self.label else {}
         self.accelerator.init_trackers(PROJECT, config=settings, init_kwargs=names)
 
     # The loop.
@@ -224,8 +238,8 @@ class Run:
     def _loop(self, start: int, stop: StopRequest) -> int:
         """Train; the last step, which --stop_when_worse may make an earlier one than planned."""
         hidden = not self.accelerator.is_local_main_process
-        with StepBar(self.config.method, start, self.total_steps, hidden=hidden) as bar:
-            for step in range(start, self.total_steps):
+        with StepBar(self.label or self.config.method, start, self.last_step, hidden=hidden) as bar:
+            for step in range(start, self.last_step):
                 if self._is_worse():
                     return step
                 began = time.perf_counter()
@@ -247,7 +261,7 @@ class Run:
                 if self.validation.is_due(step + 1):
                     with bar.doing("drawing validation pictures"):
                         self.validation.after(step + 1)
-        return self.total_steps
+        return self.last_step
 
     def _is_worse(self) -> bool:
         """Whether the held-out loss has been above its lowest for too long."""
@@ -325,7 +339,7 @@ class Run:
         if step % self.config.checkpointing_steps:  # else it has been saved
             self._save_checkpoint(step)
         saved = f"{self.output}/checkpoint-{step}"
-        self._stop(f"stopped after step {step} of {self.total_steps}, saved {saved}", stop)
+        self._stop(f"stopped after step {step} of {self.last_step}, saved {saved}", stop)
 
     def _anyone_stops(self, stop: StopRequest) -> bool:
         flag = torch.tensor(float(stop.signal_number is not None), device=self.accelerator.device)
@@ -374,7 +388,8 @@ class Run:
             )
             best = self.state.best.write(self.output, last)
             report |= {"best": best} if best else {}
-            if last < self.total_steps:
+            report |= {"folds": self.found.summary()} if self.found else {}
+            if last < self.last_step:
                 report["stopped_when_worse"] = True
                 logger.info("stopped after step %d of %d: --stop_when_worse", last, self.total_steps)
             if self.state.changes:
@@ -385,13 +400,16 @@ class Run:
             if best and best["step"] != last:
                 told = (best["step"], best["heldout_loss"], self.output / BEST)
                 logger.info("the held-out loss was lowest after step %d (%.4g): that adapter is in %s", *told)
-            saved = self.output / WEIGHTS_NAME
-            logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)
-            if self.config.output_kohya_format:
-                logger.info("saved %s: for ComfyUI, A1111 and sd-scripts", self.output / KOHYA_NAME)
-            else:
-                logger.info(
-                    "ComfyUI, A1111 and sd-scripts need it converted: flatlora-kohya %s NEW.safetensors",
-                    saved,
-                )
+            if not self.label:  # a fold's adapter is not what was wanted
+                self._tell_saved()
         self.accelerator.wait_for_everyone()
+
+    def _tell_saved(self) -> None:
+        saved = self.output / WEIGHTS_NAME
+        logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)
+        if self.config.output_kohya_format:
+            logger.info("saved %s: for ComfyUI, A1111 and sd-scripts", self.output / KOHYA_NAME)
+        else:
+            logger.info(
+                "ComfyUI, A1111 and sd-scripts need it converted: flatlora-kohya %s NEW.safetensors", saved
+            )

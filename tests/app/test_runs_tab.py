@@ -11,7 +11,7 @@ from gradio_client import Client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flatlora_diffusion.app.colours import METHOD_COLOURS, OTHER_COLOURS
+from flatlora_diffusion.app.colours import FOLD_COLOUR, METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.page import launch_settings
 from flatlora_diffusion.app.runs_tab import (
     open_sheets,
@@ -104,7 +104,7 @@ def luminance(colour: str) -> float:
 
 def test_every_colour_stands_out_in_light_and_in_dark_mode():
     """WCAG asks for a contrast of 3 for graphics; the grounds are those of gradio's blocks."""
-    for colour in (*METHOD_COLOURS.values(), *OTHER_COLOURS):
+    for colour in (*METHOD_COLOURS.values(), *OTHER_COLOURS, FOLD_COLOUR):
         for ground in ("#ffffff", "#27272a"):
             lighter, darker = sorted((luminance(colour), luminance(ground)), reverse=True)
             assert (lighter + 0.05) / (darker + 0.05) >= 3, (colour, ground)

@@ -98,6 +98,7 @@ OURS = {
     "cache": True,
     "deterministic": False,
     "stop_when_worse": None,
+    "folds": None,
     "lora_weights": None,
     "background": "white",
     "lora_alpha": None,
