@@ -98,6 +98,12 @@ def evaluation_parser() -> OneLineParser:
         choices=PARTS,
         help="Measure only these (default: all for which there is what they need).",
     )
+    add(
+        "--write_scale",
+        action="store_true",
+        help="Note the recommended scale in each adapter's file, where the app reads it, and in its model "
+        "card; hashes in pictures and manifests stay valid. Files of other programs stay as they are.",
+    )
     add("--device", help="Such as cuda or cpu (default: the accelerator at hand).")
     add(
         "--dtype",
@@ -120,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hide_progress_bars()
     folder = given.get("output", Path("evaluation"))
     try:
-        report = evaluate(plan, folder)
+        report = evaluate(plan, folder, write_scale=given.get("write_scale", False))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -32,6 +32,7 @@ from flatlora_diffusion.evaluate.kept import finite, merge, stored, write
 from flatlora_diffusion.evaluate.likeness import Likeness
 from flatlora_diffusion.evaluate.merged import adapted_layers, filters, merged_unet
 from flatlora_diffusion.evaluate.plan import PARTS, Plan
+from flatlora_diffusion.evaluate.strength import HELDOUT, RETENTION, recommend
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.sdxl.base import check_scheduler
 from flatlora_diffusion.sdxl.encoding import tell_cut
@@ -114,7 +115,7 @@ class Evaluation:
                 bar.set_description(f"{part} of {label}")
                 key, file = self._key(part, label), self._file(part, label)
                 result = stored(file, key)
-                if result is None:
+                if result is None or (part in self.plan.parts and _lacks_pictures(result)):
                     if part not in self.plan.parts or part in too_large:
                         continue
                     try:
@@ -132,6 +133,9 @@ class Evaluation:
                         release()
                     write(file, {"key": key, "result": result})
                 merge(self.report["methods"][label], result)
+        for measures in self.report["methods"].values():
+            if strength := recommend(measures.get("tradeoff", ())):
+                measures["recommended"] = asdict(strength)
         write(self.folder / REPORT, finite(self.report))
         return self.report
 
@@ -196,11 +200,14 @@ class Evaluation:
     def _tradeoff(self, label: str) -> dict[str, Any]:
         return {"tradeoff": [self._at_scale(label, scale) for scale in SCALES]}
 
-    def _at_scale(self, label: str, scale: float) -> dict[str, float]:
+    def _at_scale(self, label: str, scale: float) -> dict[str, Any]:
         unet, prompts = self._model(label, scale)  # gone with this call: two would be too many for a GPU
-        point = {"scale": scale, "heldout_loss": self._heldout.mean_loss(unet, prompts)}
-        if self._retained:
-            point["retention_loss"] = self._retained.mean_loss(unet, prompts)
+        point: dict[str, Any] = {"scale": scale}
+        kinds = {"heldout_loss": (self._heldout, HELDOUT), "retention_loss": (self._retained, RETENTION)}
+        for name, (shown, by_picture) in kinds.items():
+            if shown:
+                losses = shown.losses(unet, prompts)
+                point |= {name: losses.mean().item(), by_picture: losses.mean(1).tolist()}
         return point
 
     # What the parts need, made when it is first needed.
@@ -346,3 +353,8 @@ class Evaluation:
             own["sharpness"] = [settings["sharpness"], self._layers]
         content = [own, part, settings["adapters"].get(label), SCALES, BANDS, HELDOUT_TIMESTEPS]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _lacks_pictures(result: dict[str, Any]) -> bool:
+    """Whether it is a trade-off that was measured before the losses of single pictures were kept."""
+    return any(HELDOUT not in point for point in result.get("tradeoff", ()))

@@ -12,7 +12,9 @@ for, or couldn't be measured, is missing or None:
                        "line": {"alphas", "losses": one list a direction},
                        "plane": {"alphas", "losses": [i][j] is that at (alphas[i], alphas[j])},
                        "top_eigenvalue": of the Hessian; None, too, where it wasn't found}
-    tradeoff           [{"scale", "heldout_loss", "retention_loss"}, ...], the last where there is retention
+    tradeoff           [{"scale", "heldout_loss", "retention_loss"}, ...], the last where there is retention;
+                       "heldout_by_picture" and "retention_by_picture": those of which these are the means
+    recommended        the scale that this speaks for: see `adapter.strength.Strength`
 """
 
 from __future__ import annotations

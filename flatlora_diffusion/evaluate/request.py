@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.adapter.check import AdapterFacts
 from flatlora_diffusion.adapter.mix import Source
+from flatlora_diffusion.adapter.strength import Strength, write_strength
 from flatlora_diffusion.common.devices import checked_device
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
@@ -17,14 +20,22 @@ from flatlora_diffusion.evaluate.evaluation import Evaluation
 from flatlora_diffusion.evaluate.plan import Plan
 from flatlora_diffusion.evaluate.plots import write_plots
 from flatlora_diffusion.evaluate.tables import markdown
+from flatlora_diffusion.output.noted import note_in_cards
+
+logger = logging.getLogger(__name__)
 
 TABLES = "evaluation.md"
 
 
-def evaluate(plan: Plan, folder: Path) -> dict[str, Any]:
+def evaluate(plan: Plan, folder: Path, *, write_scale: bool = False) -> dict[str, Any]:
     """Measure a plan; write `evaluation.json`, `evaluation.md` and the plots into a folder.
 
     An evaluation that was stopped goes on where it was; what was measured in the same way is kept.
+
+    Args:
+        plan: What.
+        folder: Where the results go.
+        write_scale: Note the recommended scale in each adapter's file and model card.
 
     Returns:
         The report: see `evaluate.report`.
@@ -40,7 +51,23 @@ def evaluate(plan: Plan, folder: Path) -> dict[str, Any]:
         paths = write_plots(report, folder)
         images = "".join(f"\n![{path.stem}]({path.name})\n" for path in paths)
         write_atomically(folder / TABLES, (markdown(report) + images).encode())
+    if write_scale:
+        for label, name in evaluation.names.items():
+            recommended = report["methods"][label].get("recommended")
+            if name is not None and recommended:
+                _note_scale(label, evaluation.facts[name], Strength(**recommended))
     return report
+
+
+def _note_scale(label: str, adapter: AdapterFacts, strength: Strength) -> None:
+    """Note the recommended scale in an adapter's file and in the model cards that tell of it; say where."""
+    if adapter.mix:
+        logger.info("%s: several files have no scale of their own; none is noted", label)
+    elif not write_strength(adapter.file, strength):
+        logger.info("%s: %s is of another program and stays as it is; no scale is noted", label, adapter.file)
+    else:
+        places = [adapter.file, *note_in_cards(adapter.file)]
+        logger.info("%s: the recommended scale is noted in %s", label, " and ".join(map(str, places)))
 
 
 def read_plan(given: dict[str, Any]) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from flatlora_diffusion.adapter.strength import Strength
 from flatlora_diffusion.evaluate.report import band_name, base_name, find, parts, shown_pictures
 
 Report = dict[str, Any]
@@ -64,6 +65,7 @@ def markdown(report: Report) -> str:
         texts += ["## Held-out loss by timesteps", table]
     if table := _tradeoff(report):
         texts += ["## Style against retention over the adapter's scale", table]
+    texts += [Strength(**own).sentence(name) for name, own in parts(report, "recommended").items()]
     return "\n\n".join(texts) + "\n"
 
 

@@ -10,6 +10,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteSche
 from PIL import Image
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes
+from flatlora_diffusion.adapter.strength import read_strength
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
@@ -221,8 +222,8 @@ def test_other_objectives_are_refused(command, monkeypatch, scheduler, told):
 
 
 @pytest.mark.slow
-def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
-    report = report_of(command | {"--parts": ["losses", "tradeoff"]})
+def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, adapters):
+    report = report_of(command | {"--parts": ["losses", "tradeoff"], "--write_scale": []})
     base, lora = (report["methods"][label] for label in ("base", "LoRA"))
     start, end = lora["tradeoff"]
     assert start["heldout_loss"] == pytest.approx(base["heldout"]["loss"], rel=1e-6)
@@ -232,6 +233,26 @@ def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command):
     folder = images.Path(command["--output"][0])
     assert (folder / "tradeoff.png").is_file() and not (folder / "rise.png").exists()
     assert "| Flat-LoRA" in (folder / "evaluation.md").read_text()
+    strength = read_strength(adapters["LoRA"])
+    assert dataclasses.asdict(strength) == lora["recommended"]
+    assert strength.sentence("LoRA") in (folder / "evaluation.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_trade_off_of_before_is_kept_until_it_is_measured_again(command, merged):
+    command |= {"--parts": ["tradeoff"]}
+    report_of(command)
+    for file in (images.Path(command["--output"][0]) / evaluation.MEASURED).iterdir():
+        content = json.loads(file.read_text())
+        for point in content["result"]["tradeoff"]:
+            del point["heldout_by_picture"], point["retention_by_picture"]
+        file.write_text(json.dumps(content))
+    merged.clear()
+    lora = report_of(command | {"--parts": ["sharpness"]})["methods"]["LoRA"]
+    assert len(lora["tradeoff"]) == 2 and "recommended" not in lora
+    measured = [scale for _, scale in merged]
+    assert report_of(command)["methods"]["LoRA"]["recommended"]["scale"] == 1.0
+    assert [scale for _, scale in merged[len(measured) :]] == [0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.slow
