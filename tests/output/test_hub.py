@@ -20,7 +20,7 @@ from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output import hub
-from flatlora_diffusion.output.card import CARD, _sealed, is_ours
+from flatlora_diffusion.output.card import CARD, is_ours, sealed
 from flatlora_diffusion.train import afterwards, loop
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
@@ -252,7 +252,7 @@ def test_a_card_that_somebody_wrote_on_the_hub_stays(pushed, fake, tmp_path, who
     output = Path(pushed.output_dir)
     output.mkdir()
     fake.readme = tmp_path / "README.md"
-    fake.readme.write_bytes(_sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
+    fake.readme.write_bytes(sealed(b"# An earlier one\n") if whose == "ours" else b"# Mine\n")
     for name in (CARD, WEIGHTS_NAME, "checkpoint-2"):
         (output / name).touch()
     hub.upload(pushed, "me/run")
