@@ -397,7 +397,7 @@ class Run:
             if self.state.skipped:
                 report["skipped_steps"] = self.state.skipped
             write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
-            if best and best["step"] != last:
+            if best and best["step"] != last and not self.label:
                 told = (best["step"], best["heldout_loss"], self.output / BEST)
                 logger.info("the held-out loss was lowest after step %d (%.4g): that adapter is in %s", *told)
             if not self.label:  # a fold's adapter is not what was wanted

@@ -1,7 +1,11 @@
 """The recommended scale: the rule on made-up curves, and where it is noted."""
 
 import dataclasses
+import errno
 import hashlib
+import logging
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +15,7 @@ from flatlora_diffusion.adapter.file import adapter_bytes, read_facts
 from flatlora_diffusion.adapter.strength import Strength, read_strength, write_strength
 from flatlora_diffusion.app.runs_tab import strengths
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.evaluate.request import _note_scale
 from flatlora_diffusion.evaluate.strength import HELDOUT, RETENTION, recommend
 from flatlora_diffusion.evaluate.tables import markdown
 from flatlora_diffusion.output.card import CARD, Making, is_ours, write_card
@@ -120,9 +125,8 @@ def test_a_note_leaves_tensors_facts_and_the_hash_as_they_were(adapter):
 
 def test_a_full_disk_leaves_the_file(adapter, monkeypatch):
     before = adapter.read_bytes()
-    monkeypatch.setattr(
-        "flatlora_diffusion.common.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
-    )
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space"))
+    monkeypatch.setattr("flatlora_diffusion.common.files.os.fsync", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space\); free some space"):
         write_strength(adapter, BETTER)
     assert adapter.read_bytes() == before
@@ -137,6 +141,23 @@ def test_other_programs_files_and_damaged_notes(adapters, adapter):
     write_strength(adapter, BETTER)
     adapter.write_bytes(adapter.read_bytes().replace(b'\\"scale\\": 0.6', b'\\"scale\\": [0]'))
     assert read_strength(adapter) is None
+
+
+def test_the_log_says_where_it_is_noted_and_where_not(adapter, adapters, caplog):
+    caplog.set_level(logging.INFO)
+    foreign = adapters["LoRA"]
+    foreign.write_bytes(foreign.read_bytes().replace(b"flat_lora", b"flat_sora"))
+    for label, file, mix in (
+        ("one", adapter, ()),
+        ("two", foreign, ()),
+        ("mix", adapter, ((None, 0.5),) * 2),
+    ):
+        _note_scale(label, SimpleNamespace(file=file, mix=mix), BETTER)
+    assert caplog.messages == [
+        f"one: the recommended scale is noted in {adapter}",
+        f"two: {foreign} is of another program and stays as it is; no scale is noted",
+        "mix: several files have no scale of their own; none is noted",
+    ]
 
 
 def test_the_card_and_the_page_say_it(adapter, config):
