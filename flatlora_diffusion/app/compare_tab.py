@@ -84,7 +84,14 @@ class CompareTab:
                 0, label="Seed", step=1, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=140
             )
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
-        self.scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="Scale of the adapters")
+        self.scale = gr.Slider(
+            0,
+            MAX_SCALE,
+            1,
+            step=0.05,
+            label="Scale of the adapters",
+            info="An adapter is what training makes: a change of the base. 0 leaves it out, 1 is as trained.",
+        )
         self._parts = [
             gr.Slider(-MAX_SCALE, MAX_SCALE, scale, step=0.05, label=f"{label}: {_named(part.file)}")
             for label, adapter in site.studio.adapters.items()

@@ -94,8 +94,8 @@ class References:
         known = {*trained, *heldout}
         others = [prompt for prompt in self.prompts if prompt not in known]
         foreign = [prompt for prompt in others if self.subject and self.subject not in prompt]
-        groups["Other styles: is anything forgotten?"] = foreign
         groups["Prompts of validation"] = [prompt for prompt in others if prompt not in foreign]
+        groups["Other styles: is anything forgotten?"] = foreign
         return {heading: prompts for heading, prompts in groups.items() if prompts}
 
     def strip(self) -> str:

@@ -106,7 +106,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     share_processor()
     for verbosity in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(verbosity, "error")
-    for noisy in ("httpx", "httpx2", "accelerate"):
+    for noisy in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README needs no metadata
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns in every layer and step

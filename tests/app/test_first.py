@@ -142,6 +142,12 @@ def test_presets_and_true_pictures_are_those_of_the_run():
     assert strip.count("<img") == 23 and "23 training images" in strip and str(PROJECT) not in strip
 
 
+def test_where_the_images_are_gone_prompts_of_the_style_come_first():
+    prompts = ["a noto icon of cat", "a 3d icon of cat"]
+    found = References(prompts=prompts, subject="a 3d icon").presets()
+    assert list(found) == ["Prompts of validation", "Other styles: is anything forgotten?"]
+
+
 def test_captions_that_several_pictures_have_name_none(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     same = [Example("an icon", tmp_path / "a.png"), Example("an icon", tmp_path / "b.png")]
