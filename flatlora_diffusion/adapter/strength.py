@@ -50,10 +50,10 @@ class Strength:
         """
         if self.scale == 1:
             shown = f"{self.pictures} held-out picture{'s' * (self.pictures > 1)}"
-            return (
-                f"{STRENGTH_OF.format(name)} 1.0 is as good as any; no other is better by more than what "
-                f"{shown} can tell."
-            )
+            start = f"{STRENGTH_OF.format(name)} 1.0 is as good as any; none lowers the loss on {shown}"
+            if self.retention is None:
+                return f"{start} beyond its noise."
+            return f"{start}, or that on the base's own styles, beyond its noise without raising the other."
         told = f"the loss on held-out pictures is {_change(self.heldout, self.heldout_error)}"
         if self.retention is not None and self.retention_error is not None:
             told += f", that on the base's own styles {_change(self.retention, self.retention_error)}"

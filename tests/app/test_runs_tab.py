@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from flatlora_diffusion.app.colours import FOLD_COLOUR, METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.page import launch_settings
 from flatlora_diffusion.app.runs_tab import (
+    heldout_curves,
     open_sheets,
     run_colours,
     run_record,
@@ -118,6 +120,19 @@ def test_colours_follow_the_method_and_differ(comparison, clean_copy):
     both = run_colours(alone | arms)
     assert {label: both[label] for label in arms} == METHOD_COLOURS
     assert both["mine"] == OTHER_COLOURS[0]
+
+
+def test_folds_stand_for_the_held_out_loss_of_their_run():
+    mean, fold, other = [(1, 0.3), (2, 0.2)], [(1, 0.4)], [(2, 0.5)]
+    runs = {
+        "A": SimpleNamespace(heldout=[], folds={"mean of 1 folds": mean, "fold 1": fold}),
+        "B": SimpleNamespace(heldout=other, folds={}),
+    }
+    assert heldout_curves(runs, {"A": "#111111", "B": "#222222"}) == {
+        "A, mean of 1 folds": (mean, "#111111"),
+        "A, fold 1": (fold, FOLD_COLOUR),
+        "B": (other, "#222222"),
+    }
 
 
 def test_tables_mark_what_differs_in_words_and_hold_text_alone():
