@@ -42,7 +42,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
     if not runs:
         gr.Markdown("No training run was given: start the app with `--run` and the output folder of one.")
         return
-    colours = run_colours(runs)
+    colours = run_colours(runs) | fold_colours(runs)  # a plot doesn't take others later
     chosen = gr.CheckboxGroup(list(runs), value=list(runs), label="Training runs")
     with gr.Row(equal_height=False):
         smooth = gr.Checkbox(
@@ -92,19 +92,13 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
         pictures, unreadable = open_sheets(sheets, set(wanted or drawn[-_NEWEST:]))
         heading = f"Training loss, {'smoothed' if smoothed else 'as it was'}"
         sigmas = {label: run.sigmas for label, run in shown.items()}
-        measured = heldout_curves(shown, colours)
-        heldout_losses = {name: curve for name, (curve, _) in measured.items()}
-        heldout_colours = {name: colour for name, (_, colour) in measured.items()}
+        heldout_losses = heldout_curves(shown, colours)
         return [
-            verdicts({name: curve for name, (curve, colour) in measured.items() if colour != FOLD_COLOUR})
-            + strengths(shown),
+            verdicts({label: heldout_losses[label] for label in shown}) + strengths(shown),
             _gaps_text(shown, unreadable),
             *_curves("loss", curves, "losses", colours, label=heading),
             *_curves("sigma", sigmas, "sigma", colours),
-            *_curves(
-                *("held-out loss", heldout_losses, "held-out loss", heldout_colours),
-                color_map=heldout_colours,
-            ),
+            *_curves("held-out loss", heldout_losses, "held-out loss", colours),
             gr.Dropdown(drawn, value=wanted, visible=len(drawn) > _NEWEST),
             gr.Gallery(pictures, visible=bool(pictures)),
             "" if pictures else "There are no validation pictures." if shown else "",
@@ -147,15 +141,24 @@ def _verdict(label: str, curve: Curve) -> str:
     )
 
 
-def heldout_curves(runs: Mapping[str, Reading], colours: Mapping[str, str]) -> dict[str, tuple[Curve, str]]:
-    """The held-out loss of each run, or of its folds and their mean, with the colours to show them in."""
-    shown: dict[str, tuple[Curve, str]] = {}
+def heldout_curves(runs: Mapping[str, Reading], colours: Mapping[str, str]) -> dict[str, Curve]:
+    """The held-out loss of each run: of one with folds their mean, and beside it each that has a colour."""
+    shown: dict[str, Curve] = {}
     for label, run in runs.items():
-        if not run.folds:
-            shown[label] = (run.heldout, colours[label])
-        for place, (name, curve) in enumerate(run.folds.items()):
-            shown[f"{label}, {name}"] = (curve, FOLD_COLOUR if place else colours[label])
+        mean, *folds = run.folds.values() or [run.heldout]
+        named = {f"{label}, fold {number}": curve for number, curve in enumerate(folds, start=1)}
+        shown |= {label: mean, **{name: curve for name, curve in named.items() if name in colours}}
     return shown
+
+
+def fold_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
+    """The colour of each fold of the runs, by the name that `heldout_curves` gives it."""
+    counts = {label: len(run.read().folds) - 1 for label, run in runs.items()}  # without the mean
+    return {
+        f"{label}, fold {number}": FOLD_COLOUR
+        for label, count in counts.items()
+        for number in range(1, count + 1)
+    }
 
 
 def strengths(runs: Mapping[str, Reading]) -> str:

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from flatlora_diffusion.app.colours import FOLD_COLOUR, METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.page import launch_settings
 from flatlora_diffusion.app.runs_tab import (
+    fold_colours,
     heldout_curves,
     open_sheets,
     run_colours,
@@ -128,11 +129,10 @@ def test_folds_stand_for_the_held_out_loss_of_their_run():
         "A": SimpleNamespace(heldout=[], folds={"mean of 1 folds": mean, "fold 1": fold}),
         "B": SimpleNamespace(heldout=other, folds={}),
     }
-    assert heldout_curves(runs, {"A": "#111111", "B": "#222222"}) == {
-        "A, mean of 1 folds": (mean, "#111111"),
-        "A, fold 1": (fold, FOLD_COLOUR),
-        "B": (other, "#222222"),
-    }
+    colours = fold_colours({label: SimpleNamespace(read=lambda run=run: run) for label, run in runs.items()})
+    assert colours == {"A, fold 1": FOLD_COLOUR}
+    assert heldout_curves(runs, colours) == {"A": mean, "A, fold 1": fold, "B": other}
+    assert heldout_curves(runs, {}) == {"A": mean, "B": other}
 
 
 def test_tables_mark_what_differs_in_words_and_hold_text_alone():
