@@ -324,10 +324,12 @@ def config(base_path, icons, tmp_path) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, callbacks: Sequence[Callback] = (), **changes) -> dict[str, torch.Tensor]:
+def run(
+    config: TrainConfig, callbacks: Sequence[Callback] = (), preset=None, **changes
+) -> dict[str, torch.Tensor]:
     """Train with some settings changed; the tensors of the adapter's file."""
     config = dataclasses.replace(config, **changes)
-    train(config, callbacks)
+    train(config, callbacks, preset)
     return load_file(f"{config.output_dir}/{WEIGHTS_NAME}")
 
 

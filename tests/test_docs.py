@@ -156,7 +156,9 @@ def test_the_table_has_every_flag_once():
 def test_the_additions_to_the_diffusers_script_are_listed():
     text = flags_table.PAGE.read_text(encoding="utf-8")
     section = text.partition("These flags are additions:")[2].partition("\n## ")[0]
-    assert set(re.findall(r"--(?:no-)?(\w+)", section)) == {*FIELDS, "config"} - set(FLAGS)
+    assert set(re.findall(r"--(?:no-)?(\w+)", section)) == {*FIELDS, "config", "preset", "dry_run"} - set(
+        FLAGS
+    )
 
 
 def commands():

@@ -1,9 +1,9 @@
-"""The table of all flags in docs/training.md, made from the trainer's settings.
+"""The tables of all flags and of memory in docs/training.md, made from the trainer's settings and figures.
 
     python tools/flags_table.py          # write it
     python tools/flags_table.py --check  # fail where it isn't that of the settings
 
-A test keeps the two equal, so run this after a flag was added or its help changed.
+A test keeps them equal, so run this after a flag was added, its help changed, or a figure did.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 
 from flatlora_diffusion.config.command_line import REFUSED, WITHOUT_EFFECT, field_kind, flags_of
 from flatlora_diffusion.config.settings import TrainConfig
+from flatlora_diffusion.train.memory import ENCODING, HALF, SINGLE
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- flags: written by tools/flags_table.py -->\n", "<!-- end of flags -->\n"
+BEGIN_MEMORY, END_MEMORY = "<!-- memory: written by tools/flags_table.py -->\n", "<!-- end of memory -->\n"
 
 _SECTION = re.compile(r"    # (.+)\.")
 _FIELD = re.compile(r"    (\w+): .* = option\(")
@@ -52,13 +54,45 @@ def table() -> str:
     return "\n".join([*lines, ""])
 
 
+def memory_table() -> str:
+    """GiB of a step at 1024 px, as Markdown."""
+    kept = [f"{own.checkpointed:.2f} / {own.recomputed:.2f}" for own in (HALF, SINGLE)]
+    decoding = [f"{own.decoding:.2f} / {own.decoding_tile:.2f}" for own in (HALF, SINGLE)]
+    rows = [
+        ("", "bf16", "float32 (no `--mixed_precision`)"),
+        ("---", "--:", "--:"),
+        ("UNet with its adapter", f"{HALF.unet:.2f}", f"{SINGLE.unet:.2f}"),
+        (
+            "kept for the backward pass, each sample, without `--gradient_checkpointing`: plain LoRA",
+            f"{HALF.plain:.2f}",
+            f"{SINGLE.plain:.2f}",
+        ),
+        ("the same, Flat-LoRA", f"{HALF.flat:.2f}", f"{SINGLE.flat:.2f}"),
+        ("with `--gradient_checkpointing`: kept / the greatest part that is computed again", *kept),
+        (
+            "denoising a picture with guidance, beside the UNet",
+            f"{HALF.denoising:.2f}",
+            f"{SINGLE.denoising:.2f}",
+        ),
+        ("decoding a picture of 1024 px / a tile of 512 px, beside the UNet", *decoding),
+        ("encoding a training image (before the UNet is there)", "", f"{ENCODING:.2f}"),
+    ]
+    lines = [" | ".join(row) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines).replace("| --- | --: | --: |", "|---|--:|--:|")
+
+
 def with_table(page: str) -> str:
-    """The page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    """The page with the tables between their marks."""
+    page = _between(page, BEGIN_MEMORY, memory_table(), END_MEMORY)
+    return _between(page, BEGIN, table(), END)
+
+
+def _between(page: str, begin: str, text: str, end: str) -> str:
+    before, _, rest = page.partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        raise ValueError(f"{PAGE}: no place for the table between {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+        raise ValueError(f"{PAGE}: no place for the table between {begin.strip()} and {end.strip()}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def _row(field: dataclasses.Field) -> str:

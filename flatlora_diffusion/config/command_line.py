@@ -10,6 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -68,11 +69,38 @@ REFUSED = {
 }
 
 
+PRESETS = ("icons",)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line of the trainer asks for.
+
+    Attributes:
+        given: Settings by name, of the file and of flags; flags override the file.
+        preset: What chooses the others; see `train.preset`.
+        dry_run: To print the plan, not to train.
+    """
+
+    given: dict[str, Any]
+    preset: str | None
+    dry_run: bool
+
+
 def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration from `--config FILE.yaml` and flags; flags override the file.
 
     Raises:
         UserError: An unknown flag or key, a missing or ill-typed value, an unreadable file.
+    """
+    return TrainConfig(**parse_command(arguments).given)
+
+
+def parse_command(arguments: Sequence[str] | None = None) -> Command:
+    """All of a command line; the settings that it leaves out are still to be chosen.
+
+    Raises:
+        UserError: As `parse_train_config`, but for values that are out of range.
     """
     parser = OneLineParser(
         prog=invoked_as("train_dreambooth_flat.py"),
@@ -80,6 +108,18 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         "the adapter generalise better. Flags are those of diffusers' train_dreambooth_lora_sdxl.py.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name; flags override them.")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="Choose resolution, batch, steps, learning rate, EMA, checkpointing and precision by the "
+        "pictures and the memory at hand, say why, and write all to preset.yaml in the output folder. What "
+        "a flag or --config says stays.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print the plan, with the memory and time that a few steps took, and write nothing.",
+    )
     for field in dataclasses.fields(TrainConfig):
         parser.add_argument(*flags_of(field), **_argument(field))
     for name in (*WITHOUT_EFFECT, *REFUSED):
@@ -93,8 +133,8 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name, None) is not None:
             logger.info("--%s has no effect here: %s", name, reason)
-    config_file = given.pop("config", None)
-    values: dict[str, Any] = {**(_read_config_file(Path(config_file)) if config_file else {}), **given}
+    config_file, preset, dry_run = given.pop("config"), given.pop("preset"), given.pop("dry_run")
+    values = {**(read_config_file(Path(config_file)) if config_file else {}), **given}
     values = {
         name: tuple(cast("list[str]", value)) if isinstance(value, list) else value
         for name, value in values.items()
@@ -102,7 +142,7 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     missing = [f.name for f in dataclasses.fields(TrainConfig) if _is_required(f) and f.name not in values]
     if missing:
         raise UserError(f"missing: {', '.join('--' + name for name in missing)}")
-    return TrainConfig(**values)
+    return Command(values, preset, dry_run)
 
 
 def unabbreviated(words: Sequence[str]) -> list[str]:
@@ -186,7 +226,12 @@ def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
     return "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by name.
+
+    Raises:
+        UserError: It cannot be read, or has an unknown setting or an ill-typed value.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

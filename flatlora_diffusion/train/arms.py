@@ -16,6 +16,7 @@ from flatlora_diffusion.adapter.new_tokens import require_words
 from flatlora_diffusion.common.command import hide_progress_bars
 from flatlora_diffusion.common.devices import deterministic_algorithms, release
 from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.common.memory import peak_memory
 from flatlora_diffusion.config.contradictions import require_curve
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
 from flatlora_diffusion.data.datasets import DatasetSource, dataset_samples
@@ -30,18 +31,22 @@ from flatlora_diffusion.output.hub import open_repository
 from flatlora_diffusion.output.names import ARMS, FOLDER
 from flatlora_diffusion.sdxl.base import BASE_FLAG, check_base
 from flatlora_diffusion.sdxl.quantize import require_bitsandbytes
+from flatlora_diffusion.sdxl.size import SDXL_PARAMETERS, unet_parameters
 from flatlora_diffusion.train import class_images
 from flatlora_diffusion.train.afterwards import present
 from flatlora_diffusion.train.callbacks import Callback, Callbacks
 from flatlora_diffusion.train.folds import require_images, split, without_a_part
 from flatlora_diffusion.train.loop import Run
+from flatlora_diffusion.train.memory import GIB, room_on
+from flatlora_diffusion.train.plan import ENCODED, TRIED, Trial, plan
+from flatlora_diffusion.train.preset import Preset
 from flatlora_diffusion.train.processes import from_main, join_processes, leave_processes
 from flatlora_diffusion.train.tracking import Tracked, check_tracker
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
+def train(config: TrainConfig, callbacks: Sequence[Callback] = (), preset: Preset | None = None) -> None:
     """Train as configured; with `compare`, plain LoRA and Flat-LoRA one after the other, and draw both.
 
     Leaves `pytorch_lora_weights.safetensors` and `summary.json` in the output folder (with `compare`, in
@@ -50,6 +55,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     Args:
         config: The settings.
         callbacks: Called by every run, in this order; they may also train in another way (`train.callbacks`).
+        preset: Chooses the settings that it wasn't given, and writes them down.
 
     Raises:
         TypeError, ValueError: The callbacks are none, or don't go together. Nothing has been written.
@@ -57,25 +63,8 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
             that follows training failed: what was trained has been saved.
         RunInterruptedError: A signal stopped the run after a checkpoint or the adapter was saved.
     """
-    together = Callbacks(callbacks)
-    check_tracker(config.report_to)
-    hide_progress_bars()
-    join_processes()
-    samples = _training_samples(config)
-    if config.train_text_encoder_ti:
-        require_words(config.abstractions, samples)
-    parse_background(config.background)
-    if config.folds:
-        require_images(config.folds, samples)
-    if config.alpha_mask:
-        require_transparency(samples)
-    check_base(config.pretrained_model_name_or_path)
-    config = _with_size_of_pictures(config)
-    if config.quantize_base:
-        require_bitsandbytes(config.quantize_base)
-    check_writable("--output_dir", Path(config.output_dir))
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    heldout_samples = _heldout_samples(config)
+    together = Callbacks([*callbacks, *([preset] if preset else [])])
+    config, samples, heldout_samples = _checked(config, preset)
     arms = _arms(config)
     with contextlib.ExitStack() as locks:
         locks.enter_context(deterministic_algorithms(config.deterministic))
@@ -142,6 +131,72 @@ def _find_steps(
     from_main(partial(found.write, Path(config.output_dir)))
     logger.info("%s", found.sentence(config.method))
     return found
+
+
+def rehearse(config: TrainConfig, preset: Preset | None = None) -> str:
+    """Take a few steps of what `train` would do, on a state that is thrown away; nothing is written.
+
+    A few of the images are encoded for them; class images have training images in their place.
+
+    Returns:
+        The plan in lines; nothing in processes other than the main one.
+
+    Raises:
+        UserError: As `train`, or the steps need more memory than there is.
+    """
+    config, samples, heldout_samples = _checked(config, preset)
+    count = config.num_class_images if config.with_prior_preservation else 0
+    class_samples = [samples[number % len(samples)] for number in range(count)]
+    trials = []
+    with deterministic_algorithms(config.deterministic):
+        for arm in _arms(config):
+            trials.append(_tried(arm, samples, class_samples))
+            release()
+    told = plan(samples, heldout_samples, trials) if PartialState().is_main_process else ""
+    leave_processes()
+    return told
+
+
+def _tried(config: TrainConfig, samples: list[Sample], class_samples: list[Sample]) -> Trial:
+    run = Run(config, samples, class_samples)
+    device = run.accelerator.device
+    room, base = room_on(device), config.pretrained_model_name_or_path
+    preparing, seconds = run.try_steps(TRIED, ENCODED)
+    return Trial(
+        config,
+        steps=run.total_steps,
+        steps_an_epoch=run.steps_an_epoch,
+        processes=run.accelerator.num_processes,
+        seconds=seconds,
+        preparing=preparing,
+        peak=(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) / GIB,
+        share=unet_parameters(base, BASE_FLAG, config.revision) / SDXL_PARAMETERS,
+        room=room,
+    )
+
+
+def _checked(config: TrainConfig, preset: Preset | None) -> tuple[TrainConfig, list[Sample], list[Sample]]:
+    """The settings, all of them chosen, with the training images and those held out; nothing is written."""
+    check_tracker(config.report_to)
+    hide_progress_bars()
+    join_processes()
+    samples = _training_samples(config)
+    if preset:
+        config = preset.settled(config, samples)
+    if config.train_text_encoder_ti:
+        require_words(config.abstractions, samples)
+    parse_background(config.background)
+    if config.folds:
+        require_images(config.folds, samples)
+    if config.alpha_mask:
+        require_transparency(samples)
+    check_base(config.pretrained_model_name_or_path)
+    config = _with_size_of_pictures(config)
+    if config.quantize_base:
+        require_bitsandbytes(config.quantize_base)
+    check_writable("--output_dir", Path(config.output_dir))
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    return config, samples, _heldout_samples(config)
 
 
 def _with_size_of_pictures(config: TrainConfig) -> TrainConfig:

@@ -155,6 +155,37 @@ class Run:
             self.state.close()
         return tracked
 
+    def try_steps(self, steps: int, images: int) -> tuple[float, list[float]]:
+        """Take some first steps and leave nothing of them; the run can't be used afterwards.
+
+        Args:
+            steps: How many at most.
+            images: So many of each kind are encoded for them.
+
+        Returns:
+            Seconds of loading and encoding, and of each step.
+        """
+        self.samples, self.class_samples = self.samples[:images], self.class_samples[:images]
+        self.heldout_samples = ()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began, seconds = time.perf_counter(), []
+        with out_of_memory_as_error(f"before the first step: {leaner(self.config)}"):
+            self._prepare(resuming=False)
+        ready = time.perf_counter() - began
+        try:
+            for step in range(min(steps, self.total_steps)):
+                began = time.perf_counter()
+                with out_of_memory_as_error(f"at step {step + 1}: {leaner(self.config)}"):
+                    if step >= self.text_encoder_steps:
+                        self.learner.freeze_text_encoders()
+                    loss, _ = self._optimizer_step(step, StopRequest())
+                self.state.advance(loss)
+                seconds.append(time.perf_counter() - began)
+        finally:
+            self.state.close()
+        return ready, seconds
+
     def _require_steps_left(self, stored: Stored) -> None:
         """Refuse a checkpoint from which there is no way to the end that these settings ask for."""
         done, differ = stored.step, ", ".join(in_words(stored.differences))
