@@ -18,7 +18,8 @@ from benchmarks.quality_measures import MEASURED_WITH, MEASURES, read_parts
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.data.images import Sample, find_samples
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS, PromptCache
-from flatlora_diffusion.draw.pipeline import Drawing, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, load_pipeline
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention
 from flatlora_diffusion.evaluate.flatness import expected_rise, top_eigenvalue

@@ -28,7 +28,8 @@ from flatlora_diffusion.app import engine
 from flatlora_diffusion.app.engine import Drawn, Job, Studio
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, load_pipeline
 from flatlora_diffusion.draw.shaken import Shake
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.evaluate import evaluation

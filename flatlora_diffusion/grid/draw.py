@@ -20,14 +20,8 @@ from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.draw import stamp
-from flatlora_diffusion.draw.pipeline import (
-    Drawing,
-    OnStep,
-    draw_batch,
-    load_adapter,
-    load_pipeline,
-    where_cut_in,
-)
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, OnStep, draw_batch, load_pipeline, where_cut_in
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.stamp import A1111_CHUNK, Stamp, base_name, png, read
 from flatlora_diffusion.grid.plan import Cell, Grid

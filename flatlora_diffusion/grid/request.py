@@ -12,7 +12,8 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.datasets import dataset_captions
 from flatlora_diffusion.data.folders import CAPTION_KEY
 from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, complete_caption, find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, adapter_names, native_side_of
+from flatlora_diffusion.draw.adapters import adapter_names
+from flatlora_diffusion.draw.pipeline import Drawing, native_side_of
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.plan import AXES, DRAWING_AXES, Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe

@@ -16,7 +16,7 @@ from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, composite
-from flatlora_diffusion.draw.pipeline import adapter_names
+from flatlora_diffusion.draw.adapters import adapter_names
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method

@@ -22,7 +22,8 @@ from flatlora_diffusion.adapter.file import (
 )
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.sdxl import lora as sdxl_lora
 from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
 from tests.conftest import (

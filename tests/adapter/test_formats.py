@@ -13,7 +13,7 @@ from flatlora_diffusion.adapter.file import PEFT_NAME
 from flatlora_diffusion.adapter.formats import PEFT_CONFIG_NAME
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import load_adapter
+from flatlora_diffusion.draw.adapters import load_adapter
 from tests.conftest import build_pipeline, build_text_encoders, build_unet
 
 TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

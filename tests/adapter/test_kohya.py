@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.kohya import PEFT_METADATA_KEY, convert, from_ko
 from flatlora_diffusion.adapter.kohya_names import PREFIXES, layer_names
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import load_adapter
+from flatlora_diffusion.draw.adapters import load_adapter
 from tests.conftest import (
     TEXT_TARGETS,
     UNET_TARGETS,

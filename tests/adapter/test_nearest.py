@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.adapter.command import main
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import load_adapter
+from flatlora_diffusion.draw.adapters import load_adapter
 from tests.adapter.test_check import models, write
 from tests.adapter.test_formats import CONV, FC1, TO_Q, kohya, merged, random
 from tests.conftest import UNET_TARGETS, build_pipeline

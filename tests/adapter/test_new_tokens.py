@@ -26,7 +26,8 @@ from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import latents as data_latents
 from flatlora_diffusion.data.images import Framing, Sample, find_samples
 from flatlora_diffusion.data.latents import LatentCache
-from flatlora_diffusion.draw.pipeline import Drawing, draw, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw, draw_with, load_pipeline
 from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe

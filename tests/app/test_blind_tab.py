@@ -26,7 +26,8 @@ from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.tally import chance, tally_html
 from flatlora_diffusion.app.votes import TIE, Tally, Vote, VoteFile
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import read
 from tests.browser import served
 

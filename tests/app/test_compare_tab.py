@@ -20,7 +20,8 @@ from flatlora_diffusion.app.first import FirstComparison, drawn_comparison
 from flatlora_diffusion.app.limits import MAX_PROMPT
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.site import Site
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import read, sidecar
 from tests.browser import served
 

@@ -7,7 +7,8 @@ from flatlora_diffusion.app import engine
 from flatlora_diffusion.app.engine import Drawn, Job, Step, Studio
 from flatlora_diffusion.app.site import warn_of_cut
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import BASE
 
 DRAWING = Drawing(16, 16, 3, 3.0)

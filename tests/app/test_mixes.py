@@ -11,7 +11,8 @@ from flatlora_diffusion.app.comparison import Asked
 from flatlora_diffusion.app.engine import Job, Studio
 from flatlora_diffusion.app.first import FirstComparison, drawn_comparison
 from flatlora_diffusion.app.site import Site
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import read
 
 DRAWING = Drawing(16, 16, 2, 3.0, None, "default")

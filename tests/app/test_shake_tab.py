@@ -9,7 +9,8 @@ from flatlora_diffusion.app.measured import Measured
 from flatlora_diffusion.app.page import build, launch_settings
 from flatlora_diffusion.app.shake_tab import ShakeTab, moved_text
 from flatlora_diffusion.app.site import Site
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from tests.browser import served
 
 pytest_plugins = ["tests.browser"]

@@ -13,7 +13,8 @@ from flatlora_diffusion.app.site import Site
 from flatlora_diffusion.app.strength_tab import SCALES, StrengthTab
 from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.app.widgets import _common_beginning
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from tests.browser import served
 
 pytest_plugins = ["tests.browser"]

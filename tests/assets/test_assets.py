@@ -14,7 +14,8 @@ from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.evaluate.likeness import Likeness
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from flatlora_diffusion.adapter.mix import Mix, mix_digest, parse_scaled, parse_source
 from flatlora_diffusion.app.engine import Drawn, Job, Studio
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import parameters, read
 from flatlora_diffusion.evaluate.merged import merged_unet
 from flatlora_diffusion.evaluate.request import evaluate, read_plan

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw import pipeline as draw_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import (
     Drawing,
     conditions_of,
     draw_batch,
     draw_with,
-    load_adapter,
     load_pipeline,
     native_side,
     sketches,

@@ -14,7 +14,8 @@ from flatlora_diffusion.adapter.strength import read_strength
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.evaluate import evaluation, plots
 from flatlora_diffusion.evaluate.command import evaluation_parser, main
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed

@@ -13,7 +13,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.data.images import Sample, composite, find_samples
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.evaluate import drawn
 from flatlora_diffusion.evaluate import likeness as evaluate_likeness
 from flatlora_diffusion.evaluate.drawn import Drawer, Personalisation, Retention, fingerprint

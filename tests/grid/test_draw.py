@@ -10,7 +10,8 @@ from PIL import Image
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import output_lock
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline, native_side
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline, native_side
 from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.grid import draw
 from flatlora_diffusion.grid.command import main

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_bytes
-from flatlora_diffusion.draw.pipeline import draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import draw_with, load_pipeline
 from flatlora_diffusion.output.card import CARD, Example, Exhibit, Making, is_ours, write_card
 from flatlora_diffusion.output.gallery import validation_drawing
 from flatlora_diffusion.sdxl.lora import add_lora

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.output.names import SUMMARY
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.train.arms import train

@@ -9,7 +9,8 @@ import torch
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import Path, find_samples
-from flatlora_diffusion.draw.pipeline import load_adapter, load_pipeline
+from flatlora_diffusion.draw.adapters import load_adapter
+from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.draw.stamp import read
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.merged import merged_unet

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.decoding import decoding_dtype
-from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_adapter, load_pipeline
+from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.output.gallery import Gallery, SideBySide
 from flatlora_diffusion.output.names import step_name
 from flatlora_diffusion.sdxl.base import load_base
