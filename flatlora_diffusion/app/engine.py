@@ -21,7 +21,8 @@ from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.draw.adapters import activate, adapter_names, blended, load_adapter, parts_of
+from flatlora_diffusion.draw.active import activate, blended, parts_of
+from flatlora_diffusion.draw.adapters import adapter_names, load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch, native_side, sketches, where_cut_in
 from flatlora_diffusion.draw.samplers import sampler_name
 from flatlora_diffusion.draw.shaken import Shake, shaken

@@ -1,10 +1,9 @@
-"""Adapters on a pipeline: loaded from files or as mixes, active one at a time or blended."""
+"""Adapters and mixes of them, loaded from their files onto a pipeline under a name."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from flatlora_diffusion.adapter.new_tokens import (
     remember_words,
 )
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.draw.active import remember_mix
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODERS
-
-_MIXES = "mixed_adapters"  # attribute of a pipeline: name -> adapter -> scale
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, name: str, source: Source) -> AdapterFacts:
@@ -71,38 +69,8 @@ def _load_mix(pipeline: StableDiffusionXLPipeline, name: str, mix: Mix) -> Adapt
         pipeline.delete_adapters(sorted(known & parts.keys()))
         raise
     remember_words(pipeline, name, words)
-    vars(pipeline).setdefault(_MIXES, {})[name] = {own: scale for own, (_, scale) in parts.items()}
+    remember_mix(pipeline, name, {own: scale for own, (_, scale) in parts.items()})
     return facts_of_mix(loaded)
-
-
-def parts_of(pipeline: StableDiffusionXLPipeline, name: str) -> dict[str, float]:
-    """The adapters that are active under a name, with their scales: several for a mix, else itself."""
-    return vars(pipeline).get(_MIXES, {}).get(name, {name: 1.0})
-
-
-@contextlib.contextmanager
-def blended(
-    pipeline: StableDiffusionXLPipeline, adapter: str | None, scales: Mapping[str, float]
-) -> Iterator[str]:
-    """Within the block a name stands for several loaded adapters at once, as that of a mix does.
-
-    Args:
-        pipeline: With its adapters.
-        adapter: The one whose new tokens count in prompts; None for none.
-        scales: Those that are active, as `parts_of` names them, and the scale of each.
-
-    Yields:
-        The name, for `draw_batch` and the like.
-    """
-    name = "blend"
-    mixes = vars(pipeline).setdefault(_MIXES, {})
-    mixes[name] = dict(scales)
-    remember_words(pipeline, name, loaded_words(pipeline, adapter))
-    try:
-        yield name
-    finally:
-        del mixes[name]
-        remember_words(pipeline, name, {})
 
 
 def _load_file(pipeline: StableDiffusionXLPipeline, name: str, path: Path) -> AdapterFacts:
@@ -156,13 +124,3 @@ def _load(pipeline: StableDiffusionXLPipeline, name: str, adapter: AdapterFacts)
             pipeline.load_lora_into_text_encoder(
                 tensors, text_encoder=getattr(pipeline, part), prefix=part, **own
             )
-
-
-def activate(pipeline: StableDiffusionXLPipeline, adapter: str | None, scale: float = 1.0) -> None:
-    """Make one of the loaded adapters the active one, at a scale, or none."""
-    if adapter is not None:
-        pipeline.enable_lora()
-        parts = parts_of(pipeline, adapter)
-        pipeline.set_adapters(list(parts), [scale * own for own in parts.values()])
-    elif pipeline.get_list_adapters():
-        pipeline.disable_lora()

@@ -20,7 +20,7 @@ from flatlora_diffusion.adapter.new_tokens import loaded_words, replace_words
 from flatlora_diffusion.common.devices import if_memory_lasts, release
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.models import load_whole
-from flatlora_diffusion.draw.adapters import activate
+from flatlora_diffusion.draw.active import activate
 from flatlora_diffusion.draw.decoding import decode, decoding_dtype, why_black
 from flatlora_diffusion.draw.matting import matte
 from flatlora_diffusion.draw.rows import RowsAsAlone

@@ -18,7 +18,8 @@ from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
-from flatlora_diffusion.draw.adapters import load_adapter, parts_of
+from flatlora_diffusion.draw.active import parts_of
+from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, load_pipeline, native_side
 from flatlora_diffusion.draw.stamp import BASE, versions
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from flatlora_diffusion.common.weights import weight_of
-from flatlora_diffusion.draw.adapters import activate, parts_of
+from flatlora_diffusion.draw.active import activate, parts_of
 
 
 def merged_unet(

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from flatlora_diffusion.draw.adapters import activate, load_adapter
+from flatlora_diffusion.draw.active import activate
+from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.shaken import Shake, shaken, shaken_weight
 

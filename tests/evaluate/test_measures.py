@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from flatlora_diffusion.data.images import find_samples
-from flatlora_diffusion.draw.adapters import activate, load_adapter
+from flatlora_diffusion.draw.active import activate
+from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.evaluate.denoising import Band, DenoisingSet, embed
 from flatlora_diffusion.evaluate.flatness import (
