@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from flatlora_diffusion.common.errors import RunInterruptedError, UserError
+from flatlora_diffusion.common.errors import RunInterruptedError, ToldElsewhereError, UserError
 from flatlora_diffusion.common.signals import sigterm_interrupts
 from flatlora_diffusion.common.threads import share_processor
 
@@ -115,6 +115,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     try:
         with sigterm_interrupts():
             command()
+    except ToldElsewhereError:
+        sys.exit(2)
     except UserError as error:
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(2)
@@ -128,7 +130,8 @@ def run_command(command: Callable[[], None]) -> NoReturn:
             print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt as stop:
-        print("interrupted; what was saved before is still there", file=sys.stderr)
+        if not rank:
+            print("interrupted; what was saved before is still there", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     sys.exit(0)
 

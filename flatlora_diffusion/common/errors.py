@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake in the input. Command lines print its message and exit with code 2."""
 
 
+class ToldElsewhereError(UserError):
+    """What ended another process of the same command, which prints it; this one only exits with code 2."""
+
+
 class RunInterruptedError(Exception):
     """A signal stopped the run after its state had been saved.
 

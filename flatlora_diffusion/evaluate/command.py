@@ -20,6 +20,7 @@ from flatlora_diffusion.common.command import (
     invoked_as,
 )
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.processes import Processes, joined
 from flatlora_diffusion.evaluate.plan import PARTS
 
 
@@ -116,7 +117,12 @@ def evaluation_parser() -> OneLineParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    given = vars(evaluation_parser().parse_all(sys.argv[1:] if arguments is None else list(arguments)))
+    with joined() as processes:
+        _evaluate(sys.argv[1:] if arguments is None else list(arguments), processes)
+
+
+def _evaluate(arguments: Sequence[str], processes: Processes) -> None:
+    given = vars(evaluation_parser().parse_all(arguments))
     # After parsing: --help and bad flags answer at once.
     from flatlora_diffusion.common.devices import is_out_of_memory
     from flatlora_diffusion.evaluate.request import TABLES, evaluate, read_plan
@@ -126,13 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hide_progress_bars()
     folder = given.get("output", Path("evaluation"))
     try:
-        report = evaluate(plan, folder, write_scale=given.get("write_scale", False))
+        report = evaluate(plan, folder, write_scale=given.get("write_scale", False), processes=processes)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
             f"--device {plan.device}: its memory ran out while models were loaded; --dtype bf16 halves them"
         ) from None
+    if not processes.is_main:
+        return
     print(markdown(report))
     print(folder / TABLES)
     if report["left_out"]:

@@ -20,6 +20,7 @@ from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.pictures import open_image
+from flatlora_diffusion.common.processes import ALONE, Processes, require_shared
 from flatlora_diffusion.data.images import Sample
 from flatlora_diffusion.draw.pipeline import Drawing, draw_batch
 from flatlora_diffusion.draw.samplers import sampler_name
@@ -80,7 +81,12 @@ class Drawer:
         }
 
     def draw(
-        self, pictures: Sequence[tuple[str, int]], adapter: str | None = None, scale: float = 1.0
+        self,
+        pictures: Sequence[tuple[str, int]],
+        adapter: str | None = None,
+        scale: float = 1.0,
+        *,
+        processes: Processes = ALONE,
     ) -> list[Image.Image]:
         """Pictures with an adapter, or with the base alone; those that are in the folder aren't drawn again.
 
@@ -91,9 +97,10 @@ class Drawer:
             pictures: The prompt and the seed of each.
             adapter: Name under which it is loaded, or None.
             scale: Of the adapter's update.
+            processes: Share out the batches; each calls this `together`.
 
         Raises:
-            UserError: The folder cannot be written to, or the disk is full.
+            UserError: The folder cannot be written to, or the disk is full, or not that of all processes.
         """
         folder = self._folders[adapter]
         if adapter is not None:
@@ -104,22 +111,35 @@ class Drawer:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
         files = [folder / _file_name(prompt, seed) for prompt, seed in pictures]
         stamps = [self._stamp(prompt, seed, adapter, scale) for prompt, seed in pictures]
-        found = [_stored(file, own) for file, own in zip(files, stamps, strict=True)]
-        missing = found.count(None)
+        own = [_stored(file, stamp) for file, stamp in zip(files, stamps, strict=True)]
+        there = processes.from_main(lambda: [picture is not None for picture in own])
+        batches = [
+            range(len(pictures))[at : at + self._batch_size]
+            for at in range(0, len(pictures), self._batch_size)
+        ]
+        left = [batch for batch in batches if not all(there[index] for index in batch)]
+        missing = there.count(False)
         with tqdm(
-            total=missing, desc=f"drawing {adapter or BASE}", unit="picture", disable=not missing
+            total=missing,
+            desc=f"drawing {adapter or BASE}",
+            unit="picture",
+            disable=not (missing and processes.is_main),
         ) as bar:
-            for start in range(0, len(pictures), self._batch_size):
-                batch = range(start, min(start + self._batch_size, len(pictures)))
-                if all(found[index] is not None for index in batch):
-                    continue
-                wanted = [pictures[index] for index in batch]
-                drawn = draw_batch(self._pipeline, adapter, wanted, self._drawing, scale=scale)
-                for index, picture in zip(batch, drawn, strict=True):
-                    if found[index] is None:
-                        write_atomically(files[index], png(picture, stamps[index]))
-                        found[index] = picture
-                        bar.update()
+            for batch in processes.turns(left):
+                new = [index for index in batch or () if not there[index]]
+                if batch is not None:
+                    wanted = [pictures[index] for index in batch]
+                    drawn = draw_batch(self._pipeline, adapter, wanted, self._drawing, scale=scale)
+                    for index, picture in zip(batch, drawn, strict=True):
+                        if index in new:
+                            write_atomically(files[index], png(picture, stamps[index]))
+                            own[index] = picture
+                bar.update(sum(processes.gather(len(new))))
+        found = [
+            _stored(file, stamp) if picture is None else picture
+            for file, stamp, picture in zip(files, stamps, own, strict=True)
+        ]
+        require_shared("pictures", str(folder), found.count(None))
         return [picture for picture in found if picture is not None]  # now all of them
 
     def _stamp(self, prompt: str, seed: int, adapter: str | None, scale: float) -> Stamp:
@@ -171,6 +191,9 @@ class Personalisation:
         heldout: Pictures of the taught style that were never trained, with their captions.
         training: Those that were; empty where they aren't at hand: copying isn't measured then.
 
+    Attributes:
+        wanted: The prompt and the seed of each picture.
+
     Raises:
         UserError: An image cannot be read.
     """
@@ -179,7 +202,7 @@ class Personalisation:
         self, drawer: Drawer, likeness: Likeness, heldout: Sequence[Sample], training: Sequence[Sample]
     ) -> None:
         self._drawer, self._likeness = drawer, likeness
-        self._wanted = [(sample.caption, seed) for seed, sample in enumerate(heldout)]
+        self.wanted = [(sample.caption, seed) for seed, sample in enumerate(heldout)]
         self._true = _features(likeness, heldout)
         self._training = _features(likeness, training) if training else None
 
@@ -193,7 +216,7 @@ class Personalisation:
         Raises:
             UserError: The pictures cannot be written.
         """
-        drawn = self._likeness.pictures(self._drawer.draw(self._wanted, adapter, scale))
+        drawn = self._likeness.pictures(self._drawer.draw(self.wanted, adapter, scale))
         result: dict[str, Any] = {"clip_i": paired_similarity(drawn, self._true)}
         if self._training is not None:
             result["nearest_training"] = {
@@ -216,17 +239,20 @@ class Retention:
         drawer: Draws.
         likeness: Compares.
         prompts: Without the words that were trained.
+
+    Attributes:
+        wanted: The prompt and the seed of each picture.
     """
 
     def __init__(self, drawer: Drawer, likeness: Likeness, prompts: Sequence[str]) -> None:
         self._drawer, self._likeness = drawer, likeness
-        self._wanted = [(prompt, seed) for seed, prompt in enumerate(prompts)]
+        self.wanted = [(prompt, seed) for seed, prompt in enumerate(prompts)]
         self._prompts = likeness.texts(prompts)
 
     @functools.cached_property
     def _base(self) -> tuple[list[Image.Image], Tensor]:
         """The base's own pictures and their features."""
-        pictures = self._drawer.draw(self._wanted)
+        pictures = self._drawer.draw(self.wanted)
         return pictures, self._likeness.pictures(pictures)
 
     def measure(self, adapter: str | None = None, scale: float = 1.0) -> dict[str, float]:
@@ -240,7 +266,7 @@ class Retention:
             UserError: The pictures cannot be written.
         """
         base_pictures, base = self._base
-        pictures = self._drawer.draw(self._wanted, adapter, scale)
+        pictures = self._drawer.draw(self.wanted, adapter, scale)
         drawn = self._likeness.pictures(pictures)
         return {
             "clip_t": paired_similarity(drawn, self._prompts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.check import AdapterFacts
-from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
+from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, out_of_memory_as_error, release
 from flatlora_diffusion.common.pictures import png_bytes
+from flatlora_diffusion.common.processes import ALONE, Processes, require_shared
 from flatlora_diffusion.data.images import EmbeddedImage, Sample, digest
 from flatlora_diffusion.data.latents import HELDOUT_TIMESTEPS
 from flatlora_diffusion.draw.active import parts_of
@@ -38,6 +40,8 @@ from flatlora_diffusion.evaluate.strength import HELDOUT, RETENTION, recommend
 from flatlora_diffusion.grid.plan import unique_slugs
 from flatlora_diffusion.sdxl.base import check_scheduler
 from flatlora_diffusion.sdxl.encoding import tell_cut
+
+logger = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
 PICTURES = "pictures"
@@ -62,6 +66,7 @@ class Evaluation:
     Args:
         plan: What.
         folder: Where the report, the parts and the drawn pictures go.
+        processes: Share out the pictures, and then the parts.
 
     Attributes:
         report: `base`, `settings`, `methods`: label -> what was measured, the base first, and `left_out`: a
@@ -71,8 +76,8 @@ class Evaluation:
         UserError: A model or an adapter is missing, damaged, or doesn't fit.
     """
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
+    def __init__(self, plan: Plan, folder: Path, processes: Processes = ALONE) -> None:
+        self.plan, self.folder, self.processes = plan, folder, processes
         self.likeness = Likeness(plan.clip, plan.device) if plan.clip and "drawn" in plan.parts else None
         self.pipeline = load_pipeline(plan.base, device=plan.device, dtype=DTYPES[plan.dtype])
         check_scheduler(f"--base {plan.base}", type(self.pipeline.scheduler).__name__)
@@ -103,6 +108,48 @@ class Evaluation:
         Raises:
             UserError: The folder cannot be written.
         """
+        units = [(label, part) for part in PARTS for label in self.names if self._is_possible(part, label)]
+        processes = self.processes
+        todo = processes.from_main(lambda: [unit for unit in units if self._is_to_be_measured(*unit)])
+        if processes.count > 1:
+            if processes.is_main:
+                logger.info(
+                    "%d processes draw pictures together, then measure %d parts", processes.count, len(todo)
+                )
+            self._draw_together(todo)
+        too_large: set[str] = set()
+        done = len(units) - len(todo)
+        with tqdm(total=len(units), initial=done, unit="part", disable=not processes.is_main) as bar:
+            for own in processes.turns(todo):
+                told = None
+                if own is not None and own[1] not in too_large:
+                    bar.set_description("{1} of {0}".format(*own))
+                    told = self._measure(*own)
+                for unit, line in processes.gather((own, told)):
+                    bar.update(unit is not None)
+                    if unit is not None and line is not None:
+                        too_large.add(unit[1])
+                        self.report["left_out"].append(line)
+        if processes.is_main and processes.count > 1:
+            lost = sum(part not in too_large and self._is_to_be_measured(label, part) for label, part in todo)
+            require_shared("measured parts", f"--output {self.folder}", lost)
+        for label, part in units:
+            result = stored(self._file(part, label), self._key(part, label))
+            if result is not None:
+                merge(self.report["methods"][label], result)
+        for measures in self.report["methods"].values():
+            if strength := recommend(measures.get("tradeoff", ())):
+                measures["recommended"] = asdict(strength)
+        if processes.is_main:
+            write(self.folder / REPORT, finite(self.report))
+        return self.report
+
+    def _is_to_be_measured(self, label: str, part: str) -> bool:
+        result = stored(self._file(part, label), self._key(part, label))
+        return part in self.plan.parts and (result is None or _lacks_pictures(result))
+
+    def _measure(self, label: str, part: str) -> str | None:
+        """Measure a part and keep it; a line where the memory doesn't suffice."""
         parts = {
             "losses": self._losses,
             "drawn": self._drawn,
@@ -110,36 +157,36 @@ class Evaluation:
             "tradeoff": self._tradeoff,
             "sharpness": self._sharpness,
         }
-        todo = [(label, part) for part in parts for label in self.names if self._is_possible(part, label)]
-        too_large = set()
-        with tqdm(todo, unit="part") as bar:
-            for label, part in bar:
-                bar.set_description(f"{part} of {label}")
-                key, file = self._key(part, label), self._file(part, label)
-                result = stored(file, key)
-                if result is None or (part in self.plan.parts and _lacks_pictures(result)):
-                    if part not in self.plan.parts or part in too_large:
-                        continue
-                    try:
-                        result = parts[part](label)
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        too_large.add(part)
-                        self.report["left_out"].append(
-                            f"{part} of {label}: the memory of {self.plan.device} ran out; set --dtype bf16 "
-                            "or a smaller --resolution, or leave this part out with --parts"
-                        )
-                        continue
-                    finally:
-                        release()
-                    write(file, {"key": key, "result": result})
-                merge(self.report["methods"][label], result)
-        for measures in self.report["methods"].values():
-            if strength := recommend(measures.get("tradeoff", ())):
-                measures["recommended"] = asdict(strength)
-        write(self.folder / REPORT, finite(self.report))
-        return self.report
+        try:
+            result = parts[part](label)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return (
+                f"{part} of {label}: the memory of {self.plan.device} ran out; set --dtype bf16 "
+                "or a smaller --resolution, or leave this part out with --parts"
+            )
+        finally:
+            release()
+        write(self._file(part, label), {"key": self._key(part, label), "result": result})
+        return None
+
+    def _draw_together(self, todo: Sequence[tuple[str, str]]) -> None:
+        """Draw the pictures that parts will ask for, so that no two processes draw the same one."""
+        wanted: dict[tuple[str | None, str], Sequence[tuple[str, int]]] = {}
+        if todo and self.plan.prompts:  # they stand for the base's own styles, whatever is measured
+            wanted[None, "retention"] = [(prompt, seed) for seed, prompt in enumerate(self.plan.prompts)]
+        for label in (label for label, part in todo if part == "drawn"):
+            wanted[self.names[label], "heldout"] = self._personalisation.wanted
+            if self._trigger_free:
+                for name in (None, self.names[label]):
+                    wanted[name, "retention"] = self._kept_drawings.wanted
+        with out_of_memory_as_error(
+            "while pictures were drawn: --dtype bf16 or a smaller --resolution need less"
+        ):
+            for (name, _), pictures in wanted.items():
+                self._drawer.draw(pictures, name, processes=self.processes)
+        release()
 
     # The parts: each gives what it adds to a method's entry.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.extras import import_extra
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
+from flatlora_diffusion.common.processes import ALONE, Processes
 from flatlora_diffusion.data.images import PROMPT_PLACEHOLDER, Sample, find_samples
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.evaluate.evaluation import Evaluation
@@ -27,7 +29,9 @@ logger = logging.getLogger(__name__)
 TABLES = "evaluation.md"
 
 
-def evaluate(plan: Plan, folder: Path, *, write_scale: bool = False) -> dict[str, Any]:
+def evaluate(
+    plan: Plan, folder: Path, *, write_scale: bool = False, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Measure a plan; write `evaluation.json`, `evaluation.md` and the plots into a folder.
 
     An evaluation that was stopped goes on where it was; what was measured in the same way is kept.
@@ -36,6 +40,7 @@ def evaluate(plan: Plan, folder: Path, *, write_scale: bool = False) -> dict[str
         plan: What.
         folder: Where the results go.
         write_scale: Note the recommended scale in each adapter's file and model card.
+        processes: Share out the work; each calls this `together`. The main process alone writes the report.
 
     Returns:
         The report: see `evaluate.report`.
@@ -45,9 +50,11 @@ def evaluate(plan: Plan, folder: Path, *, write_scale: bool = False) -> dict[str
     """
     import_extra("matplotlib", "drawing plots")  # before hours of measuring, not after them
     check_writable("--output", folder)
-    evaluation = Evaluation(plan, folder)
-    with output_lock(folder, "--output"):
+    evaluation = Evaluation(plan, folder, processes)
+    with output_lock(folder, "--output") if processes.is_main else contextlib.nullcontext():
         report = evaluation.run()
+        if not processes.is_main:
+            return report
         paths = write_plots(report, folder)
         images = "".join(f"\n![{path.stem}]({path.name})\n" for path in paths)
         write_atomically(folder / TABLES, (markdown(report) + images).encode())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.common.command import hide_progress_bars
 from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.processes import Processes, joined
 from flatlora_diffusion.grid.flags import grid_parser
 from flatlora_diffusion.sheet.command import main as sheet_main
 
@@ -17,6 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and not arguments[0].startswith("-"):
         sheet_main(arguments)
         return
+    with joined() as processes:
+        _draw(arguments, processes)
+
+
+def _draw(arguments: Sequence[str], processes: Processes) -> None:
+    """Draw the grid that the flags ask for, this process its share of it."""
     given = vars(grid_parser().parse_all(arguments))
     output = given.get("output")
     if output is None:
@@ -33,5 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"while the grid was drawn: what is in {output} stays, and a smaller --batch_size goes on with it; "
         "--dtype bf16 or a smaller --resolution, into another folder, need less too"
     ):
-        draw_grid(recipe, output, device=device)
-    print(output / SHEET_NAME)
+        draw_grid(recipe, output, device=device, processes=processes)
+    if processes.is_main:
+        print(output / SHEET_NAME)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.lock import check_writable, output_lock
 from flatlora_diffusion.common.pictures import png_bytes
+from flatlora_diffusion.common.processes import ALONE, Processes, require_shared
 from flatlora_diffusion.draw import stamp
 from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, OnStep, draw_batch, load_pipeline, where_cut_in
@@ -61,12 +63,21 @@ def draw_cells(
     for batch in grid.batches(batch_size):
         if all(cell in done for cell in batch):
             continue
-        method, how = batch[0].method, batch[0].drawing(drawing)
-        wanted = [(cell.prompt, cell.seed) for cell in batch]
-        pictures = draw_batch(pipeline, method.adapter, wanted, how, scale=method.scale, on_step=on_step)
-        for cell, picture in zip(batch, pictures, strict=True):
+        for cell, picture in zip(batch, _draw(pipeline, batch, drawing, on_step), strict=True):
             if cell not in done:
                 yield cell, picture
+
+
+def _draw(
+    pipeline: StableDiffusionXLPipeline,
+    batch: Sequence[Cell],
+    drawing: Drawing,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """The pictures of a batch of `Grid.batches`."""
+    method, how = batch[0].method, batch[0].drawing(drawing)
+    wanted = [(cell.prompt, cell.seed) for cell in batch]
+    return draw_batch(pipeline, method.adapter, wanted, how, scale=method.scale, on_step=on_step)
 
 
 def draw_grid(
@@ -79,6 +90,7 @@ def draw_grid(
     on_picture: OnPicture | None = None,
     flag: str = "--output",
     base_flag: str = "--base",
+    processes: Processes = ALONE,
 ) -> Image.Image:
     """Draw a grid into a folder: its manifest first, then each picture, the sheet at last.
 
@@ -94,6 +106,8 @@ def draw_grid(
         on_picture: Told of every new picture. What it raises ends the drawing.
         flag: How the user named the folder, for errors.
         base_flag: How the user named the base, for errors.
+        processes: Share out the batches; each calls this `together`. A picture is the same whichever draws
+            it, and the main process alone writes the manifest and the sheet.
 
     Returns:
         The sheet.
@@ -101,7 +115,7 @@ def draw_grid(
     Raises:
         UserError: The sheet would be too large, the folder has another grid or is written to by another run,
             the base or an adapter cannot be loaded, an adapter isn't the one that the recipe asks for, or the
-            disk is full.
+            disk is full, or doesn't have what other processes drew.
     """
     drawing = recipe.drawing
     device = torch.device(device or default_device())
@@ -112,7 +126,10 @@ def draw_grid(
         _check_folder(
             flag, folder, recipe, recipe.manifest(folder, drawing.sampler, device.type, {}, versions)
         )
-    with output_lock(folder, flag):
+    with output_lock(folder, flag) if processes.is_main else contextlib.nullcontext():
+        processes.gather(None)  # nothing is loaded, nor written, where the main process has been refused
+        if not folder.is_dir():
+            raise UserError(f"{flag} {folder}: isn't there; all machines must share it")
         pipeline = load_pipeline(
             recipe.base,
             flag=base_flag,
@@ -131,15 +148,16 @@ def draw_grid(
                     f"{facts.file}: isn't the file that the manifest's pictures were drawn with (SHA-256 "
                     f"{facts.sha256[:12]}..., then {recipe.sha256[name][:12]}...); restore it"
                 )
-        if not overwrite:  # what a run draws into its own folder, it has told of before
+        if not overwrite and processes.is_main:  # what a run draws into its own folder, it has told of before
             _tell_cut(pipeline, recipe)
         sampler = sampler_name(drawing.sampler, pipeline.scheduler)
         manifest = recipe.manifest(folder, sampler, device.type, hashes, versions)
-        if overwrite:
-            _make_room(folder, manifest)
-        else:
-            _check_folder(flag, folder, recipe, manifest)
-        write_atomically(folder / MANIFEST, _json(manifest))
+        if processes.is_main:
+            if overwrite:
+                _make_room(folder, manifest)
+            else:
+                _check_folder(flag, folder, recipe, manifest)
+            write_atomically(folder / MANIFEST, _json(manifest))
         stamps = {
             cell: _stamp(
                 recipe,
@@ -153,17 +171,46 @@ def draw_grid(
             for batch in recipe.grid.batches(1)
             for cell in batch
         }
-        done = {cell for cell, own in stamps.items() if _has(folder / cell.file, own)}
-        cells = draw_cells(pipeline, recipe.grid, drawing, batch_size=recipe.batch_size, done=done)
-        with tqdm(total=len(stamps), initial=len(done), desc="drawing", unit="picture") as progress:
-            for number, (cell, picture) in enumerate(cells, start=len(done) + 1):
-                write_atomically(folder / cell.file, png(picture, stamps[cell]))
-                progress.update()
+        _draw_missing(pipeline, recipe, folder, stamps, on_picture, processes)
+        if processes.is_main:
+            if processes.count > 1:
+                missing = sum(not _has(folder / cell.file, own) for cell, own in stamps.items())
+                require_shared("pictures", f"{flag} {folder}", missing)
+            laid_out = draw_sheet(folder)
+            write_atomically(sheet or folder / SHEET_NAME, sheet_png(recipe, laid_out, sampler, hashes))
+            return laid_out
+        return draw_sheet(folder)
+
+
+def _draw_missing(
+    pipeline: StableDiffusionXLPipeline,
+    recipe: Recipe,
+    folder: Path,
+    stamps: Mapping[Cell, Stamp],
+    on_picture: OnPicture | None,
+    processes: Processes,
+) -> None:
+    """Draw the pictures that the folder lacks, batch by batch, each process its own."""
+    # As the main process finds it: by the time that another looks there may be more.
+    done = processes.from_main(
+        lambda: {cell for cell, own in stamps.items() if _has(folder / cell.file, own)}
+    )
+    left = [batch for batch in recipe.grid.batches(recipe.batch_size) if not done.issuperset(batch)]
+    if processes.is_main and processes.count > 1:
+        logger.info("%d processes draw %d pictures", processes.count, len(stamps) - len(done))
+    number = len(done)
+    with tqdm(
+        total=len(stamps), initial=number, desc="drawing", unit="picture", disable=not processes.is_main
+    ) as progress:
+        for batch in processes.turns(left):
+            new = [cell for cell in batch or () if cell not in done]
+            pictures = dict(zip(batch, _draw(pipeline, batch, recipe.drawing), strict=True)) if batch else {}
+            for cell in new:
+                write_atomically(folder / cell.file, png(pictures[cell], stamps[cell]))
+                number += 1
                 if on_picture is not None:
-                    on_picture(number, len(stamps), cell, picture)
-        laid_out = draw_sheet(folder)
-        write_atomically(sheet or folder / SHEET_NAME, sheet_png(recipe, laid_out, sampler, hashes))
-    return laid_out
+                    on_picture(number, len(stamps), cell, pictures[cell])
+            progress.update(sum(processes.gather(len(new))))
 
 
 def _tell_cut(pipeline: StableDiffusionXLPipeline, recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +17,14 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from flatlora_diffusion.common.errors import UserError
+from flatlora_diffusion.common.errors import ToldElsewhereError, UserError
+from flatlora_diffusion.common.processes import PATIENCE
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.train.tracking import usable_tracker
 
 logger = logging.getLogger(__name__)
 
 Produced = TypeVar("Produced")
-
-# The others wait while the main process draws pictures, which takes longer than the libraries' ten minutes. A
-# process that has died is noticed by the launcher.
-PATIENCE = timedelta(days=1)
 
 _PREFIX = "ACCELERATE_"
 _WHOLE_ROWS = "weights among processes, and Flat-LoRA's noise needs whole rows of them"
@@ -85,16 +81,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def from_main(produce: Callable[[], Produced]) -> Produced:
-    """What the main process makes, on every process; its `UserError` is raised on every process."""
+    """What the main process makes, on every process; its `UserError` ends every process, and is told once."""
     outcome: list[Any] = [None]
-    if PartialState().is_main_process:
+    is_main = PartialState().is_main_process
+    if is_main:
         try:
             outcome = [produce()]
         except UserError as error:
             outcome = [error]
     broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
-        raise outcome[0]
+        raise outcome[0] if is_main else ToldElsewhereError(str(outcome[0]))
     return outcome[0]
 
 

@@ -16,6 +16,7 @@ from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import load_pipeline
+from flatlora_diffusion.evaluate import drawn as evaluate_drawn
 from flatlora_diffusion.evaluate import evaluation, plots
 from flatlora_diffusion.evaluate.command import evaluation_parser, main
 from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
@@ -26,6 +27,7 @@ from flatlora_diffusion.evaluate.plots import tradeoff
 from flatlora_diffusion.evaluate.request import TABLES, read_plan
 from flatlora_diffusion.sdxl.lora import add_lora
 from tests.conftest import global_rng_state
+from tests.processes import in_processes
 
 
 @pytest.fixture
@@ -265,6 +267,33 @@ def test_drawn_measures_need_a_clip_and_keep_their_pictures(command, clip_path, 
     assert base["nearest_training"]["true"] == lora["nearest_training"]["true"]
     pictures = (tmp_path / "evaluation" / "pictures").rglob("*.png")
     assert len(list(pictures)) == 3 * 2  # the held-out captions are those of the retention too
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_and_draw_what_one_does(command, clip_path, tmp_path, capfd):
+    del command["--retention"]
+    command |= {"--parts": ["losses", "drawn"], "--clip": [str(clip_path)], "--steps": ["1"]}
+    command |= {"--prompt": ["a cup", "a fox"], "--resolution": ["16"]}
+
+    def measured(rank):
+        drawn, draw_batch = [], evaluate_drawn.draw_batch
+        merged, merge = [], evaluation.merged_unet
+        evaluate_drawn.draw_batch = lambda *given, **how: drawn.append(0) or draw_batch(*given, **how)
+        evaluation.merged_unet = lambda *given: merged.append(0) or merge(*given)
+        main(words(command))
+        return len(drawn), len(merged)
+
+    report = report_of(command)
+    capfd.readouterr()
+    alone = tmp_path / "evaluation"
+    command["--output"] = [str(tmp_path / "together")]
+    # Of three methods: two pictures for held-out captions, two for prompts, and one part of losses.
+    assert in_processes(measured) == [[6, 2], [6, 1]]
+    assert capfd.readouterr().out.count("evaluation.md") == 1
+    assert json.loads((tmp_path / "together" / REPORT).read_text()) == report
+    for one in (*alone.rglob("*.png"), *(alone / "measured").iterdir()):
+        assert (tmp_path / "together" / one.relative_to(alone)).read_bytes() == one.read_bytes()
+    assert in_processes(measured) == [[0, 0], [0, 0]]
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_only_what_is_trained_is_sent_around(config):
 
 
 def test_what_one_process_does_for_all(config, tmp_path):
-    """Class images, held-out losses, pictures, files; in both runs of a comparison."""
+    """Held-out losses, pictures, files; in both runs of a comparison. Class images are drawn by both."""
     config = dataclasses.replace(
         config,
         compare=True,
@@ -206,7 +206,7 @@ def test_what_one_process_does_for_all(config, tmp_path):
     def work(rank):
         if rank:
             for owner, name in (
-                (class_images, "load_pipeline"),
+                (class_images, "_missing"),
                 (Learner, "heldout_loss"),
                 (validation, "draw_validation"),
                 (train_loop, "write_checkpoint"),
@@ -219,7 +219,13 @@ def test_what_one_process_does_for_all(config, tmp_path):
     assert in_processes(work) == [False, False]
     output = Path(config.output_dir)
     assert (output / "comparison.png").is_file()
-    assert len(list(Path(config.class_data_dir).iterdir())) == 5
+    drawn = sorted(Path(config.class_data_dir).glob("class-*.png"))
+    assert len(drawn) == 2
+    by_two = [picture.read_bytes() for picture in drawn]
+    for picture in drawn:
+        picture.unlink()
+    class_images.class_samples(config)
+    assert [picture.read_bytes() for picture in drawn] == by_two
     for arm in ("lora", "flat_lora"):
         summary = json.loads((output / arm / "summary.json").read_text())
         assert summary["processes"] == 2 and len(summary["heldout_losses"]) == 2
