@@ -1,4 +1,4 @@
-"""Other ways to a flat minimum, as training runs to measure Flat-LoRA against: SAM, twice, and Bi-LoRA.
+"""Other ways to generalise, as training runs to measure Flat-LoRA against: SAM, twice, Bi-LoRA and T-LoRA.
 
 All of them train plain LoRA (`flat_sigma` is 0) with the data order, timesteps and noise of every other run
 of the same seed.
@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.sam import ascended, base_weights, given_gradients, lora_layers
+from benchmarks.t_lora import TLora
 from flatlora_diffusion.common.seeds import hash64
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.sdxl.lora import ADAPTER
@@ -30,13 +31,14 @@ def train(config: TrainConfig, rival: str, rho: float) -> None:
 
     Args:
         config: Settings of the run; its `flat_sigma` is 0.
-        rival: `sam` (on the merged weights), `lora-sam` (on A and B) or `bi-lora`.
-        rho: The rival's radius.
+        rival: `sam` (on the merged weights), `lora-sam` (on A and B), `bi-lora` or `t-lora`.
+        rho: The rival's radius; for T-LoRA the least rank as a share of the whole, in the paper 0.5.
     """
     callbacks = {
         "sam": Sam(rho, on_merged=True),
         "lora-sam": Sam(rho, on_merged=False),
         "bi-lora": BiLora(rho),
+        "t-lora": TLora(rho),
     }
     arms.train(config, callbacks=[callbacks[rival]])
 

@@ -11,12 +11,20 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 
 from benchmarks import rivals, sam
+from benchmarks.t_lora import active_ranks, timestep_ranks
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
 from flatlora_diffusion.sdxl.lora import add_lora
 from flatlora_diffusion.train import arms
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, build_text_encoders, build_unet, global_rng_state, run
+from tests.conftest import (
+    assert_equal,
+    build_text_encoders,
+    build_unet,
+    global_rng_state,
+    run,
+    unet_inputs,
+)
 
 RHO = 0.3
 
@@ -313,3 +321,49 @@ def test_keeping_in_the_ball_scales_the_update_to_its_radius(share):
     assert auxiliary_norm({"unet": unet}) == pytest.approx(min(1, share) * was, rel=1e-5)
     for factor, old in zip(factors, before, strict=True):  # A and B share the shrinking
         torch.testing.assert_close(factor.detach(), math.sqrt(min(1, share)) * old)
+
+
+def test_the_noisier_the_fewer_ranks_are_active():
+    timesteps = torch.tensor([0, 1, 250, 499, 500, 501, 999])
+    assert active_ranks(timesteps, 4, 2).tolist() == [4, 3, 3, 3, 3, 2, 2]
+    assert active_ranks(timesteps, 8, 8).tolist() == 7 * [8]
+
+
+def test_t_lora_masks_the_ranks_of_each_sample_by_its_own_timestep():
+    unet = build_unet()
+    unet.requires_grad_(False)
+    add_lora(
+        {"unet": unet}, rank=4, alpha=8, seed=0, unet_targets=["to_q", "proj_in", "conv1", "time_emb_proj"]
+    )
+    own, seen = layers({"unet": unet}), {}
+    with torch.no_grad():
+        for layer in own.values():
+            torch.nn.init.normal_(factors(layer)[1], std=0.1, generator=torch.Generator().manual_seed(0))
+    inputs = unet_inputs() | {"timestep": torch.tensor([100, 900])}
+    whole = unet(**inputs).sample
+    for name, layer in own.items():
+        layer.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+    active = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]])  # floor(2 * 0.9) + 2, floor(2 * 0.1) + 2
+    with timestep_ranks(unet, 0.5):
+        masked = unet(**inputs).sample
+        masked.square().sum().backward()
+    assert {x.ndim for x, _ in seen.values()} == {2, 3, 4}
+    for name, (x, y) in seen.items():
+        a, b = factors(own[name])
+        if x.ndim == 4:
+            down = torch.nn.functional.conv2d(x, a, padding=own[name].lora_A["default"].padding)
+            down = torch.einsum("nrhw,nr,mr->nmhw", down, active, b.flatten(1))
+        else:
+            down = torch.einsum("n...i,ri,nr,mr->n...m", x, a, active, b)
+        torch.testing.assert_close(y, own[name].get_base_layer()(x) + 2 * down)
+        assert not a.grad[3].any() and a.grad[2].any() and not b.grad[:, 3].any()
+    seen.clear()
+    assert not torch.equal(masked, whole) and torch.equal(unet(**inputs).sample, whole)
+
+
+@pytest.mark.slow
+def test_t_lora_with_all_ranks_is_plain_lora_and_with_half_of_them_another(config):
+    plain = run(config)
+    assert_equal(train_rival(config, "all", "t-lora", rho=1.0), plain)
+    masked = train_rival(config, "half", "t-lora", rho=0.5, gradient_checkpointing=True)
+    assert masked.keys() == plain.keys() and not all(torch.equal(masked[n], plain[n]) for n in plain)
