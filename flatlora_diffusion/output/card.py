@@ -258,7 +258,8 @@ def _snippet(
     if vae:
         of_vae = {name: chosen[name] for name in ("dtype", "use_safetensors")}
         lines.append(f"vae = AutoencoderKL.from_pretrained({_arguments(_quoted(_public(vae)), of_vae)})")
-    load = "from_single_file" if is_single_file(base) else "from_pretrained"
+    is_file = is_single_file(config.pretrained_model_name_or_path)
+    load = "from_single_file" if is_file else "from_pretrained"
     lines += [
         f"pipeline = StableDiffusionXLPipeline.{load}(",
         f"    {_arguments(_quoted(base), chosen)}",

@@ -38,6 +38,7 @@ def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     train(demo_config(monkeypatch, *short, "--output_dir", tmp_path / "out"))
     picture = tmp_path / "out" / "comparison.png"
-    assert caplog.messages[-1] == f"the comparison is in {picture}"
+    assert f"the comparison is in {picture}" in caplog.messages
+    assert f"--run {tmp_path / 'out'}" in caplog.messages[-1]
     with Image.open(picture) as sheet:
         assert sheet.width > 600 and sheet.height > 600
