@@ -7,6 +7,9 @@ import os
 import psutil
 
 
+MOMENT = 0.3  # seconds
+
+
 def share_processor() -> None:
     """On a busy machine, let threads that wait sleep; to be called before torch is imported.
 
@@ -17,5 +20,6 @@ def share_processor() -> None:
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     # More than half of the cores in the last minute: another program that computes, and not one of a moment.
-    if psutil.getloadavg()[0] > (psutil.cpu_count() or 1) / 2:
+    # And still so: what has just ended, an installation say, counts for minutes in that mean.
+    if psutil.getloadavg()[0] > (psutil.cpu_count() or 1) / 2 and psutil.cpu_percent(interval=MOMENT) > 50:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

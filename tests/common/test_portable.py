@@ -171,19 +171,23 @@ def test_ru_maxrss_is_that_of_the_module_that_windows_lacks():
 
 
 @pytest.mark.parametrize(
-    ("load", "given", "added"),
+    ("load", "percent", "given", "added"),
     [
-        (0.0, {}, {}),
-        (2.0, {}, {}),
-        (2.1, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
-        (9.0, {"OMP_NUM_THREADS": "2"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
-        (9.0, {"GOMP_SPINCOUNT": "7"}, {}),
-        (9.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+        (0.0, 100.0, {}, {}),
+        (2.0, 100.0, {}, {}),
+        (2.1, 51.0, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (9.0, 50.0, {}, {}),  # what was computed has ended
+        (9.0, 100.0, {"OMP_NUM_THREADS": "2"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (9.0, 100.0, {"GOMP_SPINCOUNT": "7"}, {}),
+        (9.0, 100.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
     ],
 )
-def test_threads_sleep_on_a_busy_machine_unless_the_user_says_how_they_wait(monkeypatch, load, given, added):
+def test_threads_sleep_on_a_busy_machine_unless_the_user_says_how_they_wait(
+    monkeypatch, load, percent, given, added
+):
     monkeypatch.setattr(os, "environ", dict(given))
     monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
     share_processor()
     assert os.environ == given | added
@@ -199,6 +203,7 @@ def test_a_command_chooses_before_torch_is_imported():
             print("torch" in sys.modules, os.environ["OMP_WAIT_POLICY"])
 
         psutil.getloadavg = lambda: (1000.0, 0.0, 0.0)
+        psutil.cpu_percent = lambda interval: 100.0
         run_command(told)
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
