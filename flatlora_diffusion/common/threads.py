@@ -6,7 +6,6 @@ import os
 
 import psutil
 
-
 MOMENT = 0.3  # seconds
 
 
