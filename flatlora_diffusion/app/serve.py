@@ -133,16 +133,21 @@ def _runs(folders: list[Path]) -> dict[str, RunFolder]:
 
 
 def _adapters(runs: Mapping[str, RunFolder], given: Mapping[str, Source]) -> dict[str, Source]:
-    """All adapters by their labels, those of finished runs first."""
-    adapters: dict[str, Source] = {}
+    """All adapters by their labels: of finished runs the best steps, then the last ones, then those given.
+
+    The page opens with the last two.
+    """
+    best_steps: dict[str, Source] = {}
+    last_steps: dict[str, Source] = {}
     for label, run in runs.items():
         if adapter := run.read().adapter:
-            adapters[label] = adapter
+            last_steps[label] = adapter
             best = adapter.parent / BEST / adapter.name
             if best.is_file():
-                adapters[f"{label}, step {read_facts(best)['steps']} (best held-out loss)"] = best
+                best_steps[f"{label}, step {read_facts(best)['steps']} (best held-out loss)"] = best
         else:
             logger.warning("%s has no adapter yet: its curves are shown alone", label)
+    adapters = best_steps | last_steps
     for label, path in given.items():
         if label in adapters or label == BASE or not label.strip():
             raise UserError(f"--adapter {label}=...: each needs a name of its own, and not {BASE}")

@@ -94,14 +94,15 @@ class Site:
     def introduction(self) -> str:
         """What the page compares, in a few sentences, as HTML."""
         names = [f"<strong>{html.escape(label)}</strong>" for label in self.studio.adapters]
-        methods = [adapter.method for adapter in self.studio.adapters.values()]
+        one, other = names[-2:] if len(names) > 1 else ("", "")
+        methods = [adapter.method for adapter in self.studio.adapters.values()][-2:]
         shaken = "shakes the model's weights at random while it learns, so that what is learnt should hold"
         base = "(the <strong>base</strong>)"
         if self.toy and methods == list(ARMS) and self.references.trained:
             side, count = self.studio.native_side, len(self.references.trained)
             return (
                 f"A toy model that draws icons of {side} x {side} pixels {base} was taught the style of "
-                f"{count} icons twice: as {names[0]}, the usual way, and as {names[1]}, which {shaken} when "
+                f"{count} icons twice: as {one}, the usual way, and as {other}, which {shaken} when "
                 "they change. Each draws the same prompt from the same seed."
             )
         listed = f"{', '.join(names)} and the model that they change" if names else "A model"
