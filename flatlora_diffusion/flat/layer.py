@@ -161,7 +161,7 @@ class PerturbedLayer:
         return contents
 
     def _read_contents(self) -> Contents:
-        active = _active(self.layer)
+        active = [*_active(self.layer)]  # not the layer's own list, which somebody may change
         names = [name for name in active if name in self._groups[0]]
         scalings: list[float] = [self.layer.scaling[name] for name in names]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         factors: list[Tensor] = []

@@ -616,3 +616,19 @@ def test_unsupported_layers_are_named(target, config, message):
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=[target], **config), Unsupported())
     with pytest.raises(ValueError, match=message + ".*remove this layer from the adapter's target_modules"):
         FlatLoRA(model, sigma=0.1, total_steps=10)
+
+
+def test_a_list_of_active_adapters_that_is_changed_in_place_is_noticed():
+    unet = build_unet()
+    unet.requires_grad_(False)
+    add_lora(unet)
+    add_lora(unet, adapter_name="second", seed=2)
+    flat = FlatLoRA(unet.train(), sigma=0.1, total_steps=1, schedule="constant")
+    name = next(iter(flat.layers))
+    names = ["default"]
+    for layer in flat.layers.values():
+        layer.set_adapter(names)
+    alone = flat.row_std(name)
+    names.append("second")
+    both = flat.row_std(name)
+    assert not torch.equal(alone, both)
