@@ -196,7 +196,8 @@ class TrainConfig:
     folds: int | None = option(
         None,
         "Where no image can be held out: train so many times without a part of the images, find the number "
-        "of steps after which the loss of that part is lowest, then train on all images for so many.",
+        "of steps after which the loss of that part is lowest, then train on all images for so many; with "
+        "use_ema they also find whether the average is better.",
         rules=(FROM_2,),
         later=True,
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.adapter.file import read_facts
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.output.checkpoint import STATE_NAME, read_state
-from flatlora_diffusion.output.names import SUMMARY
+from flatlora_diffusion.output.names import LIVE_HELDOUT, SUMMARY
 
 Curve = list[tuple[int, float]]
 """Pairs (number of optimizer steps done, value), in order."""
@@ -48,6 +48,7 @@ class History:
         source: The file that says so.
         losses: Of every step.
         heldout: Of the held-out images.
+        heldout_live: The same of the adapter itself, where `heldout` is of its average: of folds alone.
         settings: By name.
         measured: The other facts, by name.
     """
@@ -57,6 +58,7 @@ class History:
     heldout: Curve
     settings: dict[str, Any]
     measured: dict[str, Any]
+    heldout_live: Curve = field(default_factory=list)
 
     def goes_on_after(self, summary: History) -> bool:
         """Whether this is of a run that was taken up again after its summary had been written.
@@ -82,6 +84,7 @@ def from_summary(folder: Path) -> History:
             _curve(content["heldout_losses"].items()),
             dict(content["settings"]),
             _well_typed(content, _SUMMARY_KINDS),
+            _curve(content.get(LIVE_HELDOUT, {}).items()),
         )
     except OSError as error:
         raise UserError(f"{SUMMARY} cannot be read: {error.strerror}") from error

@@ -27,6 +27,7 @@ COMPARISON = "comparison.png"
 BEST = "best"  # folder of the adapter whose held-out loss was lowest, where it isn't the last one
 FOLDS = "folds"  # folder of the runs without a part of the images, and of their curves
 SUMMARY = "summary.json"
+LIVE_HELDOUT = "heldout_losses_live"  # in a fold's summary and checkpoints: of the adapter, not its average
 PRESET = "preset.yaml"  # what --preset chose, and what was given
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"  # as the diffusers script calls it
 

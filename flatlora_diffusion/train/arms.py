@@ -80,11 +80,12 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = (), preset: Prese
         tracked = Tracked()
         folds: dict[str, Folds] = {}
         encodings = Encodings(kept_folder() if config.cache else None)
-        for arm in arms:
+        for number, arm in enumerate(arms):
             tracked.finish()
             found = None
             if arm.folds:
                 found = folds[arm.method] = _find_steps(arm, samples, class_samples, together, encodings)
+                arm = arms[number] = dataclasses.replace(arm, use_ema=found.averaged)
             logger.info("%s: %d images, into %s", arm.method, len(samples), arm.output_dir)
             # No name keeps a run: what follows it needs the room of its models.
             tracked = Run(
@@ -110,7 +111,8 @@ def _find_steps(
 ) -> Folds:
     """Train the folds of an arm, or go on with them; their curves are written into its folder.
 
-    Each trains as many steps as the arm has, with the same schedules.
+    Each trains as many steps as the arm has, with the same schedules. With `use_ema` they also say whether
+    the average is better than the adapter itself.
 
     Raises:
         UserError: The held-out loss would be measured too seldom to see a curve, or as `Run.train`.
@@ -118,7 +120,7 @@ def _find_steps(
     assert config.folds, "folds were asked for"
     total_steps = Run(config, samples, class_samples).total_steps
     require_curve(total_steps, config.heldout_steps)
-    parts, curves = split(samples, config.folds, config.seed), []
+    parts, histories = split(samples, config.folds, config.seed), []
     for number, (trained, heldout) in enumerate(parts, start=1):
         fold = without_a_part(config, number, total_steps)
         label = f"{config.method}, fold {number} of {config.folds}"
@@ -126,8 +128,10 @@ def _find_steps(
         logger.info("%s: %d images, %d held out, into %s", *told)
         Run(fold, trained, class_samples, heldout, None, callbacks, encodings, label=label).train().finish()
         release()
-        curves.append(dict(from_main(partial(from_summary, Path(fold.output_dir))).heldout))
-    found = Folds(total_steps, tuple(len(heldout) for _, heldout in parts), tuple(curves))
+        histories.append(from_main(partial(from_summary, Path(fold.output_dir))))
+    images = tuple(len(heldout) for _, heldout in parts)
+    judged = Folds(total_steps, images, tuple(dict(own.heldout) for own in histories), config.use_ema)
+    found = judged.or_better(Folds(total_steps, images, tuple(dict(own.heldout_live) for own in histories)))
     from_main(partial(found.write, Path(config.output_dir)))
     logger.info("%s", found.sentence(config.method))
     return found

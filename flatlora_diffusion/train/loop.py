@@ -32,7 +32,7 @@ from flatlora_diffusion.output.folds import Folds
 from flatlora_diffusion.output.gallery import SideBySide
 from flatlora_diffusion.output.going_on import in_words
 from flatlora_diffusion.output.hub import without_token
-from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, SUMMARY
+from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, LIVE_HELDOUT, SUMMARY
 from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
 from flatlora_diffusion.train.bar import StepBar
 from flatlora_diffusion.train.best import is_worse, stopped_at
@@ -341,16 +341,24 @@ class Run:
     def _measure_heldout(self, step: int) -> None:
         if self.accelerator.is_main_process:
             with self.state.averaged():
-                loss = if_memory_lasts(
-                    self.learner.heldout_loss,
-                    lambda: None,
-                    f"while the held-out loss was measured: there is none at step {step}, and training goes "
-                    "on; a smaller --train_batch_size needs less",
-                )
+                loss = self._heldout_loss(step)
             if loss is not None:
                 self.state.note_heldout(step, loss)
                 self.accelerator.log({"heldout_loss": loss}, step=step)
+            if self.label and self.config.use_ema:  # folds find out whether the average is better
+                live = self._heldout_loss(step)
+                if live is not None:
+                    self.state.live_losses[step] = live
+                    self.accelerator.log({LIVE_HELDOUT: live}, step=step)
         self.accelerator.wait_for_everyone()
+
+    def _heldout_loss(self, step: int) -> float | None:
+        return if_memory_lasts(
+            self.learner.heldout_loss,
+            lambda: None,
+            f"while the held-out loss was measured: there is none at step {step}, and training goes "
+            "on; a smaller --train_batch_size needs less",
+        )
 
     def _divergence(self, step: int, what: str) -> str:
         newest = newest_checkpoint(self.output)
@@ -419,6 +427,7 @@ class Run:
             )
             best = self.state.best.write(self.output, last)
             report |= {"best": best} if best else {}
+            report |= {LIVE_HELDOUT: self.state.live_losses} if self.state.live_losses else {}
             report |= {"folds": self.found.summary()} if self.found else {}
             if last < self.last_step:
                 report["stopped_when_worse"] = True

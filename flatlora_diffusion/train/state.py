@@ -25,6 +25,7 @@ from flatlora_diffusion.output.checkpoint import (
     restore_optimizer,
 )
 from flatlora_diffusion.output.going_on import consequences, in_words
+from flatlora_diffusion.output.names import LIVE_HELDOUT
 from flatlora_diffusion.train.best import BestStep
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
@@ -57,6 +58,7 @@ class TrainingState:
         changes: Settings with which the run went on from a checkpoint that had others, in words.
         losses: Of every step so far.
         heldout_losses: Step -> loss of the held-out images.
+        live_losses: The same of the adapter itself, where the average's are the others: in folds alone.
         best: The adapter with the lowest of them, in the main process.
     """
 
@@ -101,6 +103,7 @@ class TrainingState:
         self.changes: list[str] = []
         self.losses: list[float] = []
         self.heldout_losses: dict[int, float] = {}
+        self.live_losses: dict[int, float] = {}
         self.best = BestStep()
 
     def advance(self, loss: float) -> dict[str, float]:
@@ -153,6 +156,8 @@ class TrainingState:
             "heldout_losses": self.heldout_losses,
             "optimizer": optimizer_numbers(self.optimizer),
         }
+        if self.live_losses:
+            scalars[LIVE_HELDOUT] = self.live_losses
         if self.changes:
             scalars["changes"] = self.changes
         if self._accelerator.scaler is not None:
@@ -191,6 +196,7 @@ class TrainingState:
         self.changes = [*stored.scalars.get("changes", ()), *self._told(stored)]
         self.losses = list(stored.scalars["losses"])
         self.heldout_losses = {int(k): loss for k, loss in stored.scalars["heldout_losses"].items()}
+        self.live_losses = {int(k): loss for k, loss in stored.scalars.get(LIVE_HELDOUT, {}).items()}
         if self._accelerator.is_main_process:
             self.best.resume(stored)
 

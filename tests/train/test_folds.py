@@ -78,6 +78,32 @@ def test_the_mean_counts_every_image_once_and_its_lowest_step_is_found():
         _ = Folds(2, (1, 1), ({1: 1.0}, {2: 1.0})).best_step
 
 
+def test_the_average_counts_where_its_lowest_mean_is_not_above_that_of_the_adapter_itself(tmp_path):
+    averaged = Folds(4, (1, 3), ({1: 5.0, 2: 1.0}, {1: 3.0, 2: 1.0}), averaged=True)
+    live = Folds(4, (1, 3), ({1: 6.0, 2: 9.0}, {1: 2.0, 2: 9.0}))
+    found = averaged.or_better(live)
+    assert (found.averaged, found.best_step, found.best_loss) == (True, 2, 1.0)
+    assert found.sentence("LoRA").endswith(
+        "The average (--use_ema) was better than the adapter itself (3 after step 1)."
+    )
+    assert averaged.or_better(dataclasses.replace(averaged, averaged=False)).averaged, "of equal ones"
+    worse = Folds(4, (1, 3), ({1: 7.0}, {1: 7.0}), averaged=True)
+    found = worse.or_better(live)
+    assert (found.averaged, found.best_step, found.best_loss) == (False, 1, 3.0)
+    assert found.sentence("LoRA").endswith(
+        "The adapter itself was better than its average (7 after step 1), so --use_ema is left off."
+    )
+    never = Folds(4, (1, 3), ({1: math.nan}, {}), averaged=True)
+    assert averaged.or_better(never) == averaged and never.or_better(live) == live
+    (tmp_path / "folds").mkdir()
+    found.write(tmp_path)
+    assert read_folds(tmp_path) == found
+    assert (tmp_path / "folds" / "curves.csv").read_text().splitlines()[:2] == [
+        'step,fold 1,fold 2,mean,"fold 1, average","fold 2, average","mean, average"',
+        "1,6.0,2.0,3.0,7.0,7.0,7.0",
+    ]
+
+
 def test_methods_are_judged_each_after_its_best_step():
     plain = Folds(2, (1, 1), ({1: 3.0, 2: 4.0}, {1: 1.0, 2: 4.0}))
     flat = Folds(2, (1, 1), ({1: 9.0, 2: 2.0}, {1: 9.0, 2: 1.5}))
@@ -117,6 +143,47 @@ def test_all_images_are_trained_for_the_steps_that_were_found(config, known, tmp
     assert list(found.read().folds) == ["mean of 2 folds", "fold 1", "fold 2"] and not found.read().gaps
     plain = {"folds": None, "max_train_steps": 2, "output_dir": str(tmp_path / "plain")}
     assert_equal(tensors, run(config, flat_schedule="constant", **plain))
+
+
+@pytest.mark.parametrize(
+    ("averages", "itself", "steps"), [(3.0, 2.0, 2), pytest.param(1.0, 2.0, 3, marks=pytest.mark.slow)]
+)
+def test_the_last_run_averages_where_the_folds_like_it(
+    config, tmp_path, monkeypatch, averages, itself, steps
+):
+    config = dataclasses.replace(config, flat_schedule="constant", ema_decay=0.5)
+    of_average, of_adapter = (
+        [averages + step for step in (2, 1, 0, 3)],
+        [itself + step for step in (2, 0, 1, 3)],
+    )
+    losses = iter(
+        [loss for _ in range(2) for pair in zip(of_average, of_adapter, strict=True) for loss in pair]
+    )
+    monkeypatch.setattr(Learner, "heldout_loss", lambda learner: next(losses))
+    tensors = run(config, use_ema=True)
+    found, output = read_folds(tmp_path / "run"), tmp_path / "run"
+    assert (found.averaged, found.best_step) == (averages < itself, steps)
+    assert found.sentence("Flat-LoRA") in (output / "README.md").read_text()
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["settings"]["use_ema"] is summary["folds"]["averaged"] is found.averaged
+    other = {"best_step": 5 - steps, "heldout_loss": max(averages, itself)}
+    assert summary["folds"]["other"] == other
+    plain = {"folds": None, "max_train_steps": steps, "output_dir": str(tmp_path / "plain")}
+    assert_equal(tensors, run(config, use_ema=found.averaged, **plain))
+
+
+@pytest.mark.slow
+def test_the_adapter_itself_is_measured_beside_its_average(config, tmp_path):
+    config = dataclasses.replace(config, learning_rate=1e-2)
+    run(config)
+    averaging = dataclasses.replace(config, use_ema=True, output_dir=str(tmp_path / "again" / "run"))
+    with pytest.raises(RunInterruptedError):
+        run(averaging, [Watch("2", 2)], **LATEST)
+    run(averaging, **LATEST)
+    found = read_folds(tmp_path / "again" / "run")
+    assert {found.averaged, found.other.averaged} == {True, False}
+    live = found.other if found.averaged else found
+    assert live.curves == read_folds(tmp_path / "run").curves
 
 
 @pytest.mark.slow
