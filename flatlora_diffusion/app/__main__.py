@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flatlora_diffusion.app.flags import parse_app_arguments
+from flatlora_diffusion.app.imports import do_without, without_stubs
 from flatlora_diffusion.app.proxies import keep_own_page_off_proxies
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.extras import import_extra
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # would take a second, and time again later.
     gc.disable()
     keep_own_page_off_proxies(given.host)
-    import_extra("gradio", "app.py")
+    with without_stubs():
+        import_extra("gradio", "app.py")
+    if not given.base and not given.run:
+        do_without("bitsandbytes")  # libraries import it where it is, and the demo base isn't in few bits
     from flatlora_diffusion.app.serve import serve
 
     gc.freeze()

@@ -36,16 +36,17 @@ class FirstComparison:
 
     Attributes:
         ready: The comparison; None until it is drawn, or where nothing is to be drawn.
-        coming: Whether it is being drawn.
+        coming: Whether it is to be drawn, or being drawn.
     """
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self.ready: Comparison | None = None
         self.coming = False
+        self._asked: Asked | None = None
 
-    def begin(self) -> None:
-        """Read what is kept, or draw it in a thread.
+    def find(self) -> None:
+        """Read what is kept; where nothing is, it is coming: `begin` draws it.
 
         It isn't drawn unasked where that takes minutes: with a large base on a CPU.
         """
@@ -53,11 +54,16 @@ class FirstComparison:
         prompts = [prompt for group in site.presets.values() for prompt in group]
         if not prompts or not site.studio.adapters:
             return
-        asked = Asked(prompts[0], 0, self._drawing(), 1.0, site.studio.mixes)
-        self.ready = self._read(asked)
-        if self.ready is None and site.draws_fast:
-            self.coming = True
-            threading.Thread(target=self._draw, args=(asked,), name="first comparison", daemon=True).start()
+        self._asked = Asked(prompts[0], 0, self._drawing(), 1.0, site.studio.mixes)
+        self.ready = self._read(self._asked)
+        self.coming = self.ready is None and site.draws_fast
+
+    def begin(self) -> None:
+        """Draw in a thread what `find` hasn't found: when the page answers, which comes first."""
+        if self.coming and self._asked:
+            threading.Thread(
+                target=self._draw, args=(self._asked,), name="first comparison", daemon=True
+            ).start()
 
     def _drawing(self) -> Drawing:
         site, side = self._site, self._site.studio.native_side

@@ -76,7 +76,7 @@ def serve(given: argparse.Namespace) -> None:
         toy=is_demo,
     )
     first = FirstComparison(site)
-    first.begin()
+    first.find()
     page = build(site, first)
     hosts = KnownHosts(given.host, given.known_host)
     try:
@@ -92,6 +92,7 @@ def serve(given: argparse.Namespace) -> None:
     except OSError as error:  # gradio's own line says which ports it has tried
         raise UserError(f"--host {given.host} --port {given.port or 7860}: {error}") from error
     print(f"the page is at {public or address} (Ctrl-C ends it)", flush=True)
+    first.begin()
     if public:
         hosts.add(str(urlsplit(public).hostname))
     try:

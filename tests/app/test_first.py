@@ -35,6 +35,8 @@ def site(base_path, adapters):
 
 def begun(site):
     first = FirstComparison(site)
+    first.find()
+    assert first.coming
     first.begin()
     for _ in range(600):
         if not first.coming:
@@ -49,7 +51,7 @@ def test_it_is_drawn_once_and_again_when_something_changes(site, adapters):
     place = adapters["Flat-LoRA"].parent / FOLDER
     assert len(list(place.iterdir())) == 7
     kept = FirstComparison(site)
-    kept.begin()
+    kept.find()
     assert kept.ready.asked == ASKED and not kept.coming
     assert kept.ready.seconds == drawn.seconds and kept.ready.archive.is_file()
     for method, file in kept.ready.files.items():
@@ -78,6 +80,7 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance(site, adapters):
 def test_a_large_base_on_a_cpu_is_not_drawn_unasked(site, monkeypatch):
     monkeypatch.setattr(Site, "draws_fast", False)
     first = FirstComparison(site)
+    first.find()
     first.begin()
     assert first.ready is None and not first.coming
 
