@@ -79,8 +79,8 @@ def present(
     if side_by_side:
         attempt(side_by_side.draw_missing)
     exhibit = None
-    if config.num_validation_images and (config.compare or config.validation_prompt):
-        exhibit = attempt(_draw_comparison, config, samples, adapters)
+    if prompts := prompts_after(config, samples):
+        exhibit = attempt(_draw_comparison, config, samples, prompts, adapters)
         release()
         if exhibit:
             attempt(report_final, tracked, Path(config.output_dir, "comparison"), list(adapters))
@@ -96,6 +96,14 @@ def present(
         raise UserError(f"{'; '.join(failures)} ({saved})")
     app = ["flatlora-app"] if invoked_as("") else ["python", "app.py"]
     logger.info("to look at it in a browser:\n  %s", shell_line([*app, "--run", config.output_dir]))
+
+
+def prompts_after(config: TrainConfig, samples: list[Sample]) -> list[str]:
+    """The prompts that are drawn after training: those of validation; of a comparison else the captions."""
+    if not config.num_validation_images or not (config.compare or config.validation_prompt):
+        return []
+    captions = list(dict.fromkeys(sample.caption for sample in samples))
+    return list(dict.fromkeys(config.validation_prompt or captions[:4]))
 
 
 def report_final(tracked: Tracked | None, folder: Path, methods: list[str]) -> None:
@@ -119,11 +127,11 @@ def report_final(tracked: Tracked | None, folder: Path, methods: list[str]) -> N
         )
 
 
-def _draw_comparison(config: TrainConfig, samples: list[Sample], adapters: dict[str, Path]) -> Exhibit:
+def _draw_comparison(
+    config: TrainConfig, samples: list[Sample], prompts: list[str], adapters: dict[str, Path]
+) -> Exhibit:
     """The base beside the adapters, loaded from disk as any user would load them."""
     output = Path(config.output_dir)
-    captions = list(dict.fromkeys(sample.caption for sample in samples))
-    prompts = list(dict.fromkeys(config.validation_prompt or captions[:4]))
     names = adapter_names(adapters)
     methods = [Method(BASE), *(Method(label, name) for label, name in names.items())]
     state, drawing = AcceleratorState(), final_drawing(config)

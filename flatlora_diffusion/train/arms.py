@@ -33,7 +33,7 @@ from flatlora_diffusion.sdxl.base import BASE_FLAG, check_base
 from flatlora_diffusion.sdxl.quantize import require_bitsandbytes
 from flatlora_diffusion.sdxl.size import SDXL_PARAMETERS, unet_parameters
 from flatlora_diffusion.train import class_images
-from flatlora_diffusion.train.afterwards import present
+from flatlora_diffusion.train.afterwards import present, prompts_after
 from flatlora_diffusion.train.callbacks import Callback, Callbacks
 from flatlora_diffusion.train.folds import require_images, split, without_a_part
 from flatlora_diffusion.train.loop import Run
@@ -140,7 +140,8 @@ def _find_steps(
 def rehearse(config: TrainConfig, preset: Preset | None = None) -> str:
     """Take a few steps of what `train` would do, on a state that is thrown away; nothing is written.
 
-    A few of the images are encoded for them; class images have training images in their place.
+    A few of the images are encoded for them; class images have training images in their place, and with
+    folds a training image is measured for those that will be held out.
 
     Returns:
         The plan in lines; nothing in processes other than the main one.
@@ -149,30 +150,43 @@ def rehearse(config: TrainConfig, preset: Preset | None = None) -> str:
         UserError: As `train`, or the steps need more memory than there is.
     """
     config, samples, heldout_samples = _checked(config, preset)
-    count = config.num_class_images if config.with_prior_preservation else 0
+    count = undrawn = 0
+    if config.with_prior_preservation:
+        count = config.num_class_images
+        undrawn = len(from_main(lambda: class_images.missing(config, Path(str(config.class_data_dir)))))
     class_samples = [samples[number % len(samples)] for number in range(count)]
-    trials = []
+    trials, prompts = [], tuple(prompts_after(config, samples))
     with deterministic_algorithms(config.deterministic):
         for arm in _arms(config):
-            trials.append(_tried(arm, samples, class_samples))
+            trials.append(_tried(arm, samples, class_samples, heldout_samples, prompts))
             release()
-    told = plan(samples, heldout_samples, trials) if PartialState().is_main_process else ""
+    told = ""
+    if PartialState().is_main_process:
+        told = plan(config, samples, heldout_samples, trials, len(prompts), undrawn)
     leave_processes()
     return told
 
 
-def _tried(config: TrainConfig, samples: list[Sample], class_samples: list[Sample]) -> Trial:
-    run = Run(config, samples, class_samples)
+def _tried(
+    config: TrainConfig,
+    samples: list[Sample],
+    class_samples: list[Sample],
+    heldout_samples: list[Sample],
+    prompts: tuple[str, ...],
+) -> Trial:
+    drawn = dataclasses.replace(config, validation_prompt=prompts or None)
+    run = Run(drawn, samples, class_samples, samples if config.folds else heldout_samples)
+    if config.folds:
+        require_curve(run.total_steps, config.heldout_steps)
     device = run.accelerator.device
     room, base = room_on(device), config.pretrained_model_name_or_path
-    preparing, seconds = run.try_steps(TRIED, ENCODED)
+    tried = run.try_steps(TRIED, ENCODED)
     return Trial(
         config,
         steps=run.total_steps,
         steps_an_epoch=run.steps_an_epoch,
         processes=run.accelerator.num_processes,
-        seconds=seconds,
-        preparing=preparing,
+        tried=tried,
         peak=(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) / GIB,
         share=unet_parameters(base, BASE_FLAG, config.revision) / SDXL_PARAMETERS,
         room=room,

@@ -37,7 +37,7 @@ def class_samples(config: TrainConfig) -> list[Sample]:
     device = PartialState().device
     assert device is not None
     with met().together() as processes:
-        numbers = processes.from_main(lambda: _missing(config, folder))
+        numbers = processes.from_main(lambda: missing(config, folder))
         if numbers:
             with out_of_memory_as_error(
                 f"while class images were drawn into {folder}: those that are there stay; lower "
@@ -54,18 +54,22 @@ def class_samples(config: TrainConfig) -> list[Sample]:
     return samples[: config.num_class_images]
 
 
-def _missing(config: TrainConfig, folder: Path) -> list[int]:
-    """Numbers of the class images to draw until there are enough, into a folder that is there."""
+def missing(config: TrainConfig, folder: Path) -> list[int]:
+    """Numbers of the class images to draw until there are enough; the folder need not be there yet.
+
+    Raises:
+        UserError: It is none, holds a damaged image, or can't be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--class_data_dir {folder}: not a folder")
     given = read_folder(folder, kohya_folders=config.kohya_folders).pictures if folder.is_dir() else []
     for found in given:
         open_image(found.path)  # a damaged one is reported before anything is drawn
-    missing = config.num_class_images - len(given)
-    if missing <= 0:
+    wanted = config.num_class_images - len(given)
+    if wanted <= 0:
         return []
     check_writable("--class_data_dir", folder)
-    return [n for n in range(config.num_class_images) if not _class_image(folder, n).exists()][:missing]
+    return [n for n in range(config.num_class_images) if not _class_image(folder, n).exists()][:wanted]
 
 
 def _draw(

@@ -42,7 +42,8 @@ from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
 from flatlora_diffusion.train.state import TrainingState
 from flatlora_diffusion.train.tracking import PROJECT, Tracked, named
-from flatlora_diffusion.train.validation import Validation
+from flatlora_diffusion.train.tried import Tried, size_of, time_heldout, time_picture
+from flatlora_diffusion.train.validation import Validation, draw_validation
 
 logger = logging.getLogger(__name__)
 
@@ -155,18 +156,17 @@ class Run:
             self.state.close()
         return tracked
 
-    def try_steps(self, steps: int, images: int) -> tuple[float, list[float]]:
+    def try_steps(self, steps: int, images: int) -> Tried:
         """Take some first steps and leave nothing of them; the run can't be used afterwards.
+
+        After them the loss of one held-out image is measured, and a picture drawn, where the run does so.
 
         Args:
             steps: How many at most.
             images: So many of each kind are encoded for them.
-
-        Returns:
-            Seconds of loading and encoding, and of each step.
         """
         self.samples, self.class_samples = self.samples[:images], self.class_samples[:images]
-        self.heldout_samples = ()
+        self.heldout_samples = self.heldout_samples[:1]
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began, seconds = time.perf_counter(), []
@@ -182,9 +182,16 @@ class Run:
                     loss, _ = self._optimizer_step(step, StopRequest())
                 self.state.advance(loss)
                 seconds.append(time.perf_counter() - began)
+            heldout = picture = None
+            if self.accelerator.is_main_process:
+                if self.heldout_samples:
+                    heldout = time_heldout(self.learner.heldout_loss)
+                if self.config.prompts_to_draw:
+                    picture = time_picture(partial(draw_validation, self.learner), self.config)
+            self.accelerator.wait_for_everyone()
+            return Tried(ready, seconds, heldout, picture, size_of(self.state.checkpoint(len(seconds))))
         finally:
             self.state.close()
-        return ready, seconds
 
     def _require_steps_left(self, stored: Stored) -> None:
         """Refuse a checkpoint from which there is no way to the end that these settings ask for."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from flatlora_diffusion.sdxl.size import SDXL_PARAMETERS, unet_parameters
 from flatlora_diffusion.train.__main__ import main
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.memory import BESIDE, HALF, SINGLE, Room, step_memory
+from flatlora_diffusion.train.plan import Trial
+from flatlora_diffusion.train.plan import _duration as duration
+from flatlora_diffusion.train.plan import _time as plan_time
 from flatlora_diffusion.train.preset import Preset, Surroundings, choose, is_as_written
+from flatlora_diffusion.train.tried import Tried, time_picture
 from tests.conftest import assert_equal, build_unet, stop_after
 
 NEEDED = {"pretrained_model_name_or_path": "b", "instance_data_dir": "i", "instance_prompt": "a icon"}
@@ -204,9 +209,10 @@ EVERYTHING = (
     "--max_train_steps=9 --compare --resolution=16 --heldout_data_dir=ICONS --train_text_encoder "
     "--with_prior_preservation --class_data_dir=ICONS-2 --class_prompt=a --num_class_images=5"
 )
+FOLDED = "--folds=2 --max_train_steps=3 --resolution=16 --heldout_steps=1 --use_ema"
 
 
-@pytest.mark.parametrize("more", ["--preset=icons", pytest.param(EVERYTHING, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", ["--preset=icons", FOLDED, pytest.param(EVERYTHING, marks=pytest.mark.slow)])
 def test_a_plan_is_printed_and_nothing_written(config, icons, tmp_path, monkeypatch, capsys, more):
     words = more.replace("ICONS", str(icons)).split()
     argv = ["train", *flags(config)[:-2], *words, "--dry_run"]
@@ -217,16 +223,88 @@ def test_a_plan_is_printed_and_nothing_written(config, icons, tmp_path, monkeypa
     assert everything_below(tmp_path) == before and not Path(os.environ["FLATLORA_CACHE"]).exists()
     told = capsys.readouterr().out
     assert "pictures   4 of 24 px (shorter side), shown as 16 x 16" in told
-    assert "s a step here, the median of 3" in told and "nothing has been written" in told
+    steps = 2 if "folds" in more else 3
+    assert f"s a step here, the median of {steps}" in told and "nothing has been written" in told
     if "preset" in more:
         assert "steps      250, with a batch of 1 (1 at once" in told and ": 62.5 epochs of 4" in told
+    elif "folds" in more:
+        assert "folds      2 runs of 3 steps, each without 2 of the pictures; then one with all" in told
+        assert re.search(
+            r"time       at most about .* s of held-out losses, .* of loading the base 3 times$", told, re.M
+        )
     else:
+        assert "class      5 images are drawn first; not counted" in told
         assert "LoRA       sigma 0," in told and "Flat-LoRA  sigma 0.1," in told and "4 held out" in told
         assert "steps      9, with a batch of 4 (4 at once, 1 accumulated, 1 process)" in told
 
 
 def test_a_plan_refuses_what_training_does(config, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", *flags(config, "--dry_run"), "--lora_layers", "to_z"])
-    with pytest.raises(UserError, match="--lora_layers to_z"):
-        main()
+    for words, said in (
+        (("--lora_layers", "to_z"), "--lora_layers to_z"),
+        (("--folds", "2", "--num_train_epochs", "1"), "--folds with --heldout_steps 50: in 4 steps"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", *flags(config, "--dry_run", *words)])
+        with pytest.raises(UserError, match=said):
+            main()
     assert not Path(config.output_dir).exists()
+
+
+def trial(**changes):
+    """100 steps, 10 an epoch; a step takes 2 s, a held-out image 3 s, a picture 5 s and 0.5 s a step."""
+    config = TrainConfig(**NEEDED, flat_sigma=0.1, **changes)
+    tried = Tried(7.0, [9.0, 2.0, 2.0], 3.0, (5.0, 0.5), 2_000_000)
+    return Trial(config, 100, 10, 1, tried, peak=1.0, share=1.0, room=card(8))
+
+
+DRAWN = {"validation_prompt": ("a", "b"), "num_validation_images": 3, "validation_inference_steps": 20}
+DRAWN |= {"final_inference_steps": 10, "validation_epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "arms", "heldout", "prompts", "seconds", "uncounted"),
+    [
+        ({}, 1, 0, 0, {"steps": 200, "loading the base": 7}, None),
+        ({"heldout_steps": 30}, 1, 5, 0, {"steps": 200, "held-out losses": 5 * 4 * 3}, None),
+        # Three validations of 6 pictures, then those of base and adapter.
+        (DRAWN, 1, 0, 2, {"30 pictures": 18 * (5 + 10) + 12 * (5 + 5)}, None),
+        (DRAWN, 2, 0, 2, {"60 pictures": (2 * 18 + 6) * 15 + 18 * 10, "loading the base 2 times": 14}, None),
+        ({"num_validation_images": 3}, 2, 0, 4, {"36 pictures": 36 * (5 + 0.5 * 25)}, None),
+        (
+            {"folds": 4, "heldout_steps": 20, "use_ema": True, "checkpointing_steps": 50},
+            1,
+            9,
+            0,
+            {"steps, those of folds among them": 5 * 200, "held-out losses": 9 * 5 * 2 * 3},
+            "writing 10 checkpoints of 2 MB",
+        ),
+    ],
+)
+def test_the_time_of_a_plan_is_that_of_its_parts(changes, arms, heldout, prompts, seconds, uncounted):
+    told = plan_time([trial(**changes)] * arms, heldout, prompts)
+    for what, count in seconds.items():
+        assert f"{duration(count)} of {what}" in told
+    whole, parts = told.removeprefix("at most ").split(": ", 1)
+    assert told.startswith("at most") == ("folds" in changes) and whole.startswith("about ")
+    assert parts.partition("; not counted: ")[2] == (uncounted or "")
+
+
+def test_the_whole_of_a_plan_is_the_sum():
+    assert plan_time([trial(heldout_steps=30)], 5, 0).startswith(f"about {duration(200 + 60 + 7)}: ")
+    unknown = trial(heldout_steps=30)
+    unknown = dataclasses.replace(
+        unknown, tried=dataclasses.replace(unknown.tried, heldout=None, picture=None)
+    )
+    assert plan_time([unknown], 5, 2).endswith("; not counted: held-out losses, pictures")
+
+
+def test_a_picture_takes_something_beside_its_denoising(monkeypatch):
+    now = [0.0]
+
+    def drawn(config):
+        now[0] += 5 + 0.5 * config.validation_inference_steps
+        return []
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    config = TrainConfig(**NEEDED, validation_prompt=("a",))
+    assert time_picture(drawn, config) == pytest.approx((5, 0.5))
+    assert time_picture(lambda config: None, config) is None
