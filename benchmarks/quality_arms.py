@@ -13,6 +13,7 @@ PROMPT = "a fluent 3d icon"
 FEW_ICONS = ("dog_face.png", "guitar.png", "hamburger.png", "red_apple.png", "rocket.png")
 SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 RHOS = (0.05, 0.2)
+LEAST_RANKS = (0.25, 0.5)  # the paper's is a half
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LAYERS = (
     *ATTENTION,
@@ -46,8 +47,8 @@ class Arm:
         label: What tables and plots call it.
         against: Name of the arm that it is compared with, which differs in nothing but the method.
         settings: Of the training, where they differ from `config`'s.
-        rival: `sam`, `lora-sam` or `bi-lora`; None is this project's training.
-        rho: Of the rival.
+        rival: `sam`, `lora-sam`, `bi-lora` or `t-lora`; None is this project's training.
+        rho: Of the rival; of T-LoRA the least rank as a share of the whole.
         few_icons: Train 5 of the 23 icons.
         over_scales: Its losses are measured at other inference scales too.
         featured: Its pictures are compared too, and its Hessian, which take longer to measure than the rest.
@@ -145,6 +146,9 @@ def make_arms() -> dict[str, Arm]:
         arms[f"lora-sam-{rho}"] = Arm("rivals", f"LoRA-SAM, rho {rho}", plain, rival="lora-sam", rho=rho)
     for rho in RHOS:
         arms[f"bi-lora-{rho}"] = Arm("rivals", f"Bi-LoRA, rho {rho}", plain, rival="bi-lora", rho=rho)
+    for share in LEAST_RANKS:  # the file is an ordinary LoRA: it is measured with all its ranks
+        label = f"T-LoRA, least rank {share:g} of all"
+        arms[f"t-lora-{share}"] = Arm("rivals", label, plain, rival="t-lora", rho=share)
     family("few", "few icons", (0.1, 0.3), **OVERFITTING, few_icons=True)
     over = "over-lora"
     arms["over-ema"] = Arm(

@@ -482,11 +482,11 @@ def test_each_arm_is_trained_by_its_own_method(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_arms, "train", lambda config: seen.append(("plain", config)))
     monkeypatch.setattr(rivals, "train", lambda config, *rival: seen.append((rival, config)))
-    for name in ("mild-flat-0.3", "sam-0.2", "lora-sam-0.05", "bi-lora-0.2"):
+    for name in ("mild-flat-0.3", "sam-0.2", "lora-sam-0.05", "bi-lora-0.2", "t-lora-0.5"):
         quality.train_run(tmp_path, (name, 4))
     kinds, configs = zip(*seen, strict=True)
-    assert kinds == ("plain", ("sam", 0.2), ("lora-sam", 0.05), ("bi-lora", 0.2))
-    assert [config.flat_sigma for config in configs] == [0.3, 0, 0, 0]
+    assert kinds == ("plain", ("sam", 0.2), ("lora-sam", 0.05), ("bi-lora", 0.2), ("t-lora", 0.5))
+    assert [config.flat_sigma for config in configs] == [0.3, 0, 0, 0, 0]
     assert {config.seed for config in configs} == {4}
     assert configs[0].output_dir == str(tmp_path / "runs" / "mild-flat-0.3" / "seed-4")
 
