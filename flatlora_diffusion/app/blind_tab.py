@@ -90,9 +90,10 @@ class BlindTab:
         self._hashes = {
             method: adapters[method].sha256 if method in adapters else None for method in self._methods
         }
-        gr.Markdown(
-            "Two methods draw the same prompt from the same seed. The sides are shuffled; which is which is "
-            "told after your vote."
+        gr.HTML(
+            "<p>Which is better, when you don't know whose it is? Two methods draw the same prompt from the "
+            "same seed. The sides are shuffled; which is which is told after your vote.</p>",
+            elem_classes="lead",
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
@@ -112,7 +113,7 @@ class BlindTab:
             self.stop_button = stop_button("blind-stop")
         if presets:
             with gr.Accordion("Prompts to choose from", open=False):
-                preset_prompts(presets, self.prompt)
+                preset_prompts(presets, self.prompt, "blind-draw")
         with gr.Row():
             self.one = gr.Dropdown(methods, value=methods[-2], label="One method", min_width=120)
             self.other = gr.Dropdown(methods, value=methods[-1], label="The other", min_width=120)

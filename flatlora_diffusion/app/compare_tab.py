@@ -44,6 +44,8 @@ class CompareTab:
         self._methods = site.studio.methods
         self._opened = Shelf((first.ready,)) if first.ready else Shelf()
         self._results = Results(site, self._opened)
+        if site.verdict:
+            gr.HTML(f"<p>{site.verdict}</p>", elem_id="verdict", elem_classes="lead")
         if taught := site.references.strip():
             gr.HTML(taught, elem_id="taught", elem_classes="thumbnails")
         with gr.Row(equal_height=False, elem_id="compare-top"):
@@ -67,21 +69,28 @@ class CompareTab:
         self.prompt = gr.Textbox(
             first,
             label="Prompt",
-            info="Enter compares, Shift+Enter begins a new line.",
+            info=_named_style(site.references.subject) + "Enter compares, Shift+Enter begins a new line.",
             lines=2,
             elem_id="prompt",
         )
         with gr.Row():
             self.compare_button = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
             self.stop_button = stop_button("stop")
-        self._presets = preset_prompts(site.presets, self.prompt)
+        preset_prompts(site.presets, self.prompt, "compare")
         with gr.Row():
             self.left = gr.Dropdown(methods, value=methods[-2:][0], label="Left side", min_width=120)
             self.right = gr.Dropdown(methods, value=methods[-1], label="Right side", min_width=120)
         with gr.Row(elem_classes="beside-field"):
             # Without `precision`: that would round what is typed, and not say so.
             self.seed = gr.Number(
-                0, label="Seed", step=1, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=140
+                0,
+                label="Seed",
+                info="The random start: another number, another picture.",
+                step=1,
+                minimum=0,
+                maximum=MAX_SEED,
+                elem_id="seed",
+                min_width=140,
             )
             self.random_button = gr.Button("Random seed", size="md", scale=0, elem_id="random", min_width=140)
         self.scale = gr.Slider(
@@ -90,7 +99,7 @@ class CompareTab:
             1,
             step=0.05,
             label="Scale of the adapters",
-            info="An adapter is what training makes: a change of the base. 0 leaves it out, 1 is as trained.",
+            info="How much of what was learnt (the adapter) is added to the base: 0 nothing, 1 as trained.",
         )
         self._parts = [
             gr.Slider(-MAX_SCALE, MAX_SCALE, scale, step=0.05, label=f"{label}: {_named(part.file)}")
@@ -132,8 +141,6 @@ class CompareTab:
         self.random_button.click(
             lambda: secrets.randbelow(MAX_SEED + 1), None, self.seed, queue=False, **PRIVATE
         )
-        for preset in self._presets:
-            preset.then(None, js='() => document.getElementById("compare").click()', **PRIVATE)
         gr.on(
             [side.input for side in sides],
             results.shown_pair,
@@ -275,7 +282,7 @@ class CompareTab:
     @property
     def _opening_words(self) -> str:
         if self._first.ready:
-            return "Drawn beforehand. Change anything, and press Compare."
+            return "Drawn beforehand. Try your own prompt."
         return "The first comparison is being drawn." if self._first.coming else "Press Compare."
 
     def _opening(self, left: str, right: str) -> Update:
@@ -289,6 +296,13 @@ class CompareTab:
             return {timer: gr.skip()}
         update: Update = {timer: gr.Timer(active=False)}
         return update if shelf.kept else {**update, **self._opening(left, right)}
+
+
+def _named_style(subject: str | None) -> str:
+    """What a prompt needs to ask for the taught style."""
+    if not subject:
+        return ""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{subject}\N{RIGHT DOUBLE QUOTATION MARK} names the taught style. "
 
 
 def _named(file: Path) -> str:

@@ -40,4 +40,5 @@ def scale_html() -> str:
     return (
         '<div class="map-scale" role="img" aria-label="Colours of the map: black is equal, the brighter the '
         f'more different"><div></div>{marks}</div>'
+        '<p class="caption">Black: both are equal. The brighter, the more different.</p>'
     )

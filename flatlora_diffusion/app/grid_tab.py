@@ -52,6 +52,11 @@ class GridTab:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        gr.HTML(
+            "<p>Many prompts and seeds (random starts), each drawn by every method, on one sheet to look at "
+            "or to keep.</p>",
+            elem_classes="lead",
+        )
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 self._build_settings()

@@ -84,7 +84,10 @@ class Measured:
         one, other = html.escape(left), html.escape(right)
         change = 100 * (self.heldout[right] / self.heldout[left] - 1)
         pictures = f"{self.pictures} pictures" if self.pictures else "pictures"
-        told = f"<strong>Is {other} better?</strong> On {pictures} that no training has shown, its error is "
+        told = (
+            f"<strong>Is {other} better?</strong> Its error in cleaning noise off {pictures} that it was not "
+            "trained on is "
+        )
         if abs(change) < 0.05:
             told += f"that of {one}."
         else:

@@ -101,7 +101,7 @@
         const note = stale ? "Other settings than these pictures have: press Compare" : "";
         const told = stage.querySelector(".stage-note");
         if (told.textContent !== note) told.textContent = note;
-        const prompt = link ? `“${shown.get("prompt")}”, seed ${shown.get("seed")}` : "";
+        const prompt = link ? `“${shown.get("prompt")}”, seed\u00a0${shown.get("seed")}` : "";
         const caption = stage.querySelector(".stage-prompt");
         if (caption.textContent !== prompt) caption.textContent = prompt;
     }
@@ -130,8 +130,18 @@
 
     function tabClicked(event) {
         const name = TABS.find((tab) => event.target.closest?.(`#tab-${tab}-button`));
-        if (!name || !event.isTrusted || location.hash.slice(1) === name) return;
+        const mark = name === "compare" ? "" : `#${name}`; // a button is called so: the browser would scroll there
+        if (!name || !event.isTrusted || location.hash === mark) return;
+        history.pushState(null, "", location.pathname + location.search + mark);
+    }
+
+    // A link in the page's words: by itself it would drop the query, and load the page again.
+    function linkClicked(event) {
+        const name = event.target.closest?.("a[href^='#']")?.getAttribute("href").slice(1);
+        if (!TABS.includes(name)) return;
+        event.preventDefault();
         history.pushState(null, "", `${location.pathname}${location.search}#${name}`);
+        openTab();
     }
 
     // Keys: Enter compares, Shift+Enter makes a line.
@@ -199,6 +209,7 @@
     document.addEventListener("input", divide, true);
     document.addEventListener("click", fullScreen, true);
     document.addEventListener("click", tabClicked, true);
+    document.addEventListener("click", linkClicked, true);
     document.addEventListener("keydown", keyPressed, true);
     document.addEventListener("keypress", keyPressed, true);
     addEventListener("popstate", openTab);

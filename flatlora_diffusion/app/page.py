@@ -39,13 +39,12 @@ def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
     """
     # Files that were handed out go after a day.
     with CheckedBlocks(title=_TITLE, analytics_enabled=False, delete_cache=(_DAY, _DAY)) as page:
-        verdict = f"<p>{site.verdict}</p>" if site.verdict else ""
-        gr.HTML(f"<h1>Flat-LoRA</h1><p>{site.introduction}</p>{verdict}", elem_id="introduction")
+        gr.HTML(f"<h1>{_TITLE}</h1><p>{site.introduction}</p>", elem_id="introduction")
         with gr.Tabs():
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"), gr.Column(elem_id="compare-tab"):
                 CompareTab(site, page, first or FirstComparison(site))
             if site.studio.adapters:
-                with gr.Tab("Shake", id="shake", elem_id="tab-shake"):
+                with gr.Tab("Shake test", id="shake", elem_id="tab-shake"):
                     ShakeTab(site)
                 with gr.Tab("Strength", id="strength", elem_id="tab-strength"):
                     StrengthTab(site)
@@ -54,7 +53,7 @@ def build(site: Site, first: FirstComparison | None = None) -> gr.Blocks:
             if site.votes and site.studio.adapters:
                 with gr.Tab("Blind test", id="blind", elem_id="tab-blind"):
                     BlindTab(site, site.votes, page)
-            with gr.Tab("Runs", id="runs", elem_id="tab-runs"):
+            with gr.Tab("Training", id="runs", elem_id="tab-runs"):
                 runs_tab(site.runs)
         page.load(None, js="() => window.flatlora.openTab()", **PRIVATE)
     # A closed API: every request goes through the queue and its limits.

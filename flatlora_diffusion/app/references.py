@@ -95,7 +95,7 @@ class References:
         others = [prompt for prompt in self.prompts if prompt not in known]
         foreign = [prompt for prompt in others if self.subject and self.subject not in prompt]
         groups["Prompts of validation"] = [prompt for prompt in others if prompt not in foreign]
-        groups["Other styles: is anything forgotten?"] = foreign
+        groups["Styles of the base: are they forgotten?"] = foreign
         return {heading: prompts for heading, prompts in groups.items() if prompts}
 
     def strip(self) -> str:
@@ -113,7 +113,7 @@ class References:
             f'<img src="{source}" alt="{html.escape(caption)}" title="{html.escape(caption)}">'
             for caption, source in shown
         )
-        told = f"<p>The {count} training images{of_all}, whose style was taught:</p>"
+        told = f"<p>Taught was the style of these {count} icons{of_all}:</p>"
         return f'{told}<div class="strip">{pictures}</div>'
 
 

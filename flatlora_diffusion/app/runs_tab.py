@@ -42,6 +42,11 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
     if not runs:
         gr.Markdown("No training run was given: start the app with `--run` and the output folder of one.")
         return
+    gr.HTML(
+        "<p>How the trainings went. The loss is the model's error: lower is better. On held-out pictures, "
+        "which are not trained on, it tells what was learnt and not merely memorised.</p>",
+        elem_classes="lead",
+    )
     colours = run_colours(runs) | fold_colours(runs)  # a plot doesn't take others later
     chosen = gr.CheckboxGroup(list(runs), value=list(runs), label="Training runs")
     with gr.Row(equal_height=False):

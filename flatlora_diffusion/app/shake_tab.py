@@ -70,7 +70,7 @@ class ShakeTab:
             _SIGMA,
             step=0.05,
             label="Strength of the noise, sigma",
-            info="Relative to each filter: Flat-LoRA trains with noise of this kind.",
+            info="0.1 shakes the weights by a tenth of their size. Flat-LoRA trains with noise of this kind.",
             elem_id="shake-sigma",
         )
         with gr.Row(visible=False) as self._addition:
@@ -87,7 +87,7 @@ class ShakeTab:
             limits: dict[str, Any] = {"minimum": 0, "maximum": MAX_SEED, "step": 1, "min_width": 120}
             self.draw = gr.Number(0, label="Which noise on the weights", elem_id="shake-which", **limits)
             self.seed = gr.Number(0, label="Seed of the picture", elem_id="shake-seed", **limits)
-        self._presets = preset_prompts(site.presets, self.prompt)
+        preset_prompts(site.presets, self.prompt, "shake-draw")
 
     def _build_results(self) -> None:
         self.status = gr.HTML(progress("Press Shake, or move the slider."), elem_id="shake-status")
@@ -164,8 +164,6 @@ class ShakeTab:
             show_progress="hidden",
             **PRIVATE,
         )
-        for preset in self._presets:
-            preset.then(None, js='() => document.getElementById("shake-draw").click()', **PRIVATE)
 
     # Handlers.
 

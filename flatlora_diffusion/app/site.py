@@ -96,20 +96,20 @@ class Site:
         names = [f"<strong>{html.escape(label)}</strong>" for label in self.studio.adapters]
         one, other = names[-2:] if len(names) > 1 else ("", "")
         methods = [adapter.method for adapter in self.studio.adapters.values()][-2:]
-        shaken = "shakes the model's weights at random while it learns, so that what is learnt should hold"
+        shaken = "shakes the model's weights at random while it learns, so that later changes do less harm"
+        start = (
+            '<span class="for-large">Each draws the same prompt from the same random start, the seed.</span>'
+        )
         base = "(the <strong>base</strong>)"
         if self.toy and methods == list(ARMS) and self.references.trained:
             side, count = self.studio.native_side, len(self.references.trained)
             return (
                 f"A toy model that draws icons of {side} x {side} pixels {base} was taught the style of "
-                f"{count} icons twice: as {one}, the usual way, and as {other}, which {shaken} when "
-                "they change. Each draws the same prompt from the same seed."
+                f"{count} icons in two ways: as {one}, the usual one, and as {other}, which {shaken}. "
+                f"{start}"
             )
         listed = f"{', '.join(names)} and the model that they change" if names else "A model"
-        return (
-            f"{listed} {base} {'each draw' if names else 'draws'} the same prompt from the same seed. "
-            f"Flat-LoRA {shaken} when they change."
-        )
+        return f"{listed} {base}, side by side. {start} Flat-LoRA is a way to train that {shaken}."
 
     @property
     def verdict(self) -> str:
@@ -119,16 +119,36 @@ class Site:
         told = self.measured.verdict(*self.studio.methods[-2:])
         if not told and len(self.studio.adapters) > 1:
             told = "Which one is better was not measured here."
-        return f"{told} Judge with your own eyes in the blind test." if told and self.votes else told
+        judge = 'Judge for yourself in the <a href="#blind">blind test</a>.'
+        return f"{told} {judge}" if told and self.votes else told
 
     def drawing_fields(self) -> list[gr.Textbox | gr.Slider | gr.Dropdown]:
         """Fields in the current context for what `drawing` takes, in its order."""
         sides: dict[str, Any] = {"minimum": self.smallest_side, "maximum": self.largest_side, "step": 8}
         return [
-            gr.Textbox("", label="Negative prompt"),
-            gr.Slider(1, MAX_STEPS, self.steps, step=1, label="Denoising steps"),
-            gr.Slider(0, MAX_GUIDANCE, self.guidance, step=0.1, label="Guidance"),
-            gr.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler"),
+            gr.Textbox("", label="Negative prompt", info="What the picture should not show."),
+            gr.Slider(
+                1,
+                MAX_STEPS,
+                self.steps,
+                step=1,
+                label="Denoising steps",
+                info="A picture is made of noise in so many steps.",
+            ),
+            gr.Slider(
+                0,
+                MAX_GUIDANCE,
+                self.guidance,
+                step=0.1,
+                label="Guidance",
+                info="How closely the picture keeps to the prompt.",
+            ),
+            gr.Dropdown(
+                list(SAMPLERS),
+                value=SAMPLERS[0],
+                label="Sampler",
+                info="The rule for each of the steps.",
+            ),
             gr.Slider(value=self.studio.native_side, label="Width", **sides),
             gr.Slider(value=self.studio.native_side, label="Height", **sides),
         ]

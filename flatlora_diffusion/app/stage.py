@@ -40,7 +40,9 @@ def stage(methods: Sequence[str], left: str, right: str, picture: str, small: bo
         '<button type="button" class="stage-full" aria-label="Full screen" title="Full screen">'
         f"{_CORNERS}</button>"
         '<p class="stage-note" role="status" aria-live="polite"></p></div></div>'
-        '<figcaption class="stage-prompt"></figcaption></figure>',
+        '<figcaption><span class="stage-prompt"></span><span class="stage-hint">. '
+        '<span class="for-large">Two pictures, one over the other.</span> Drag the line'
+        '<span class="for-keys">, or use the arrow keys</span>.</span></figcaption></figure>',
         elem_id="slider",
         js_on_load=None,
     )

@@ -86,7 +86,7 @@ class StrengthTab:
         self.seed = gr.Number(
             0, label="Seed", step=1, minimum=0, maximum=MAX_SEED, elem_id="strength-seed", min_width=140
         )
-        self._presets = preset_prompts(self._site.presets, self.prompt)
+        preset_prompts(self._site.presets, self.prompt, "strength-draw")
 
     def _build_results(self) -> None:
         self.pictures: dict[str, gr.Image] = {}
@@ -142,8 +142,6 @@ class StrengthTab:
             trigger_mode="always_last",
             **PRIVATE,
         )
-        for preset in self._presets:
-            preset.then(None, js='() => document.getElementById("strength-draw").click()', **PRIVATE)
 
     # Handlers.
 

@@ -22,15 +22,18 @@ def progress(told: str, fraction: float | None = None) -> str:
     return f'<div class="told" role="status" aria-live="polite">{html.escape(told)}{bar}</div>'
 
 
-def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> list[Dependency]:
-    """Prompts to click on, under their headings; a click writes one into the field.
+def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox, button: str) -> None:
+    """Prompts to click on, under their headings; a click writes one into the field, and draws it.
 
     Words that all prompts under a heading begin with are told once, in the heading.
 
-    Returns:
-        The events that follow the clicks.
+    Args:
+        presets: Heading -> prompts.
+        prompt: The field.
+        button: Id of the button that draws.
     """
-    clicks = []
+    if presets:
+        gr.HTML("<p>Click one of these to draw it at once:</p>", elem_classes="caption", padding=False)
     for heading, prompts in presets.items():
         beginning, endings = _common_beginning(prompts)
         dataset = gr.Dataset(
@@ -40,8 +43,8 @@ def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox) -> 
             label=f"{heading}: {beginning} ..." if beginning else heading,
             type="values",
         )
-        clicks.append(dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE))
-    return clicks
+        chosen = dataset.click(lambda values: values[0], dataset, prompt, queue=False, **PRIVATE)
+        chosen.then(None, js=f'() => document.getElementById("{button}").click()', **PRIVATE)
 
 
 def _common_beginning(prompts: Sequence[str]) -> tuple[str, list[str]]:

@@ -102,6 +102,11 @@ def comparison_exhibit(sheet: Path, folder: Path) -> Exhibit:
     return Exhibit(sheet.name, caption, examples)
 
 
+def seen_from_arm(exhibit: Exhibit) -> Exhibit:
+    """What the card of an arm shows of its comparison: the sheet, which is a folder above the card."""
+    return Exhibit(f"../{exhibit.sheet}", exhibit.caption)
+
+
 def validation_exhibit(folder: Path, last_step: int) -> Exhibit | None:
     """The latest sheet of a run's validation, where there is one."""
     steps = [step for step in numbered_steps(folder.glob("step-*.png")) if step <= last_step]

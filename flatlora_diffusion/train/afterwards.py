@@ -21,7 +21,7 @@ from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.draw import draw_grid
 from flatlora_diffusion.grid.plan import Grid, Method
 from flatlora_diffusion.grid.recipe import Recipe
-from flatlora_diffusion.output.card import Exhibit, Making, comparison_exhibit, write_card
+from flatlora_diffusion.output.card import Exhibit, Making, comparison_exhibit, seen_from_arm, write_card
 from flatlora_diffusion.output.gallery import SideBySide, final_drawing, footer, validation_seeds
 from flatlora_diffusion.output.hub import upload
 from flatlora_diffusion.output.names import COMPARISON
@@ -87,8 +87,9 @@ def present(
     state = AcceleratorState()
     making = Making(len(samples), state.num_processes, state.mixed_precision)
     if config.compare:
+        shown = seen_from_arm(exhibit) if exhibit else None
         for arm in arms:
-            attempt(write_card, arm, {arm.method: Path(arm.output_dir)}, making)
+            attempt(write_card, arm, {arm.method: Path(arm.output_dir)}, making, shown)
     attempt(write_card, config, adapters, making, exhibit, repository)
     if repository:
         attempt(upload, config, repository)

@@ -18,8 +18,11 @@ from flatlora_diffusion.app.comparison import Asked
 from flatlora_diffusion.app.engine import Studio
 from flatlora_diffusion.app.first import FirstComparison, drawn_comparison
 from flatlora_diffusion.app.limits import MAX_PROMPT
+from flatlora_diffusion.app.measured import Measured
 from flatlora_diffusion.app.page import build, launch_settings
+from flatlora_diffusion.app.references import Example, References
 from flatlora_diffusion.app.site import Site
+from flatlora_diffusion.app.votes import VoteFile
 from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.draw.stamp import read, sidecar
@@ -59,9 +62,21 @@ def address(site):
 
 
 @pytest.fixture(scope="module")
-def opened(studio):
-    """A page that opens with a comparison, and that."""
-    own = Site(studio, PRESETS, steps=2, guidance=3.0)
+def opened(studio, tmp_path_factory):
+    """A page with all that there can be on it, that opens with a comparison; and that."""
+    folder = tmp_path_factory.mktemp("icons")
+    icons = [Example(f"icon {number}", folder / f"{number}.png") for number in range(23)]
+    for icon in icons:
+        Image.new("RGB", (16, 16), "red").save(icon.file)
+    own = Site(
+        studio,
+        PRESETS,
+        steps=2,
+        guidance=3.0,
+        votes=VoteFile(folder / "votes.jsonl"),
+        references=References(icons, subject="a icon"),
+        measured=Measured({"LoRA": 0.1, "Flat-LoRA": 0.0995}),
+    )
     first = FirstComparison(own)
     folder = own.new_folder()
     drawing = Drawing(16, 16, 2, 3.0, None, "default")
@@ -296,7 +311,7 @@ def test_a_prompt_is_typed_compared_and_looked_at(open_page, address, lone, tmp_
     percent = np.abs(one - other).mean() / 2.55
     told = page.locator("#figure").inner_text()
     assert told.startswith("LoRA and Flat-LoRA ") and f"colours are {percent:.1f}% of the full range" in told
-    assert page.locator(".stage-prompt").inner_text() == "“a red icon”, seed 5"
+    assert page.locator(".stage-prompt").inner_text() == "“a red icon”, seed\xa05"
     assert page.locator("#pictures .caption").nth(1).inner_text().startswith("a red icon")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=tmp_path / f"{device}.png", full_page=True)
@@ -480,6 +495,34 @@ def test_it_opens_with_a_comparison_and_goes_back_to_others(open_page, opened, l
     page.locator(".stage-prompt", has_text="“a red icon”, seed 0").wait_for()
     assert prompt.input_value() == "a red icon" and not note.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_what_matters_is_in_sight_at_once(open_page, opened, device):
+    page = open_page(opened[0], device)
+    page.locator(".stage:not(.empty)").wait_for()
+    width = page.viewport_size["width"]
+    height = 844 if device == "phone" else 800
+    page.set_viewport_size({"width": width, "height": height})
+    tabs = page.locator("[role=tab]:visible").all_inner_texts()
+    assert tabs == ["Compare", "Shake test", "Strength", "Grid", "Blind test", "Training"]
+    for name in ("#taught img >> nth=22", ".stage-box", ".stage-prompt", "#prompt textarea"):
+        box = page.locator(name).bounding_box()
+        seen = min(box["y"] + box["height"], box["y"] + 16 if "textarea" in name else height)
+        assert box["x"] + box["width"] <= width and seen <= height, name
+    # Each half has its name right above it, wherever the line is.
+    bands = [label.bounding_box() for label in page.locator(".stage-label").all()]
+    line = page.locator(".stage-line").bounding_box()
+    middle = line["x"] + line["width"] / 2
+    assert bands[0]["x"] + bands[0]["width"] == pytest.approx(middle, abs=1)
+    assert bands[1]["x"] == pytest.approx(middle, abs=1)
+    page.locator("#prompt", has_text="“a icon” names the taught style.").wait_for()
+    page.get_by_text("Click one of these to draw it at once").first.wait_for()
+    link = page.locator("#verdict a")
+    assert "underline" in link.evaluate("link => getComputedStyle(link).textDecorationLine")
+    link.click()
+    page.wait_for_function("document.querySelector('#tab-blind-button')?.ariaSelected === 'true'")
+    assert "seed=0" in page.url and page.url.endswith("#blind")  # not loaded again
 
 
 def test_tabs_have_links_and_go_back(open_page, address):

@@ -41,8 +41,8 @@ def test_an_evaluation_of_just_these_files_is_told(runs, tmp_path):
     assert found.heldout == {"base": 0.2, "LoRA": 0.1, "Flat-LoRA": 0.09}
     assert dict(found.rises["LoRA"])[0.3] == pytest.approx(12)
     told = found.verdict("LoRA", "Flat-LoRA")
-    assert "<strong>Is Flat-LoRA better?</strong> On 64 pictures that no training has shown" in told
-    assert "its error is 10.0% lower than that of LoRA." in told and "chance" not in told
+    assert "<strong>Is Flat-LoRA better?</strong> Its error in cleaning noise off 64 pictures" in told
+    assert "not trained on is 10.0% lower than that of LoRA." in told and "chance" not in told
     assert "(sigma 0.3), its error rises by 6.0%, that of LoRA by 12.0%." in told
     assert "11.1% higher than that of Flat-LoRA." in found.verdict("Flat-LoRA", "LoRA")
     assert found.verdict("LoRA", "mine") == ""
@@ -75,4 +75,4 @@ def test_runs_that_are_no_arms_of_one_comparison_are_not_compared(runs, tmp_path
 
 
 def test_equal_losses_are_called_so():
-    assert "its error is that of LoRA." in Measured({"LoRA": 0.1, "B": 0.1}).verdict("LoRA", "B")
+    assert "not trained on is that of LoRA." in Measured({"LoRA": 0.1, "B": 0.1}).verdict("LoRA", "B")

@@ -59,9 +59,9 @@ def test_another_adapter_is_added_to_each_method(tab, written_adapters):
         ("LoRA", "both", 1.0),
     ):
         expected = draw_with(pipeline, name, "a icon", 5, drawing, scale)
-        (job,) = studio.run([Job(method, [("a icon", 5)], drawing, added=("Flat-LoRA", 0.5))])
+        *_, job = studio.run([Job(method, [("a icon", 5)], drawing, added=("Flat-LoRA", 0.5))])
         assert job.pictures[0].tobytes() == expected.tobytes(), method
-    (again,) = studio.run([Job("LoRA", [("a icon", 6)], drawing)])
+    *_, again = studio.run([Job("LoRA", [("a icon", 6)], drawing)])
     assert again.pictures[0].tobytes() == draw_with(pipeline, "adapter_1", "a icon", 6, drawing).tobytes()
 
 
@@ -95,7 +95,7 @@ def address(tab):
 @pytest.mark.parametrize(("device", "dark"), [("desktop", True), ("phone", False)])
 def test_it_is_used_in_a_browser(open_page, address, device, dark):
     page = open_page(f"{address}#shake", device, dark=dark)
-    page.get_by_role("tab", name="Shake").click()
+    page.get_by_role("tab", name="Shake test").click()
     captions = page.locator("#shake-results .caption p")
     page.locator("#shake-draw").click()
     page.locator("#shake-status", has_text="Done.").wait_for()

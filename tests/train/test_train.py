@@ -142,6 +142,8 @@ def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, mon
             assert torch.equal(getattr(one, field), getattr(other, field))
     output = images.Path(config.output_dir)
     assert Image.open(output / "comparison.png").size > (400, 400)
+    for arm in ("lora", "flat_lora"):
+        assert "](../comparison.png)" in (output / arm / "README.md").read_text()
     manifest = json.loads((output / "comparison" / "manifest.json").read_text())
     assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
     assert [row["prompt"] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
