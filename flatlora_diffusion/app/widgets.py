@@ -33,7 +33,7 @@ def preset_prompts(presets: Mapping[str, Sequence[str]], prompt: gr.Textbox, but
         button: Id of the button that draws.
     """
     if presets:
-        gr.HTML("<p>Click one of these to draw it at once:</p>", elem_classes="caption", padding=False)
+        gr.HTML("<p>Click one of these to draw it at once:</p>", elem_classes=["caption", "flush"])
     for heading, prompts in presets.items():
         beginning, endings = _common_beginning(prompts)
         dataset = gr.Dataset(
