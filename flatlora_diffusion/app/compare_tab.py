@@ -262,12 +262,17 @@ class CompareTab:
             # In the status: a warning would need the queue, which may be full.
             told = f"Left out of the link, for this page has no such: {', '.join(left_out)}."
             update[self.status] = progress(told)
-        elif self._is_first(query):
-            left, right = (query.get(side) or getattr(self, side).value for side in ("left", "right"))
-            if self._opened.kept:  # its pictures are in the page already
-                update |= self._results.shown_pair(self._opened, left, right)
-            else:
-                update |= self._opening(left, right)
+        elif not self._is_first(query):
+            return update
+        wanted = {"left": query.get("left"), "right": query.get("right")}
+        left, right = (
+            method if method in self._methods else str(getattr(self, side).value)
+            for side, method in wanted.items()
+        )
+        if self._opened.kept:  # its pictures are in the page already
+            update |= self._results.shown_pair(self._opened, left, right)
+        elif not left_out:
+            update |= self._opening(left, right)
         return update
 
     def _is_first(self, query: dict[str, str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import logging
@@ -147,6 +148,7 @@ def _first(wanted: Sequence[str], more: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*wanted, *more]))[:_MOST_PRESETS]
 
 
+@functools.lru_cache(_MOST_THUMBNAILS)  # two tabs show them
 def _thumbnail(file: Path) -> str | None:
     """A small copy as a data URL: pixels alone, and no path."""
     picture = true_picture(Example("", file))

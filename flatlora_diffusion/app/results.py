@@ -110,7 +110,8 @@ class Results:
                     elem_id="download",
                 )
                 with gr.Row():
-                    still, moving = self._keepsakes(current, left, right)
+                    # Drawn when the page is opened: its start doesn't wait for them.
+                    still, moving = self._keepsakes(None, left, right)
                     self._still = gr.DownloadButton(
                         "Both sides (PNG)", min_width=140, elem_id="both", **still
                     )
