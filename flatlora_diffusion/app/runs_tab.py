@@ -99,7 +99,7 @@ def runs_tab(runs: Mapping[str, RunFolder]) -> None:
         sigmas = {label: run.sigmas for label, run in shown.items()}
         heldout_losses = heldout_curves(shown, colours)
         return [
-            verdicts({label: heldout_losses[label] for label in shown}) + strengths(shown),
+            verdicts({label: heldout_losses[label] for label in shown}) + averages(shown) + strengths(shown),
             _gaps_text(shown, unreadable),
             *_curves("loss", curves, "losses", colours, label=heading),
             *_curves("sigma", sigmas, "sigma", colours),
@@ -164,6 +164,14 @@ def fold_colours(runs: Mapping[str, RunFolder]) -> dict[str, str]:
         for label, count in counts.items()
         for number in range(1, count + 1)
     }
+
+
+def averages(runs: Mapping[str, Reading]) -> str:
+    """For each run whose folds have compared the adapter with its average, which was better."""
+    found = {label: run.average for label, run in runs.items() if run.average}
+    return "".join(
+        f"<p><strong>{escape(label)}</strong>: {escape(text)}</p>" for label, text in found.items()
+    )
 
 
 def strengths(runs: Mapping[str, Reading]) -> str:

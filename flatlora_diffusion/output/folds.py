@@ -116,12 +116,16 @@ class Folds:
             found = f"{found}; {mean[last]:.4g} after step {last})."
         else:
             found = f"{found}); it was still falling, so a larger --max_train_steps may be better."
+        return f"{found} {compared}" if (compared := self.comparison()) else found
+
+    def comparison(self) -> str | None:
+        """Whether the average was better, in words; None where only one of the two was measured."""
         if self.other is None:
-            return found
+            return None
         lowest = f"{self.other.best_loss:.4g} after step {self.other.best_step}"
         if self.averaged:
-            return f"{found} The average (--use_ema) was better than the adapter itself ({lowest})."
-        return f"{found} The adapter itself was better than its average ({lowest}), so --use_ema is left off."
+            return f"The average (--use_ema) was better than the adapter itself ({lowest})."
+        return f"The adapter itself was better than its average ({lowest}), so --use_ema is left off."
 
     def write(self, output: Path) -> None:
         """Write the curves and their mean as JSON and as a table, into the folder of the folds.

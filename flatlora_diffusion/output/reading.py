@@ -174,6 +174,7 @@ class Reading:
         heldout: The loss of the held-out images after the steps at which it was measured.
         folds: Of a run that has found its number of steps by folds: what each is called -> its curve of the
             same kind, that of their mean first.
+        average: What folds have found of --use_ema, in words; None where they weren't asked.
         validation: Step -> sheet of the pictures that were drawn after it, in order.
         side_by_side: Step -> sheet of all arms of the comparison beside the base; none for a single run.
         final_comparison: The picture of base and adapters that is drawn after training, where there is one.
@@ -198,6 +199,7 @@ class Reading:
         self.losses: Curve = []
         self.heldout: Curve = []
         self.folds: dict[str, Curve] = {}
+        self.average: str | None = None
         self.settings: dict[str, Any] = {}
         self.validation: Sheets = []
         self.side_by_side: Sheets = []
@@ -287,6 +289,7 @@ class Reading:
         # Without that setting they are of an earlier run in this folder.
         found = self._attempt(read_folds, folder) if self.settings.get("folds") else None
         if found:
+            self.average = found.comparison()
             curves = {f"fold {number}": own for number, own in enumerate(found.curves, start=1)}
             curves = {f"mean of {len(curves)} folds": found.mean, **curves}
             self.folds = {

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from flatlora_diffusion.app.colours import FOLD_COLOUR, METHOD_COLOURS, OTHER_COLOURS
 from flatlora_diffusion.app.page import launch_settings
 from flatlora_diffusion.app.runs_tab import (
+    averages,
     fold_colours,
     heldout_curves,
     open_sheets,
@@ -133,6 +134,11 @@ def test_folds_stand_for_the_held_out_loss_of_their_run():
     assert colours == {"A, fold 1": FOLD_COLOUR}
     assert heldout_curves(runs, colours) == {"A": mean, "A, fold 1": fold, "B": other}
     assert heldout_curves(runs, {}) == {"A": mean, "B": other}
+
+
+def test_what_folds_found_of_the_average_is_told_as_text():
+    runs = {"<i>A</i>": SimpleNamespace(average="The average <b>"), "B": SimpleNamespace(average=None)}
+    assert averages(runs) == "<p><strong>&lt;i&gt;A&lt;/i&gt;</strong>: The average &lt;b&gt;</p>"
 
 
 def test_tables_mark_what_differs_in_words_and_hold_text_alone():

@@ -164,6 +164,8 @@ def test_the_last_run_averages_where_the_folds_like_it(
     found, output = read_folds(tmp_path / "run"), tmp_path / "run"
     assert (found.averaged, found.best_step) == (averages < itself, steps)
     assert found.sentence("Flat-LoRA") in (output / "README.md").read_text()
+    (shown,) = find_runs(output).values()
+    assert shown.read().average == found.comparison() is not None
     summary = json.loads((output / "summary.json").read_text())
     assert summary["settings"]["use_ema"] is summary["folds"]["averaged"] is found.averaged
     other = {"best_step": 5 - steps, "heldout_loss": max(averages, itself)}
