@@ -75,7 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
 
 
-def build_unet(seed: int = 0) -> UNet2DConditionModel:
+def build_unet(seed: int = 0, slim: bool = False) -> UNet2DConditionModel:
+    """SDXL's pattern, small; a slim one has attention in the middle only, a quarter of the LoRA layers."""
+    cross = "" if slim else "CrossAttn"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
@@ -84,8 +86,8 @@ def build_unet(seed: int = 0) -> UNet2DConditionModel:
             out_channels=4,
             block_out_channels=(32, 64),
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", f"{cross}DownBlock2D"),
+            up_block_types=(f"{cross}UpBlock2D", "UpBlock2D"),
             attention_head_dim=(2, 4),
             use_linear_projection=True,
             addition_embed_type="text_time",
@@ -129,7 +131,7 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
-def build_pipeline() -> StableDiffusionXLPipeline:
+def build_pipeline(slim: bool = False) -> StableDiffusionXLPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -149,7 +151,7 @@ def build_pipeline() -> StableDiffusionXLPipeline:
         text_encoder_2=two,
         tokenizer=build_tokenizer(),
         tokenizer_2=build_tokenizer(),
-        unet=build_unet(),
+        unet=build_unet(slim=slim),
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
             beta_start=0.00085,
@@ -189,9 +191,9 @@ def add_lora(model: torch.nn.Module, targets: list[str] = UNET_TARGETS, seed: in
 
 @pytest.fixture(scope="session")
 def base_path(tmp_path_factory) -> Path:
-    """A tiny SDXL pipeline in the diffusers format."""
+    """A tiny SDXL pipeline in the diffusers format; its UNet is a slim one."""
     path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
-    build_pipeline().save_pretrained(path)
+    build_pipeline(slim=True).save_pretrained(path)
     return path
 
 
@@ -285,7 +287,7 @@ def written_adapters(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     paths = {}
     for index, label in enumerate(("LoRA", "Flat-LoRA")):
-        unet = build_unet()
+        unet = build_unet(slim=True)
         unet.requires_grad_(False)
         lora.add_lora({"unet": unet}, rank=4, alpha=8, seed=index)
         generator = torch.Generator().manual_seed(index)

@@ -89,10 +89,10 @@ def test_of_diffusers_may_store_linear_layers_as_convolutions(tmp_path):
     torch.testing.assert_close(after - before, up[:, :, 0, 0] @ down[:, :, 0, 0])
 
 
-def saved_by_peft(folder, part="unet", **settings):
+def saved_by_peft(folder, part="unet", slim=False, **settings):
     """What PEFT's own `save_pretrained` writes, and the merged weights of its model."""
     one, two = build_text_encoders()
-    model = {"unet": build_unet(), "text_encoder": one, "text_encoder_2": two}[part]
+    model = {"unet": build_unet(slim=slim), "text_encoder": one, "text_encoder_2": two}[part]
     targets = ["to_q", "attn2.to_k", "conv1"] if part == "unet" else ["q_proj", "fc2"]
     own = {"r": 4, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False} | settings
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(**own))

@@ -260,8 +260,8 @@ def test_the_whole_model_is_measured(task, tmp_path, monkeypatch):
     arms = json.loads(path.read_text())["arms"]
     assert list(arms) == [PLAIN, FLAT, SAM]
     plain = arms[PLAIN]
-    # The tiny UNet has four transformer blocks; each text encoder three layers.
-    assert plain["adapted_layers"] == 4 * 8 + 2 * 3 * 4
+    # The tiny UNet has one transformer block; each text encoder three layers.
+    assert plain["adapted_layers"] == 8 + 2 * 3 * 4
     for name, arm in arms.items():
         assert not arm["seconds"]  # the first step is not timed
         assert arm["frozen_bytes"] == plain["frozen_bytes"], name

@@ -123,7 +123,7 @@ def test_the_code_of_a_run_without_pictures_and_with_another_vae(short, base_pat
 
 @pytest.fixture(scope="module")
 def adapter() -> bytes:
-    unet = build_unet()
+    unet = build_unet(slim=True)
     unet.requires_grad_(False)
     add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
     facts = {

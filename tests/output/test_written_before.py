@@ -19,15 +19,16 @@ from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.output.names import SUMMARY
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.train.arms import train
+from tests.conftest import build_pipeline
 
 WRITTEN = Path(__file__).parent / "written_before"
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch, base_path) -> Path:
+def written(tmp_path, monkeypatch) -> Path:
     """A copy of it with its base: its settings name them relative to the working folder."""
     shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(base_path, tmp_path / "tiny-sdxl")
+    build_pipeline().save_pretrained(tmp_path / "tiny-sdxl")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "compared"
 

@@ -46,7 +46,8 @@ def test_every_format_is_the_same_start(config, tmp_path):
 
 @pytest.mark.slow
 def test_an_adapter_of_peft_is_a_start(config, tmp_path):
-    saved_by_peft(tmp_path / "peft", r=4, lora_alpha=4, target_modules=UNET_TARGETS, use_dora=True)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": UNET_TARGETS, "use_dora": True}
+    saved_by_peft(tmp_path / "peft", slim=True, **settings)
     start = start_of(config, use_dora=True, max_train_steps=1, lora_weights=str(tmp_path / "peft"))
     theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(start) == len(theirs)
