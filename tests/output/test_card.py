@@ -77,7 +77,7 @@ def test_the_code_of_a_comparison_draws_what_the_card_shows(short, base_path, mo
 
     plain = ModelCard.load(output / "lora" / CARD)
     assert plain.data.tags == TAGS and "widget" not in plain.data.to_dict()
-    assert "](validation/step-000002.png)" in plain.text and "bibtex" not in plain.text
+    assert "](../comparison.png)" in plain.text and "bibtex" not in plain.text
     shown = Image.open(output / "comparison" / f"{names[0]}-lora.png")
     assert run_code_of(output / "lora" / CARD, base_path, monkeypatch).tobytes() == shown.tobytes()
 

@@ -1,6 +1,5 @@
 """Killed at any instant and resumed, a run ends in the same file as one never interrupted."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,6 +19,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
+from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import LOCK_NAME
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.train.arms import train
@@ -128,7 +128,7 @@ class Killer(Callback):
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
 
     def on_checkpoint(self, run: TrainingRun) -> None:
-        if self.moment == "between two checkpoints":
+        if self.moment == "between two checkpoints" and signal.getitimer(signal.ITIMER_PROF)[0] == 0:
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
 
     def _sync(self, descriptor: int) -> None:
@@ -144,7 +144,6 @@ class Killer(Callback):
             raise Killed
 
     def restore(self) -> None:
-        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, self._previous)
         shutil.rmtree(self.output, ignore_errors=True)
         self.kept.rename(self.output)
@@ -161,6 +160,8 @@ def killed_here(words: list[str], output: Path, moment: str, draw: random.Random
             pass
         except UserError:  # a library that was killed while it loaded a file takes the file for broken
             assert killer.kept.exists()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         assert killer.kept.exists(), "the run was over before it could be killed 20 times"
         killer.restore()
 
