@@ -7,7 +7,7 @@ with a transient `W + eps`; the backward pass builds the sum again from the nois
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ class Contents:
             if layer.scaling[name] != scaling:  # pyright: ignore[reportUnknownMemberType]
                 return False
         return all(place.get(key) is part for place, key, part in self.places)
+
+    def with_versions(self, versions: list[tuple[object, ...]]) -> Contents:
+        """The same parts, after something was written into them."""
+        return Contents(
+            self.active, self.names, self.scalings, self.factors, self.tensors, self.places, versions
+        )
 
 
 @dataclass(slots=True)
@@ -157,7 +163,7 @@ class PerturbedLayer:
         if contents is None or not contents.is_all_of(self.layer):
             contents = self._contents = self._read_contents()
         elif (versions := [_version(tensor) for tensor in contents.tensors]) != contents.versions:
-            contents = self._contents = replace(contents, versions=versions)
+            contents = self._contents = contents.with_versions(versions)
         return contents
 
     def _read_contents(self) -> Contents:
@@ -206,10 +212,10 @@ class PerturbedLayer:
 
     def perturb(self) -> None:
         """Compute with the prepared noise until `restore` is called."""
-        # An attribute of the instance shadows the method; somebody else's may be there already.
-        self._replace(self.base, self._base_forward)
         if self.prepared.branch is not None:
             self._replace(self.module, self._fused_forward)
+            return
+        self._replace(self.base, self._base_forward)
         # DoRA with dropout multiplies by the base weight itself instead of calling the base layer.
         for vector in self.layer.lora_magnitude_vector.values():
             self._dora_hooks.append(vector.register_forward_pre_hook(_use_base_layer, with_kwargs=True))
@@ -217,16 +223,20 @@ class PerturbedLayer:
     def restore(self) -> None:
         """Undo `perturb`; does nothing where there is nothing to undo."""
         while self._replaced:
-            module, forward = self._replaced.pop()
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
+            self._put_back()
         while self._dora_hooks:
             self._dora_hooks.pop().remove()
 
+    def _put_back(self) -> None:
+        module, forward = self._replaced.pop()
+        if forward is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = forward
+
     def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        # Past `nn.Module.__setattr__`, which looks through all of the module's tensors first.
+        # An attribute of the instance shadows the method; somebody else's may be there already. Past
+        # `nn.Module.__setattr__`, which looks through all of the module's tensors first.
         self._replaced.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 
@@ -241,7 +251,11 @@ class PerturbedLayer:
             dtype = compute_dtype(x, weight, branch.a, branch.b)
         if branch is None or dtype is None:
             # The reference path: PEFT's own layer, whose base layer is perturbed.
-            return type(self.module).forward(self.module, x, *args, **kwargs)
+            self._replace(self.base, self._base_forward)
+            try:
+                return type(self.module).forward(self.module, x, *args, **kwargs)
+            finally:
+                self._put_back()
         common = x, weight, bias, branch.a, branch.b, branch.scaling, prepared.draw, dtype
         if branch.geometry is None:
             return FusedLinear.apply(*common)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -268,12 +282,18 @@ class PerturbedLayer:
         return self._weight_norms[1]
 
     def low_rank(self, contents: Contents) -> tuple[Tensor, Tensor, float]:
-        """A (r, n) and B (m, r) in float32 and a factor s with `dW = s * B @ A`, over all active adapters.
+        """A (r, n), B (m, r) and a factor s with `dW = s * B @ A`, over all active adapters.
+
+        A single plain adapter's factors are those of the layer: in its dtype, and for a convolution with its
+        kernel.
 
         Raises:
             ValueError: DoRA is active together with other adapters: there is no single merged weight.
         """
         count = len(contents.names)
+        if count == 1 and not isinstance(self.layer, SVDLinear):
+            a, b = contents.factors
+            return a, b, contents.scalings[0]
         pairs: list[tuple[Tensor, Tensor, float]] = []
         for index, (name, scaling) in enumerate(zip(contents.names, contents.scalings, strict=True)):
             a, b = contents.factors[index], contents.factors[count + index]

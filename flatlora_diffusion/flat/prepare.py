@@ -23,13 +23,14 @@ class _Kind(NamedTuple):
 
     a: torch.Size
     b: torch.Size
+    factors: torch.dtype
     scaling: float
-    dtype: torch.dtype
+    noise: torch.dtype
     device: torch.device
 
 
 class _Member(NamedTuple):
-    """A layer with the factors of its update in float32."""
+    """A layer with the factors of its update."""
 
     layer: PerturbedLayer
     contents: Contents
@@ -60,18 +61,18 @@ def prepare(
     kinds: dict[_Kind, list[_Member]] = {}
     for layer, contents in layers:
         a, b, scaling = layer.low_rank(contents)
-        kind = _Kind(a.shape, b.shape, scaling, layer.noise_dtype, a.device)
+        kind = _Kind(a.shape, b.shape, a.dtype, scaling, layer.noise_dtype, a.device)
         kinds.setdefault(kind, []).append(_Member(layer, contents, a, b))
     for kind, members in kinds.items():
         with torch.autocast(kind.device.type, enabled=False):
             norms = merged_row_norms(
                 (member.layer.weight.flatten(1) for member in members),  # one dequantised weight at a time
                 torch.stack([member.layer.weight_norms_squared() for member in members]),
-                torch.stack([member.a for member in members]),
-                torch.stack([member.b for member in members]).mul_(kind.scaling),
+                torch.stack([member.a for member in members]).float().flatten(2),
+                torch.stack([member.b for member in members]).float().flatten(2).mul_(kind.scaling),
             )
-            inputs = kind.a[1]
-            row_std = (norms * (sigma / inputs**0.5)).to(kind.dtype)
+            inputs = kind.a[1:].numel()
+            row_std = (norms * (sigma / inputs**0.5)).to(kind.noise)
         keys = [hash64(*key, member.layer.name) for member in members]
         draws = source.draws(keys, row_std, inputs)
         for member, row_norms, draw in zip(members, norms.unbind(), draws, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # torch gives its type checkers no signature of it.
@@ -30,11 +31,11 @@ def row_norms_squared(weight: Tensor) -> Tensor:
     return torch.cat([_vecdot(block, block) for block in _row_blocks(weight)])
 
 
-def _projection(weight: Tensor, factor: Tensor) -> Tensor:
-    """`weight @ factor`, (m, r), in float32."""
+def _projection(weight: Tensor, a: Tensor) -> Tensor:
+    """`weight @ a.T`, (m, r), in float32."""
     if weight.dtype == torch.float32:
-        return torch.mm(weight, factor)
-    blocks = [torch.mm(block, factor) for block in _row_blocks(weight)]
+        return F.linear(weight, a)
+    blocks = [F.linear(block, a) for block in _row_blocks(weight)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -53,7 +54,7 @@ def merged_row_norms(weights: Iterable[Tensor], weight_norms_squared: Tensor, a:
         b: The L factors B (L, m, r), float32, times their scalings.
     """
     projections = torch.stack(
-        [_projection(weight, factor) for weight, factor in zip(weights, a.mT.unbind(), strict=True)]
+        [_projection(weight, factor) for weight, factor in zip(weights, a.unbind(), strict=True)]
     )
     cross_and_square = _vecdot(torch.baddbmm(projections, b, a @ a.mT, beta=2), b)
     # Rounding can leave a tiny negative where the adapter cancels a row of the base weight.
