@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,114 +13,16 @@ from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, adapter_file, loadable_name, read_facts
-from flatlora_diffusion.adapter.formats import read_adapter
-from flatlora_diffusion.adapter.kohya import (
-    complete_layers,
-    part_config,
-    rank_and_alpha,
-    shaped,
-    to_diffusers,
-)
-from flatlora_diffusion.adapter.kohya_names import (
-    CONVOLUTION,
-    PREFIXES,
-    Layer,
-    layer_names,
-    parse_kohya_key,
-    split_diffusers_key,
-)
-from flatlora_diffusion.adapter.mix import Mix, Source, mix_digest
-from flatlora_diffusion.adapter.strength import without_strength
-from flatlora_diffusion.common.command import is_unicode
+from flatlora_diffusion.adapter.facts import AdapterFacts
+from flatlora_diffusion.adapter.file import find_file, read_facts
+from flatlora_diffusion.adapter.kohya_names import PREFIXES, Layer
+from flatlora_diffusion.adapter.layers import AdapterLayers, is_convolution_by_name, read_layers
+from flatlora_diffusion.adapter.strength import file_digest
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.weights import weight_of
 
-_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # How many features of a prompt the UNet's cross-attention takes.
 _PROMPT_FEATURES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
-# PEFT's starts that leave the base's weights alone; the others would subtract from them once more on loading.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# PEFT's settings by which loading would change more of a model than its LoRA layers.
-_BEYOND_LORA = ("layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices")
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What an adapter file is.
-
-    Attributes:
-        file: The file itself, also where its folder was given.
-        sha256: Of the file, in hex.
-        method: `LoRA` or `Flat-LoRA`; None for other people's files, which don't say.
-        rank: Of its layers: `4`, or from the lowest to the highest: `4-8`.
-        alpha: In the same way; None where the file states none, and the update is B @ A.
-        layers: Number of adapted layers.
-        parameters: Number of values in all.
-        parts: Those of `unet`, `text_encoder` and `text_encoder_2` that have adapted layers.
-        dora: Whether any layer has DoRA's magnitudes.
-        facts: What this project wrote into it (`file.read_facts`).
-        mix: Of several adapters at once: what each is, and its scale. Rank, alpha and layers are of all.
-    """
-
-    file: Path
-    sha256: str
-    method: str | None
-    rank: str
-    alpha: str | None
-    layers: int
-    parameters: int
-    parts: tuple[str, ...]
-    dora: bool
-    facts: dict[str, Any]
-    mix: tuple[tuple[AdapterFacts, float], ...] = ()
-
-    @property
-    def source(self) -> Source:
-        """What it was loaded from."""
-        return Mix(tuple((part.file, scale) for part, scale in self.mix)) if self.mix else self.file
-
-    @property
-    def mixed(self) -> list[list[str | float]] | None:
-        """Of several at once the SHA-256 and the scale of each, as stamps have them."""
-        return [[part.sha256, scale] for part, scale in self.mix] or None
-
-
-def facts_of_mix(parts: Sequence[tuple[AdapterFacts, float]]) -> AdapterFacts:
-    """What several adapters at once are.
-
-    Args:
-        parts: Each with its scale.
-    """
-    all_facts = [facts for facts, _ in parts]
-    told = [facts.alpha for facts in all_facts]
-    return AdapterFacts(
-        file=all_facts[0].file,
-        sha256=mix_digest((facts.sha256, scale) for facts, scale in parts),
-        method=None,
-        rank=" + ".join(facts.rank for facts in all_facts),
-        alpha=None if None in told else " + ".join(filter(None, told)),
-        layers=sum(facts.layers for facts in all_facts),
-        parameters=sum(facts.parameters for facts in all_facts),
-        parts=tuple(dict.fromkeys(part for facts in all_facts for part in facts.parts)),
-        dora=any(facts.dora for facts in all_facts),
-        facts={},
-        mix=tuple(parts),
-    )
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The layers of a file: their tensors (down, up, magnitude, alpha), scale of the update, stated alpha.
-
-    The tensors have PEFT's shapes. `as_diffusers`: diffusers reads the file itself.
-    """
-
-    layers: dict[Layer, dict[str, Tensor]]
-    scales: dict[Layer, float]
-    alphas: dict[Layer, float]
-    as_diffusers: bool
 
 
 def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFacts:
@@ -144,18 +44,18 @@ def check_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> AdapterFac
         raise UserError(f"{file}: its facts of the training aren't a JSON object; export it again")
     content = _read(pipeline, file)
     _check_fit(pipeline, file, content)
-    sizes = [tensor.numel() for own in content.layers.values() for k, tensor in own.items() if k != "alpha"]
+    sizes = [tensor.numel() for own in content.weights.values() for k, tensor in own.items() if k != "alpha"]
     method = facts.get("method")
     return AdapterFacts(
         file=file,
         sha256=file_digest(file),
         method=method if isinstance(method, str) else None,
-        rank=_range([len(weights["down"]) for weights in content.layers.values()]),
+        rank=_range([len(weights["down"]) for weights in content.weights.values()]),
         alpha=_range(list(content.alphas.values())) if content.alphas else None,
-        layers=len(content.layers),
+        layers=len(content.weights),
         parameters=sum(sizes),
-        parts=tuple(part for part in PREFIXES if any(part == own for own, _ in content.layers)),
-        dora=any("magnitude" in weights for weights in content.layers.values()),
+        parts=tuple(part for part in PREFIXES if any(part == own for own, _ in content.weights)),
+        dora=any("magnitude" in weights for weights in content.weights.values()),
         facts=facts,
     )
 
@@ -175,12 +75,7 @@ def converted(
     content = _read(pipeline, adapter.file)
     if content.as_diffusers:
         return None
-    return to_diffusers(
-        {
-            layer: weights | {"alpha": torch.tensor(content.scales[layer] * len(weights["down"]))}
-            for layer, weights in content.layers.items()
-        }
-    )
+    return content.to_diffusers()
 
 
 def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: AdapterFacts) -> None:
@@ -206,8 +101,8 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
         for layer, module in modules.items()
         if isinstance(module, LoraLayer) and name in module.lora_A
     }
-    for layer in sorted(loaded.keys() | content.layers.keys()):
-        weights = content.layers.get(layer, {})
+    for layer in sorted(loaded.keys() | content.weights.keys()):
+        weights = content.weights.get(layer, {})
         if layer in loaded and _arrived(loaded[layer], name, weights, content.scales.get(layer, math.nan)):
             continue
         raise UserError(
@@ -216,134 +111,20 @@ def check_loaded(pipeline: StableDiffusionXLPipeline, name: str, adapter: Adapte
         )
 
 
-def find_file(path: Path) -> Path:
-    """An adapter's safetensors file, also where its folder is given.
-
-    Raises:
-        UserError: There is none, or safetensors can't open it.
-    """
-    file = adapter_file(path)
-    if file.suffix != ".safetensors" and file.is_file():
-        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
-    if file.is_file():
-        if not is_unicode(str(file)):
-            raise UserError(f"{file}: safetensors opens no path that isn't UTF-8; rename it")
-        return file
-    if not path.is_dir():
-        raise UserError(f"{file}: not a sound safetensors file (no such file)")
-    names = sorted(own.name for own in path.iterdir())
-    pickled = [name for name in names if name.endswith(_PICKLES)]
-    if pickled and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(
-            f"{path}: has only {pickled[0]}; a pickled file could run code, save it as safetensors"
-        )
-    raise UserError(f"{path}: no {WEIGHTS_NAME} in it; give the file itself, or the folder of a run")
-
-
-def file_digest(file: Path) -> str:
-    """The SHA-256 of a file, in hex; without the scale that an evaluation may have noted in it since."""
-    return hashlib.sha256(without_strength(file.read_bytes())).hexdigest()
-
-
-def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> _Content:
-    """The layers of a file, sound in themselves.
-
-    Raises:
-        UserError: Names the file and what is wrong in it.
-    """
+def _read(pipeline: StableDiffusionXLPipeline, file: Path) -> AdapterLayers:
+    """The layers of a file that is to go onto this base."""
     text_encoders = {part: getattr(pipeline, part) for part in PREFIXES if part != "unet"}
     widths = {part: model.config.hidden_size for part, model in text_encoders.items()}
-    adapter = read_adapter(file, widths)
-    tensors, configs, of_kohya = adapter.tensors, adapter.configs, adapter.format == "kohya"
-    require_finite(file, tensors)
-    parse = split_diffusers_key
-    if of_kohya:
-        parse = functools.partial(parse_kohya_key, layer_names(pipeline.unet.config.layers_per_block))
-    try:
-        found = complete_layers(tensors, parse)
-        modules = _modules(pipeline)
-        layers = {
-            layer: shaped(weights, layer, _is_convolution(modules, layer), of_kohya=of_kohya)
-            for layer, weights in found.items()
-        }
-        for part in PREFIXES:
-            check_config(part, part_config(configs, part))
-        scales, alphas = {}, {}
-        for layer, weights in layers.items():
-            config = part_config(configs, layer[0])
-            scales[layer], alpha = scale_and_alpha(layer, weights, config)
-            if alpha is not None:
-                alphas[layer] = alpha
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    same = all(loadable_name(key) == key for key in tensors) and all(
-        weights[kind].shape == found[layer][kind].shape
-        for layer, weights in layers.items()
-        for kind in weights
-    )
-    return _Content(layers, scales, alphas, adapter.format == "diffusers" and same)
+    is_convolution = functools.partial(_is_convolution, _modules(pipeline))
+    return read_layers(file, pipeline.unet.config.layers_per_block, widths, is_convolution=is_convolution)
 
 
 def _is_convolution(modules: dict[Layer, nn.Module], layer: Layer) -> bool:
     """Whether a layer is one in the base; by its name where the base lacks it."""
     module = modules.get(layer)
     if module is None:
-        return CONVOLUTION.fullmatch(layer[1]) is not None
+        return is_convolution_by_name(layer)
     return isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, nn.Conv2d)
-
-
-def require_finite(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors of a file with values that aren't finite numbers.
-
-    Raises:
-        UserError: Names the file and the first of them.
-    """
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        # sd-scripts writes an alpha as a whole number.
-        number = tensor.is_floating_point() or (key.endswith(".alpha") and tensor.dtype in _WHOLE)
-        if not (number and tensor.float().isfinite().all()):
-            raise UserError(f"{file}: {key} has values that aren't finite numbers; get a sound file")
-
-
-def check_config(part: str, config: dict[str, Any] | None) -> None:
-    """Refuse a configuration of PEFT with which loading would change the base."""
-    if config is None:
-        return
-    start = config.get("init_lora_weights")
-    if start not in _STARTS:
-        raise UserError(
-            f"{part}.init_lora_weights {start!r} in its metadata changes the base on loading; save it as an "
-            "ordinary LoRA (PEFT's path_initial_model_for_weight_conversion)"
-        )
-    for setting in _BEYOND_LORA:
-        if config.get(setting):
-            raise UserError(f"{part}.{setting} in its metadata: more than a LoRA; export the LoRA alone")
-
-
-def scale_and_alpha(
-    layer: Layer, weights: dict[str, Tensor], config: dict[str, Any] | None
-) -> tuple[float, float | None]:
-    """The factor on B @ A, and the alpha that the file states, if it does."""
-    name, rank = ".".join(layer), len(weights["down"])
-    if not rank:
-        raise UserError(f"{name}: rank 0, so it has no weights; export it again")
-    alpha = scaled = None
-    if "alpha" in weights:
-        if weights["alpha"].numel() != 1:
-            raise UserError(f"{name}: alpha must be one number; mend the file")
-        alpha = scaled = weights["alpha"].item()
-    elif config is not None:
-        stated, scaled = rank_and_alpha(config, layer[1], rank)
-        if stated != rank:
-            raise UserError(f"{name}: rank {rank}, in the metadata {stated}; export it again")
-        alpha = scaled / math.sqrt(rank) if config.get("use_rslora") else scaled
-    if scaled is None:
-        return 1.0, None
-    # Some readers take 0 for the rank and others for 0: whoever made the file must say.
-    if not math.isfinite(scaled) or not scaled:
-        raise UserError(f"{name}: alpha {scaled:g} must be a finite number other than 0; mend the file")
-    return scaled / rank, alpha
 
 
 def _modules(pipeline: StableDiffusionXLPipeline) -> dict[Layer, nn.Module]:
@@ -364,7 +145,7 @@ def _modules(pipeline: StableDiffusionXLPipeline) -> dict[Layer, nn.Module]:
     return found
 
 
-def _check_fit(pipeline: StableDiffusionXLPipeline, file: Path, content: _Content) -> None:
+def _check_fit(pipeline: StableDiffusionXLPipeline, file: Path, content: AdapterLayers) -> None:
     """Refuse layers that the base doesn't have, or has in another shape."""
     modules = _modules(pipeline)
 
@@ -374,10 +155,10 @@ def _check_fit(pipeline: StableDiffusionXLPipeline, file: Path, content: _Conten
             f"{file}: doesn't fit this base ({reason}{origin}); give an adapter that was trained on this base"
         )
 
-    unknown = sorted(layer for layer in content.layers if layer not in modules)
+    unknown = sorted(layer for layer in content.weights if layer not in modules)
     if unknown:
         refuse(f"{'.'.join(unknown[0])}, 1 of {len(unknown)} such layers, isn't in it")
-    for layer, weights in sorted(content.layers.items()):
+    for layer, weights in sorted(content.weights.items()):
         module = modules[layer]
         expected = _shapes(module.get_base_layer() if isinstance(module, LoraLayer) else module, weights)
         for kind, shape in expected.items():
@@ -404,11 +185,11 @@ def _shapes(base: nn.Module, weights: dict[str, Tensor]) -> dict[str, tuple[int,
     return shapes | {"magnitude": magnitude}
 
 
-def _origin(pipeline: StableDiffusionXLPipeline, content: _Content) -> str:
+def _origin(pipeline: StableDiffusionXLPipeline, content: AdapterLayers) -> str:
     """What gives an adapter of another model away: how many features of a prompt it takes."""
     takes = {
         weights["down"].shape[1]
-        for (part, path), weights in content.layers.items()
+        for (part, path), weights in content.weights.items()
         if part == "unet" and path.endswith((".attn2.to_k", ".attn2.to_v"))
     }
     model = _PROMPT_FEATURES.get(min(takes, default=0))

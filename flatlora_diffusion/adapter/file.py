@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from flatlora_diffusion.common.command import is_unicode
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, adaptable
 
@@ -27,6 +28,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 LIVE_NAME = "pytorch_lora_weights_live.safetensors"  # not averaged, beside an average under the first name
 PEFT_NAME = "adapter_model.safetensors"  # what PEFT's own `save_pretrained` writes
 FLAT_METADATA_KEY = "flat_lora"
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def adapter_tensors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -156,6 +158,30 @@ def adapter_file(path: Path) -> Path:
         return path
     of_peft = path / PEFT_NAME
     return of_peft if of_peft.is_file() and not (path / WEIGHTS_NAME).exists() else path / WEIGHTS_NAME
+
+
+def find_file(path: Path) -> Path:
+    """An adapter's safetensors file, also where its folder is given.
+
+    Raises:
+        UserError: There is none, or safetensors can't open it.
+    """
+    file = adapter_file(path)
+    if file.suffix != ".safetensors" and file.is_file():
+        raise UserError(f"{file}: must be a .safetensors file; a pickled one could run code")
+    if file.is_file():
+        if not is_unicode(str(file)):
+            raise UserError(f"{file}: safetensors opens no path that isn't UTF-8; rename it")
+        return file
+    if not path.is_dir():
+        raise UserError(f"{file}: not a sound safetensors file (no such file)")
+    names = sorted(own.name for own in path.iterdir())
+    pickled = [name for name in names if name.endswith(_PICKLES)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{path}: has only {pickled[0]}; a pickled file could run code, save it as safetensors"
+        )
+    raise UserError(f"{path}: no {WEIGHTS_NAME} in it; give the file itself, or the folder of a run")
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -17,10 +17,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
-import re
-import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +25,21 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save
 from torch import Tensor
 
-from flatlora_diffusion.adapter.file import loadable_name, with_sorted_metadata
-from flatlora_diffusion.adapter.formats import describe_unknown, read_adapter, read_configs
+from flatlora_diffusion.adapter.configs import part_config, rank_and_alpha
+from flatlora_diffusion.adapter.file import with_sorted_metadata
+from flatlora_diffusion.adapter.formats import read_adapter, read_configs
 from flatlora_diffusion.adapter.kohya_names import (
-    CONVOLUTION,
-    PREFIXES,
-    Layer,
     kohya_names,
     layer_names,
     parse_diffusers_key,
     parse_kohya_key,
+)
+from flatlora_diffusion.adapter.layers import (
+    complete_layers,
+    is_convolution_by_name,
+    reshaped,
+    shaped,
+    to_diffusers,
 )
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
@@ -80,7 +81,7 @@ def to_kohya(
         converted[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if "magnitude" in weights:
             shape = (len(up), *[1] * (down.ndim - 1))
-            converted[f"{name}.dora_scale"] = _reshaped(weights["magnitude"], len(shape) // 4, shape, layer)
+            converted[f"{name}.dora_scale"] = reshaped(weights["magnitude"], len(shape) // 4, shape, layer)
     return converted
 
 
@@ -106,39 +107,8 @@ def from_kohya(
     """
     layers = complete_layers(tensors, functools.partial(parse_kohya_key, layer_names(layers_per_block)))
     for layer, weights in layers.items():
-        layers[layer] = shaped(weights, layer, bool(CONVOLUTION.fullmatch(layer[1])), of_kohya=True)
+        layers[layer] = shaped(weights, layer, is_convolution_by_name(layer), of_kohya=True)
     return to_diffusers(layers, lora_metadata)
-
-
-def to_diffusers(
-    layers: dict[Layer, dict[str, Tensor]], lora_metadata: dict[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same from the weights of each layer (down, up, magnitude, alpha), in PEFT's shapes."""
-    # By these names diffusers finds every layer; in the UNet it passes over `lora.down` beside `lora_A`.
-    halves = dict.fromkeys(PREFIXES, ("lora_linear_layer.down", "lora_linear_layer.up"))
-    attention = all(re.search(r"\.to_([qkv]|out\.0)$", path) for part, path in layers if part == "unet")
-    halves |= {"unet": ("lora.down", "lora.up") if attention else ("lora_A", "lora_B")}
-    converted, configs = {}, {}
-    scales: dict[str, dict[str, tuple[int, float]]] = {}
-    for layer, weights in layers.items():
-        part, path = layer
-        down, up = weights["down"], weights["up"]
-        alpha = weights.get("alpha", torch.tensor(len(down)))
-        # For 0, sd-scripts takes the rank and ComfyUI takes 0: whoever made the file must say.
-        if alpha.numel() != 1 or not math.isfinite(alpha) or not alpha:
-            raise UserError(f"{part}.{path}: alpha must be one number other than 0; mend the file")
-        scales.setdefault(part, {})[path] = len(down), alpha.item()
-        for half, weight in zip(halves[part], (down, up), strict=True):
-            converted[f"{part}.{path}.{half}.weight"] = weight
-        if "magnitude" in weights:
-            converted[loadable_name(f"{part}.{path}.lora_magnitude_vector")] = weights["magnitude"]
-    for part, own in scales.items():
-        dora = any("magnitude" in weights for layer, weights in layers.items() if layer[0] == part)
-        config = part_config(lora_metadata, part)
-        if config is None or not _fits(config, own, dora):
-            config = _config(own, dora)
-        configs |= {f"{part}.{key}": value for key, value in config.items()}
-    return converted, configs
 
 
 def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
@@ -178,149 +148,6 @@ def convert(source: Path, target: Path, layers_per_block: int = 2) -> None:
         raise UserError(f"{source}: {error}") from error
     converted = {key: tensor.contiguous() for key, tensor in converted.items()}
     write_atomically(target, with_sorted_metadata(save(converted, metadata=metadata)))
-
-
-def complete_layers(
-    tensors: dict[str, Tensor], parse: Callable[[str], tuple[Layer, str] | None]
-) -> dict[Layer, dict[str, Tensor]]:
-    """The weights of each layer, complete, from all keys of a file.
-
-    Args:
-        tensors: All that the file holds.
-        parse: A key -> its layer and down, up, magnitude or alpha; None for other keys.
-
-    Raises:
-        UserError: A key is no LoRA weight, a layer lacks one of its two, or they don't fit each other.
-    """
-    layers: dict[Layer, dict[str, Tensor]] = {}
-    unknown = []
-    for key in sorted(tensors):
-        if not (parsed := parse(key)):
-            unknown.append(key)
-            continue
-        layer, kind = parsed
-        if kind in layers.setdefault(layer, {}):
-            raise UserError(f"{key}: this weight is there under another name too; remove one of them")
-        layers[layer][kind] = tensors[key]
-    if unknown or not layers:
-        raise UserError(describe_unknown(unknown) if unknown else "there is no LoRA weight of SDXL in it")
-    for layer, weights in layers.items():
-        down, up = weights.get("down"), weights.get("up")
-        if down is None or up is None:
-            missing = "down weight (lora_A)" if down is None else "up weight (lora_B)"
-            raise UserError(f"{'.'.join(layer)}: lacks its {missing}; get the whole file")
-        if not {down.ndim, up.ndim} <= {2, 4} or len(down) != up.shape[1] or up.shape[2:].numel() != 1:
-            raise UserError(
-                f"{'.'.join(layer)}: {list(down.shape)} and {list(up.shape)} aren't LoRA's shapes"
-            )
-    return layers
-
-
-def shaped(
-    weights: dict[str, Tensor], layer: Layer, convolution: bool, *, of_kohya: bool
-) -> dict[str, Tensor]:
-    """A layer's weights in PEFT's shapes, values unchanged.
-
-    Args:
-        weights: Down, up, magnitude and alpha; those of linear layers may be convolutions of 1 x 1.
-        layer: Whose they are, for errors.
-        convolution: Whether the layer is one.
-        of_kohya: The magnitudes are shaped as kohya's: with the outputs on the first axis.
-
-    Raises:
-        UserError: They have no such shapes.
-    """
-    own = dict(weights)
-    for kind in ("down", "up"):
-        own[kind] = _as_module(weights[kind], layer, convolution)
-    if of_kohya and "magnitude" in weights:
-        outputs = len(own["up"])
-        shape = (1, outputs, 1, 1) if convolution else (outputs,)
-        own["magnitude"] = _reshaped(weights["magnitude"], 0, shape, layer)
-    return own
-
-
-def _as_module(weight: Tensor, layer: Layer, convolution: bool) -> Tensor:
-    """The weight with as many dimensions as in PEFT: 4 for convolutions, else 2."""
-    if convolution:
-        return weight[:, :, None, None] if weight.ndim == 2 else weight
-    if weight.shape[2:].numel() != 1:
-        raise UserError(f"{'.'.join(layer)}: a linear layer can't have the shape {list(weight.shape)}")
-    return weight.flatten(1)
-
-
-def _reshaped(magnitude: Tensor, axis: int, shape: Sequence[int], layer: Layer) -> Tensor:
-    """DoRA's magnitudes, with the outputs on an axis, in another shape."""
-    outputs = math.prod(shape)
-    if axis == 0 and magnitude.ndim > 1 and magnitude.shape[0] == 1 < outputs:
-        raise UserError(
-            f"{'.'.join(layer)}: its DoRA scales the inputs (LyCORIS's wd_on_out=False), which PEFT can't; "
-            "write the nearest plain LoRA: flatlora-kohya SOURCE TARGET --rank N --base BASE"
-        )
-    if magnitude.numel() != outputs or magnitude.shape[axis : axis + 1] != (outputs,):
-        raise UserError(
-            f"{'.'.join(layer)}: DoRA of shape {list(magnitude.shape)} isn't one value for an output"
-        )
-    return magnitude.reshape(shape)
-
-
-def part_config(lora_metadata: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
-    """PEFT's configuration of one part, from the metadata of all; None where they say nothing of it."""
-    own = {k.partition(".")[2]: v for k, v in (lora_metadata or {}).items() if k.startswith(f"{part}.")}
-    return own or None
-
-
-def rank_and_alpha(config: dict[str, Any] | None, path: str, rank: int) -> tuple[int, float]:
-    """A layer's rank, and the alpha for which its scale is alpha / rank.
-
-    Args:
-        config: From `part_config`.
-        path: Of the layer in the model.
-        rank: Of its tensors, for files without a configuration: alpha is then the rank.
-
-    Raises:
-        UserError: The configuration isn't one of PEFT's.
-    """
-    if config is None:
-        return rank, rank
-    names = (path, path.removeprefix("text_model."))  # with older and newer transformers
-
-    def setting(default: Any, patterns: dict[str, Any] | None) -> Any:
-        known = patterns or {}
-        for pattern in known:
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # as PEFT does
-                return known[pattern]
-        return default
-
-    try:
-        rank = int(setting(config.get("r", 8), config.get("rank_pattern")))  # 8: PEFT's defaults
-        alpha = float(setting(config.get("lora_alpha", 8), config.get("alpha_pattern")))
-        # rsLoRA scales by alpha / sqrt(rank).
-        return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-    except (TypeError, ValueError, re.error) as error:
-        raise UserError(f"the adapter's metadata aren't PEFT's ({error}); export it again") from error
-
-
-def _fits(config: dict[str, Any], scales: dict[str, tuple[int, float]], dora: bool) -> bool:
-    """Whether a configuration gives every layer this rank and alpha."""
-    expected = {path: rank_and_alpha(config, path, rank) for path, (rank, _) in scales.items()}
-    return bool(config.get("use_dora")) == dora and all(
-        rank == expected[path][0] and math.isclose(alpha, expected[path][1], rel_tol=1e-6)
-        for path, (rank, alpha) in scales.items()
-    )
-
-
-def _config(scales: dict[str, tuple[int, float]], dora: bool) -> dict[str, Any]:
-    """PEFT's configuration for layers with these ranks and alphas."""
-    # Without this level the names fit the models of older and newer transformers.
-    scales = {path.removeprefix("text_model."): scale for path, scale in sorted(scales.items())}
-    ranks = {path: rank for path, (rank, _) in scales.items()}
-    alphas = {path: int(alpha) if alpha == int(alpha) else alpha for path, (_, alpha) in scales.items()}
-    rank, alpha = (statistics.mode(sorted(values.values())) for values in (ranks, alphas))
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": list(scales), "use_dora": dora}
-    config["rank_pattern"] = {path: own for path, own in ranks.items() if own != rank}
-    config["alpha_pattern"] = {path: own for path, own in alphas.items() if own != alpha}
-    return config
 
 
 def kohya_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:

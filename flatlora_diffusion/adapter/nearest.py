@@ -7,7 +7,6 @@ approximation of a rank keeps the greatest singular values (Eckart and Young).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,25 +15,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.check import check_config, require_finite, scale_and_alpha
 from flatlora_diffusion.adapter.file import with_sorted_metadata
-from flatlora_diffusion.adapter.formats import read_adapter
-from flatlora_diffusion.adapter.kohya import (
-    complete_layers,
-    kohya_metadata,
-    part_config,
-    shaped,
-    to_diffusers,
-    to_kohya,
-)
-from flatlora_diffusion.adapter.kohya_names import (
-    CONVOLUTION,
-    PREFIXES,
-    Layer,
-    layer_names,
-    parse_kohya_key,
-    split_diffusers_key,
-)
+from flatlora_diffusion.adapter.kohya import kohya_metadata, to_kohya
+from flatlora_diffusion.adapter.kohya_names import Layer
+from flatlora_diffusion.adapter.layers import read_layers, to_diffusers
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.weights import weight_of
@@ -60,31 +44,22 @@ def write_nearest(
     Raises:
         UserError: The source or the base can't be read, or don't fit each other.
     """
-    adapter = read_adapter(source)
-    require_finite(source, adapter.tensors)
-    of_kohya = adapter.format == "kohya"
-    parse = split_diffusers_key
-    if of_kohya:
-        parse = functools.partial(parse_kohya_key, layer_names(layers_per_block))
+    # Magnitudes keep their shape, by which filters and inputs are told apart.
+    adapter = read_layers(source, layers_per_block, stored_magnitudes=True)
     weight: Callable[[Layer], Tensor] | None = None
     lost = whole = 0.0
     try:
-        layers = complete_layers(adapter.tensors, parse)
-        for part in PREFIXES:
-            check_config(part, part_config(adapter.configs, part))
-        if any("magnitude" in weights for weights in layers.values()):
+        if any("magnitude" in own for own in adapter.weights.values()):
             if base is None:
                 raise UserError("its DoRA's update depends on the base's weights; give --base")
             weight = _weights(base)
         plain = {}
-        for layer, weights in layers.items():
-            # Magnitudes keep their shape, by which filters and inputs are told apart.
-            own = shaped(weights, layer, CONVOLUTION.fullmatch(layer[1]) is not None, of_kohya=False)
-            scale, _ = scale_and_alpha(layer, own, part_config(adapter.configs, layer[0]))
+        for layer, own in adapter.weights.items():
+            scale = adapter.scales[layer]
             if weight is None or "magnitude" not in own:
                 factors = own["up"].float().flatten(1) * scale, own["down"].float().flatten(1)
             else:
-                factors = _dora_update(layer, own, scale, weight(layer), of_kohya), None
+                factors = _dora_update(layer, own, scale, weight(layer), adapter.format == "kohya"), None
             down, up, left, norm = truncated(*factors, rank)
             lost, whole = lost + left, whole + norm
             down = down.reshape(-1, *own["down"].shape[1:]).to(own["down"])

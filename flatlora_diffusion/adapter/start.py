@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.check import check_config, find_file, require_finite, scale_and_alpha
-from flatlora_diffusion.adapter.file import adapter_tensors, read_facts
-from flatlora_diffusion.adapter.formats import read_adapter
-from flatlora_diffusion.adapter.kohya import complete_layers, part_config, shaped, to_diffusers
-from flatlora_diffusion.adapter.kohya_names import (
-    CONVOLUTION,
-    PREFIXES,
-    layer_names,
-    parse_kohya_key,
-    split_diffusers_key,
-)
+from flatlora_diffusion.adapter.file import adapter_tensors, find_file, read_facts
+from flatlora_diffusion.adapter.layers import read_layers
 from flatlora_diffusion.adapter.new_tokens import FACTS_KEY
 from flatlora_diffusion.common.errors import UserError
 
@@ -59,39 +48,22 @@ def read_start(
         raise UserError(
             f"{_FLAG} {file}: trained together with new tokens, which can't be a start; give another"
         )
-    adapter = read_adapter(file, widths)
-    require_finite(file, adapter.tensors)
-    of_kohya = adapter.format == "kohya"
-    parse = split_diffusers_key
-    if of_kohya:
-        parse = functools.partial(parse_kohya_key, layer_names(layers_per_block))
-    try:
-        layers = complete_layers(adapter.tensors, parse)
-        for part in PREFIXES:
-            check_config(part, part_config(adapter.configs, part))
-        scales: set[tuple[float, float]] = set()
-        for layer, weights in layers.items():
-            convolution = CONVOLUTION.fullmatch(layer[1]) is not None
-            own = shaped(weights, layer, convolution, of_kohya=of_kohya)
-            factor, _ = scale_and_alpha(layer, own, part_config(adapter.configs, layer[0]))
-            scales.add((factor, scale(len(own["down"]))))
-            layers[layer] = own | {"alpha": torch.tensor(factor * len(own["down"]))}
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    adapter = read_layers(file, layers_per_block, widths)
     differences = []
-    ranks = sorted({len(weights["down"]) for weights in layers.values()})
+    ranks = sorted({len(weights["down"]) for weights in adapter.weights.values()})
     if rank is not None and ranks != [rank]:
         differences.append(f"rank {', '.join(map(str, ranks))} there and {rank} here")
+    scales = {(own, scale(len(adapter.weights[layer]["down"]))) for layer, own in adapter.scales.items()}
     other = [pair for pair in scales if not math.isclose(*pair, rel_tol=1e-6)]
     if other:
         there, here = (
             ", ".join(f"{factor:g}" for factor in sorted(set(own))) for own in zip(*other, strict=True)
         )
         differences.append(f"the update's scale (alpha / rank) {there} there and {here} here")
-    with_dora = {"magnitude" in weights for weights in layers.values()}
+    with_dora = {"magnitude" in weights for weights in adapter.weights.values()}
     if with_dora != {dora}:
         differences.append("DoRA here and not there" if dora else "DoRA there and not here")
-    met = {part for part, _ in layers}
+    met = {part for part, _ in adapter.weights}
     if met != set(parts):
         differences.append(f"it adapts {', '.join(sorted(met))}, and this run {', '.join(sorted(parts))}")
     if differences:
@@ -99,7 +71,7 @@ def read_start(
             f"{_FLAG} {file}: doesn't fit this run ({'; '.join(differences)}); set --rank, --lora_alpha, "
             "--use_dora and --train_text_encoder as it has them"
         )
-    return to_diffusers(layers)[0]
+    return adapter.to_diffusers()[0]
 
 
 def require_layers(models: dict[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:

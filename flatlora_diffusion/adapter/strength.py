@@ -1,12 +1,13 @@
 """The scale to draw an adapter with, as an evaluation has found it: a note in the adapter's file.
 
 The note is a metadata entry of its own. What identifies the adapter elsewhere (pictures, manifests, votes,
-runs that start from it) is the hash of the file without it: see `check.file_digest`.
+runs that start from it) is the hash of the file without it: see `file_digest`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,3 +120,8 @@ def write_strength(file: Path, strength: Strength) -> bool:
 def without_strength(content: bytes) -> bytes:
     """An adapter's file as it was before a recommendation was noted in it."""
     return with_metadata(content, {STRENGTH_KEY: None}) if STRENGTH_KEY in metadata_of(content) else content
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hex; without the scale that an evaluation may have noted in it since."""
+    return hashlib.sha256(without_strength(file.read_bytes())).hexdigest()

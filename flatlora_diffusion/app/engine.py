@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.adapter.check import AdapterFacts, facts_of_mix
+from flatlora_diffusion.adapter.facts import AdapterFacts, facts_of_mix
 from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.common.devices import DTYPES

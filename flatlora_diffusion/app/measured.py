@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.facts import AdapterFacts
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.output.reading import RunFolder
 

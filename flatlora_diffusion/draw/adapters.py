@@ -9,13 +9,8 @@ from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
-from flatlora_diffusion.adapter.check import (
-    AdapterFacts,
-    check_adapter,
-    check_loaded,
-    converted,
-    facts_of_mix,
-)
+from flatlora_diffusion.adapter.check import check_adapter, check_loaded, converted
+from flatlora_diffusion.adapter.facts import AdapterFacts, facts_of_mix
 from flatlora_diffusion.adapter.mix import Mix, Source
 from flatlora_diffusion.adapter.new_tokens import (
     load_embeddings,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.facts import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.files import write_atomically

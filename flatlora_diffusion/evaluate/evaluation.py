@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.facts import AdapterFacts
 from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, out_of_memory_as_error, release
 from flatlora_diffusion.common.pictures import png_bytes
 from flatlora_diffusion.common.processes import ALONE, Processes, require_shared

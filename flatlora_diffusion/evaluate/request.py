@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.adapter.check import AdapterFacts
+from flatlora_diffusion.adapter.facts import AdapterFacts
 from flatlora_diffusion.adapter.mix import Source
 from flatlora_diffusion.adapter.strength import Strength, write_strength
 from flatlora_diffusion.common.devices import checked_device

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from flatlora_diffusion.adapter.check import file_digest
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
-from flatlora_diffusion.adapter.strength import Strength, read_strength
+from flatlora_diffusion.adapter.strength import Strength, file_digest, read_strength
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.lock import LOCK_NAME
 from flatlora_diffusion.config.settings import TrainConfig

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from flatlora_diffusion.adapter.check import file_digest, find_file
-from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
+from flatlora_diffusion.adapter.file import WEIGHTS_NAME, find_file, read_facts
 from flatlora_diffusion.adapter.new_tokens import read_embeddings
+from flatlora_diffusion.adapter.strength import file_digest
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.common.memory import peak_memory
 from flatlora_diffusion.common.packages import LIBRARIES, package_versions

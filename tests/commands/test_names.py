@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.adapter.check import find_file
+from flatlora_diffusion.adapter.file import find_file
 from flatlora_diffusion.common import command
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.evaluate.command import evaluation_parser

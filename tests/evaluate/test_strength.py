@@ -10,9 +10,8 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter.check import file_digest
 from flatlora_diffusion.adapter.file import adapter_bytes, read_facts
-from flatlora_diffusion.adapter.strength import Strength, read_strength, write_strength
+from flatlora_diffusion.adapter.strength import Strength, file_digest, read_strength, write_strength
 from flatlora_diffusion.app.runs_tab import strengths
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.evaluate.request import _note_scale
