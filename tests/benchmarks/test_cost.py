@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import CLIPTextModel
 
-from benchmarks import cases, common, full_sdxl, growth, overhead, steps
+from benchmarks import cases, common, full_sdxl, growth, host_profile, overhead, steps
 from benchmarks.bases import Sizes
 from benchmarks.cases import Case, Stack, WithTextEncoders, cached_prompts_case, predict_of_stack
 from benchmarks.memory import MIB
@@ -271,6 +271,15 @@ def test_the_whole_model_is_measured(task, tmp_path, monkeypatch):
     assert 0.5 * kept <= beyond[SAM] < 1.5 * kept
     table = SMALLEST_TABLE * 2
     assert table <= arms[FLAT]["tensors_at_rest"] - plain["tensors_at_rest"] < table + 0.2 * kept
+
+
+def test_the_profile_names_parts_that_there_are(tmp_path):
+    path = tmp_path / "profile.md"
+    host_profile.main(["--steps", "1", "--output", str(path)])
+    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("|")]
+    flat = {name: int(value) for name, _, value in rows[2:]}
+    assert set(flat) == {"the step", *host_profile.PARTS}
+    assert all(value > 0 for value in flat.values()), "a function is called otherwise now"
 
 
 def test_an_arm_that_does_not_fit_is_reported(task, monkeypatch):
