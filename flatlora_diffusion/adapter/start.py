@@ -67,8 +67,9 @@ def read_start(
     if met != set(parts):
         differences.append(f"it adapts {', '.join(sorted(met))}, and this run {', '.join(sorted(parts))}")
     if differences:
+        flag = "--lora_layers (with its ranks)" if len(ranks) > 1 else "--rank"
         raise UserError(
-            f"{_FLAG} {file}: doesn't fit this run ({'; '.join(differences)}); set --rank, --lora_alpha, "
+            f"{_FLAG} {file}: doesn't fit this run ({'; '.join(differences)}); set {flag}, --lora_alpha, "
             "--use_dora and --train_text_encoder as it has them"
         )
     return adapter.to_diffusers()[0]

@@ -79,6 +79,11 @@ def test_what_differs_is_named_before_anything_is_encoded(config, tmp_path, monk
     path = f"{config.output_dir}/{WEIGHTS_NAME}"
     bad = tmp_path / "bad.safetensors"
     save_file(dict(list(first.items())[2:]), bad)
+    ranks = tmp_path / "ranks.safetensors"
+    halved = {
+        key: tensor[:2] if len(tensor) == 4 else tensor[:, :2] for key, tensor in list(first.items())[:2]
+    }
+    save_file(first | {key: tensor.contiguous() for key, tensor in halved.items()}, ranks)
     poisoned = tmp_path / "poisoned.safetensors"
     save_file({key: tensor * torch.nan for key, tensor in first.items()}, poisoned)
     for changes, message in (
@@ -88,6 +93,10 @@ def test_what_differs_is_named_before_anything_is_encoded(config, tmp_path, monk
         ({"train_text_encoder": True}, "it adapts unet, and this run text_encoder, text_encoder_2, unet"),
         ({"lora_layers": ("to_q",)}, "its layers aren't those of this run .* missing here"),
         ({"lora_weights": str(bad)}, "its layers aren't those of this run .* missing there"),
+        (
+            {"lora_weights": str(ranks)},
+            r"\(rank 2, 4 there and 4 here\); set --lora_layers \(with its ranks\)",
+        ),
         ({"lora_weights": str(poisoned)}, "values that aren't finite"),
         ({"lora_weights": str(tmp_path / "gone")}, "gone: not a sound safetensors file"),
         ({"init_lora_weights": "pissa"}, "--lora_weights with --init_lora_weights pissa"),
