@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.arms import ARMS, Process
-from benchmarks.common import DEMO_BASE, add_common_options, machine, positive, write_report
+from benchmarks.common import DEMO_BASE, add_common_options, benchmark_parser, machine, positive, write_report
 from benchmarks.trainer import DEMO_RESOLUTION, PAUSE, Case, ratio, rotated
 
 ARM = "Flat-LoRA"
@@ -149,11 +149,7 @@ def _at_work(process: Process) -> Iterator[None]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m benchmarks.busy",
-    )
+    parser = benchmark_parser("busy", __doc__)
     parser.add_argument("--spins", type=positive, nargs="*", default=[], help="spin counts to try as well")
     parser.add_argument("--one-thread", action="store_true", help="try one thread")
     parser.add_argument("--repeats", type=positive, default=10, help="steps of each kind (10)")

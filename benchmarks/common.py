@@ -88,6 +88,15 @@ def positive(text: str) -> int:
     return value
 
 
+def benchmark_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`, which shows the description as it is."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m benchmarks.{name}",
+    )
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that all benchmarks have."""
     parser.add_argument("--threads", type=positive, help="CPU threads (torch's choice)")

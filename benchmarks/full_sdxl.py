@@ -47,6 +47,7 @@ from benchmarks.common import (
     RANK,
     SIGMA,
     add_common_options,
+    benchmark_parser,
     dtype_name,
     machine,
     now,
@@ -256,11 +257,7 @@ def pixels(text: str) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m benchmarks.full_sdxl",
-    )
+    parser = benchmark_parser("full_sdxl", __doc__)
     parser.add_argument("--arms", nargs="+", choices=CHOICES, default=list(CHOICES), help="which arms (all)")
     parser.add_argument("--text_encoders", action="store_true", help="train and perturb both of them too")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the frozen weights (bf16)")

@@ -45,6 +45,7 @@ from benchmarks.common import (
     SIGMA,
     TARGETS,
     add_common_options,
+    benchmark_parser,
     default_dtype,
     machine,
     positive,
@@ -248,11 +249,7 @@ def report(results: dict[str, list[Result]], repeats: int, sizes: BlockSizes, dt
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m benchmarks.growth",
-    )
+    parser = benchmark_parser("growth", __doc__)
     parser.add_argument("--sweep", nargs="+", choices=TITLES, default=list(TITLES), help="which sweeps (all)")
     parser.add_argument("--repeats", type=positive, default=11, help="repeats of every setting (11)")
     parser.add_argument(

@@ -33,6 +33,7 @@ from benchmarks.common import (
     RANK,
     TARGETS,
     add_common_options,
+    benchmark_parser,
     default_dtype,
     machine,
     positive,
@@ -86,11 +87,7 @@ def report(results: list[Result], skipped: list[str]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m benchmarks.overhead",
-    )
+    parser = benchmark_parser("overhead", __doc__)
     parser.add_argument("--case", nargs="+", choices="abcd", default=list("abcd"), help="which cases (all)")
     parser.add_argument(
         "--dtype",

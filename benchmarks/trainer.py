@@ -44,6 +44,7 @@ from benchmarks.common import (
     SIGMA,
     TARGETS,
     add_common_options,
+    benchmark_parser,
     default_dtype,
     machine,
     positive,
@@ -232,11 +233,7 @@ def report(results: list[Result], skipped: list[str]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m benchmarks.trainer",
-    )
+    parser = benchmark_parser("trainer", __doc__)
     parser.add_argument("--case", nargs="+", choices="abc", default=list("abc"), help="which cases (all)")
     parser.add_argument(
         "--dtype",
