@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME, read_facts
-from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_NAME, FACTS_KEY, replace_words
 from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.config.settings import FLAT, PLAIN, TrainConfig
-from flatlora_diffusion.draw.samplers import scheduler_of
 from flatlora_diffusion.output.findings import best_steps, scales, steps_of_folds
 from flatlora_diffusion.output.gallery import final_drawing
 from flatlora_diffusion.output.names import FOLDER, numbered_steps, step_name
-from flatlora_diffusion.sdxl.single_file import is_single_file
+from flatlora_diffusion.output.snippet import DTYPES, public_name, snippet
 from flatlora_diffusion.sheet.files import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -30,7 +27,6 @@ CARD = "README.md"
 USE = "## Use\n"  # the heading under which scales are recommended
 
 _KNOWN_LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 _SEAL = "<!-- Written by flatlora_diffusion. Once changed, it is not written again. sha256 {} -->\n"
 _METHOD = """\
 Flat-LoRA adds noise to the merged weights while the adapter trains, scaled to the norm of each filter, so
@@ -144,6 +140,16 @@ def write_card(
     facts = {method: read_facts(folder / WEIGHTS_NAME) for method, folder in adapters.items()}
     steps = next(iter(facts.values()))["steps"]
     exhibit = exhibit or validation_exhibit(path.with_name(FOLDER), steps)
+    shown = exhibit.examples[0] if exhibit and exhibit.examples else None
+    code = snippet(
+        config,
+        adapters,
+        facts,
+        precision=making.precision,
+        drawing=final_drawing(config),
+        picture=(shown.prompt, shown.seed) if shown else None,
+        repository=repository,
+    )
     parts = [
         f"---\n{_metadata(config, facts, exhibit).to_yaml()}\n---\n",
         f"# SDXL {' and '.join(facts)} DreamBooth - {repository or path.absolute().parent.name}\n",
@@ -152,7 +158,7 @@ def write_card(
         f"You should use {_code(config.instance_prompt)} to trigger the image generation.\n",
         USE,
         *scales(adapters),
-        f"```python\n{_snippet(config, adapters, facts, making.precision, exhibit, repository)}```\n",
+        f"```python\n{code}```\n",
         "## Training\n",
         _table(config, facts, making),
         *best_steps(adapters),
@@ -217,111 +223,6 @@ def _pictures(exhibit: Exhibit | None) -> list[str]:
     return [*gallery, f"![{exhibit.caption}]({exhibit.sheet})\n", f"*{exhibit.caption}*\n"]
 
 
-def _snippet(
-    config: TrainConfig,
-    adapters: dict[str, Path],
-    facts: dict[str, dict[str, Any]],
-    precision: str,
-    exhibit: Exhibit | None,
-    repository: str | None,
-) -> str:
-    """Code that draws the card's first picture as it was drawn."""
-    base, vae = _public(config.pretrained_model_name_or_path), config.pretrained_vae_model_name_or_path
-    output = _public(config.output_dir)
-    drawing = final_drawing(config)
-    scheduler = scheduler_of(drawing.sampler)
-    classes = ["AutoencoderKL"] * bool(vae) + ([scheduler[0]] if scheduler else [])
-    prompt, seed = (config.validation_prompt or (config.instance_prompt,))[0], config.seed
-    if exhibit and exhibit.examples:
-        prompt, seed = exhibit.examples[0].prompt, exhibit.examples[0].seed
-    chosen = {
-        "dtype": f"torch.{_DTYPES.get(precision, 'float32')}",
-        "use_safetensors": "True",
-        "revision": _quoted(config.revision),
-        "variant": _quoted(config.variant),
-        "vae": "vae" if vae else None,
-    }
-    subfolder = list(adapters.values())[-1].relative_to(config.output_dir).as_posix()
-    file = {
-        "subfolder": _quoted(subfolder) if subfolder != "." else None,
-        "weight_name": _quoted(WEIGHTS_NAME),
-    }
-    new_tokens = list(facts.values())[-1].get(FACTS_KEY)
-    embeddings, imports = [], []
-    if new_tokens:
-        prompt = replace_words(prompt, new_tokens["words"])
-        embeddings, imports = _embeddings_lines(new_tokens["tokens"], subfolder, config, repository)
-    named = (config.pretrained_model_name_or_path, vae, None if repository else config.output_dir)
-    shortened = [_public(name) for name in named if name and Path(name).is_absolute()]
-    lines = [
-        *([f"# Write where they are on your computer: {', '.join(shortened)}."] if shortened else []),
-        "import torch",
-        f"from diffusers import {', '.join([*classes, 'StableDiffusionXLPipeline'])}",
-        *imports,
-        "",
-    ]
-    if vae:
-        of_vae = {name: chosen[name] for name in ("dtype", "use_safetensors")}
-        lines.append(f"vae = AutoencoderKL.from_pretrained({_arguments(_quoted(_public(vae)), of_vae)})")
-    is_file = is_single_file(config.pretrained_model_name_or_path)
-    load = "from_single_file" if is_file else "from_pretrained"
-    lines += [
-        f"pipeline = StableDiffusionXLPipeline.{load}(",
-        f"    {_arguments(_quoted(base), chosen)}",
-        ').to("cuda")',
-        *_scheduler_lines(scheduler),
-        f"pipeline.load_lora_weights({_arguments(_quoted(repository or output), file)})",
-        *embeddings,
-        "picture = pipeline(",
-        f"    {_quoted(prompt)},",
-        f"    height={drawing.height},",
-        f"    width={drawing.width},",
-        f"    num_inference_steps={drawing.steps},",
-        f"    guidance_scale={drawing.guidance!r},",
-        f"    generator=torch.Generator().manual_seed({seed}),",
-        ").images[0]",
-        'picture.save("picture.png")',
-    ]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _scheduler_lines(scheduler: tuple[str, dict[str, Any]] | None) -> list[str]:
-    """Code that gives the pipeline the sampler of the pictures."""
-    if scheduler is None:
-        return []
-    kind, settings = scheduler
-    more = "".join(f", {name}={value!r}" for name, value in settings.items())
-    return [f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{more})"]
-
-
-def _embeddings_lines(
-    tokens: Sequence[str], subfolder: str, config: TrainConfig, repository: str | None
-) -> tuple[list[str], list[str]]:
-    """Code that loads the embeddings of new tokens, and what it imports."""
-    imports = ["from safetensors.torch import load_file"]
-    file = PurePosixPath(subfolder, EMBEDDINGS_NAME).as_posix()
-    if repository:
-        imports.insert(0, "from huggingface_hub import hf_hub_download")
-        path = f"hf_hub_download({_quoted(repository)}, {_quoted(file)})"
-    else:
-        path = _quoted(Path(_public(config.output_dir), file).as_posix())
-    names = ", ".join(f'"{token}"' for token in tokens)
-    return [
-        f"embeddings = load_file({path})",
-        "for key, tokenizer, text_encoder in (",
-        '    ("clip_l", pipeline.tokenizer, pipeline.text_encoder),',
-        '    ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2),',
-        "):",
-        f"    pipeline.load_textual_inversion(embeddings[key], [{names}], "
-        "tokenizer=tokenizer, text_encoder=text_encoder)",
-    ], imports
-
-
-def _arguments(first: str | None, named: dict[str, str | None]) -> str:
-    """Arguments of a call in Python; those that are None are left out."""
-    return ", ".join([f"{first}", *(f"{name}={value}" for name, value in named.items() if value is not None)])
-
-
 def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making) -> str:
     """The settings that somebody would ask for."""
     known = list(facts.values())[-1]
@@ -338,8 +239,8 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         rates += f" (text encoders {config.text_encoder_lr:g}, {config.second_text_encoder_lr:g})"
     prior = config.with_prior_preservation
     rows = {
-        "base": _code(_public(config.pretrained_model_name_or_path)),
-        "VAE": _code(_public(config.pretrained_vae_model_name_or_path or "")) or "the base's own",
+        "base": _code(public_name(config.pretrained_model_name_or_path)),
+        "VAE": _code(public_name(config.pretrained_vae_model_name_or_path or "")) or "the base's own",
         "method": "; ".join(methods),
         "adapter": f"{kind}, rank {known['rank']}, alpha {known['alpha']:g}, on {targets}",
         "instance prompt": _code(config.instance_prompt),
@@ -356,7 +257,7 @@ def _table(config: TrainConfig, facts: dict[str, dict[str, Any]], making: Making
         "learning rate": f"{rates}, {config.lr_scheduler}",
         "optimizer": config.optimizer,
         "min-SNR gamma": "" if config.snr_gamma is None else f"{config.snr_gamma:g}",
-        "precision": _DTYPES.get(making.precision, "float32"),
+        "precision": DTYPES.get(making.precision, "float32"),
         "seed": str(known["seed"]),
         "changed on the way": "; ".join(known.get("changes", ())),
         "versions": ", ".join(f"{name} {number}" for name, number in known["versions"].items()),
@@ -384,19 +285,8 @@ def _licence_note(base: str) -> str:
     licence = _licence(base)
     name = licence.get("license_name", licence.get("license", "other"))
     if name == "other":
-        return f"See that of the base, {_code(_public(base))}.\n"
-    return f"That of the base, {_code(_public(base))}: {_code(name)}.\n"
-
-
-def _public(name: str) -> str:
-    """A name on the hub or a relative path as it is, an absolute path without the folders of this machine."""
-    path = Path(name)
-    return path.name if path.is_absolute() else name
-
-
-def _quoted(text: str | None) -> str | None:
-    """A string as Python writes it, which is as JSON does."""
-    return None if text is None else json.dumps(text, ensure_ascii=False)
+        return f"See that of the base, {_code(public_name(base))}.\n"
+    return f"That of the base, {_code(public_name(base))}: {_code(name)}.\n"
 
 
 def _code(text: str) -> str:
