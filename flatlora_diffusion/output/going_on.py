@@ -87,3 +87,37 @@ def consequences(
     if _ORDER & found.keys():
         told.append("the images come in another order from here on")
     return told
+
+
+def require_steps_left(
+    folder: Path, done: int, found: Differences, total_steps: int, *, best_of_folds: int | None = None
+) -> None:
+    """Refuse a checkpoint from which there is no way to the end that the present settings ask for.
+
+    Args:
+        folder: Of the checkpoint, for errors.
+        done: Its steps.
+        found: The differences.
+        total_steps: Of the run as it is now.
+        best_of_folds: The steps that folds have found, after which the run ends.
+
+    Raises:
+        UserError: Says how many steps it has, and what to do.
+    """
+    differ = ", ".join(in_words(found))
+    if best_of_folds and (done > best_of_folds or (done == best_of_folds and differ)):
+        other = f", with other settings ({differ})" if differ else ""
+        raise UserError(
+            f"{folder} has {done} steps{other}, and the folds have found {best_of_folds}; give "
+            "another --output_dir"
+        )
+    if done > total_steps:
+        raise UserError(
+            f"{folder} has {done} steps, more than the {total_steps} of this run; give a "
+            "larger --max_train_steps, or the name of an earlier checkpoint"
+        )
+    if done == total_steps and differ:
+        raise UserError(
+            f"{folder} has all {done} steps done with other settings ({differ}); give a larger "
+            "--max_train_steps to go on with these"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -17,29 +16,28 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.file import WEIGHTS_NAME
-from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.command import invoked_as, shell_line
 from flatlora_diffusion.common.devices import if_memory_lasts, out_of_memory_as_error
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
-from flatlora_diffusion.common.files import write_atomically
 from flatlora_diffusion.common.signals import StopRequest, stop_request
 from flatlora_diffusion.config.command_line import unabbreviated
 from flatlora_diffusion.config.settings import FLAT, TrainConfig
 from flatlora_diffusion.data.encodings import Encodings
 from flatlora_diffusion.data.images import Sample, digest
-from flatlora_diffusion.output.checkpoint import Stored, find_checkpoint, newest_checkpoint, write_checkpoint
+from flatlora_diffusion.output.checkpoint import find_checkpoint, newest_checkpoint, write_checkpoint
 from flatlora_diffusion.output.folds import Folds
 from flatlora_diffusion.output.gallery import SideBySide
-from flatlora_diffusion.output.going_on import in_words
+from flatlora_diffusion.output.going_on import require_steps_left
 from flatlora_diffusion.output.hub import without_token
-from flatlora_diffusion.output.names import BEST, FOLDER, KOHYA_NAME, LIVE_HELDOUT, SUMMARY
-from flatlora_diffusion.output.record import deciding_settings, is_complete, summary
+from flatlora_diffusion.output.names import FOLDER, LIVE_HELDOUT, SUMMARY
+from flatlora_diffusion.output.record import deciding_settings, is_complete
 from flatlora_diffusion.train.bar import StepBar
 from flatlora_diffusion.train.best import is_worse, stopped_at
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
 from flatlora_diffusion.train.leaner import leaner
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import from_main, make_accelerator, require_same
+from flatlora_diffusion.train.saving import save
 from flatlora_diffusion.train.state import TrainingState
 from flatlora_diffusion.train.tracking import PROJECT, Tracked, named
 from flatlora_diffusion.train.tried import Tried, size_of, time_heldout, time_picture
@@ -123,7 +121,10 @@ class Run:
             if stored is None:
                 logger.info("no checkpoint in %s yet; starting from the beginning", self.output)
             else:
-                self._require_steps_left(stored)
+                require_steps_left(
+                    *(stored.folder, stored.step, stored.differences, self.total_steps),
+                    best_of_folds=self.found.best_step if self.found else None,
+                )
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with out_of_memory_as_error(f"before the first step: {leaner(config)}"):
@@ -146,7 +147,7 @@ class Run:
                 self.callbacks.on_train_begin(self.public)
                 last = self._loop(start, stop)
                 self.callbacks.on_train_end(self.public)
-                self._finish(last)
+                save(self, last)
                 if self._anyone_stops(stop):  # it came while the adapter was being saved
                     self._stop(f"saved {self.output / WEIGHTS_NAME}", stop)
         except BaseException:
@@ -192,26 +193,6 @@ class Run:
             return Tried(ready, seconds, heldout, picture, size_of(self.state.checkpoint(len(seconds))))
         finally:
             self.state.close()
-
-    def _require_steps_left(self, stored: Stored) -> None:
-        """Refuse a checkpoint from which there is no way to the end that these settings ask for."""
-        done, differ = stored.step, ", ".join(in_words(stored.differences))
-        if self.found and (done > self.last_step or (done == self.last_step and differ)):
-            other = f", with other settings ({differ})" if differ else ""
-            raise UserError(
-                f"{stored.folder} has {done} steps{other}, and the folds have found {self.last_step}; give "
-                "another --output_dir"
-            )
-        if done > self.total_steps:
-            raise UserError(
-                f"{stored.folder} has {done} steps, more than the {self.total_steps} of this run; give a "
-                "larger --max_train_steps, or the name of an earlier checkpoint"
-            )
-        if done == self.total_steps and differ:
-            raise UserError(
-                f"{stored.folder} has all {done} steps done with other settings ({differ}); give a larger "
-                "--max_train_steps to go on with these"
-            )
 
     def _is_complete(self) -> bool:
         # The summary is written last: without it, a kill may have come before the kohya file too.
@@ -405,58 +386,3 @@ class Run:
             f"{what}; go on with{how}",
             stop.signal_number or signal.SIGINT,  # another process may have got the signal
         )
-
-    def _finish(self, last: int) -> None:
-        """Save the adapter of the last step before anything else that could fail, then the summary."""
-        if self.accelerator.is_main_process:
-            adapter, others = self.state.files(last)
-            # The adapter comes last: its file says that the run is complete.
-            for name, content in others.items():
-                write_atomically(self.output / name, content)
-            write_atomically(self.output / WEIGHTS_NAME, adapter)
-            if self.config.output_kohya_format:
-                layers = self.learner.base.unet.config["layers_per_block"]
-                convert(self.output / WEIGHTS_NAME, self.output / KOHYA_NAME, layers)
-            with self.state.averaged():
-                norms = self.state.norms.measure().tolist()
-            if not any(norms) and not self.config.use_dora:  # a DoRA also has magnitudes
-                logger.warning(
-                    "the adapter has no effect: every update B@A is exactly 0; raise --learning_rate"
-                )
-            report = summary(
-                self.config,
-                self.accelerator,
-                len(self.samples),
-                self.state.losses,
-                self.seconds,
-                self.state.heldout_losses,
-                norms,
-            )
-            best = self.state.best.write(self.output, last)
-            report |= {"best": best} if best else {}
-            report |= {LIVE_HELDOUT: self.state.live_losses} if self.state.live_losses else {}
-            report |= {"folds": self.found.summary()} if self.found else {}
-            if last < self.last_step:
-                report["stopped_when_worse"] = True
-                logger.info("stopped after step %d of %d: --stop_when_worse", last, self.total_steps)
-            if self.state.changes:
-                report["changes"] = self.state.changes
-            if self.state.skipped:
-                report["skipped_steps"] = self.state.skipped
-            write_atomically(self.output / SUMMARY, json.dumps(report, indent=2).encode())
-            if best and best["step"] != last and not self.label:
-                told = (best["step"], best["heldout_loss"], self.output / BEST)
-                logger.info("the held-out loss was lowest after step %d (%.4g): that adapter is in %s", *told)
-            if not self.label:  # a fold's adapter is not what was wanted
-                self._tell_saved()
-        self.accelerator.wait_for_everyone()
-
-    def _tell_saved(self) -> None:
-        saved = self.output / WEIGHTS_NAME
-        logger.info("saved %s: for diffusers, and the app, grids and evaluation here", saved)
-        if self.config.output_kohya_format:
-            logger.info("saved %s: for ComfyUI, A1111 and sd-scripts", self.output / KOHYA_NAME)
-        else:
-            logger.info(
-                "ComfyUI, A1111 and sd-scripts need it converted: flatlora-kohya %s NEW.safetensors", saved
-            )

@@ -18,7 +18,7 @@ from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.output.names import KOHYA_NAME, SUMMARY
 from flatlora_diffusion.sdxl import encoding
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
-from flatlora_diffusion.train import learner, loop, validation
+from flatlora_diffusion.train import learner, saving, validation
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.class_images import class_samples
 from flatlora_diffusion.train.learner import Learner
@@ -305,7 +305,7 @@ def test_10_the_adapter_is_saved_before_anything_else(config, tmp_path, monkeypa
         def on_train_end(self, run):
             models.update(run.models)
 
-    monkeypatch.setattr(loop, "summary", summary)
+    monkeypatch.setattr(saving, "summary", summary)
     with pytest.raises(MemoryError):
         run(config, mixed_precision="bf16", callbacks=[Keep()])
     assert_equal(load_file(Path(config.output_dir, WEIGHTS_NAME)), whole)
@@ -341,7 +341,7 @@ def test_10_a_kill_just_after_the_adapter_was_saved_costs_no_other_file(config, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "convert", kill)
+        patch.setattr(saving, "convert", kill)
         run(config)
     output = Path(config.output_dir)
     saved = (output / WEIGHTS_NAME).read_bytes()

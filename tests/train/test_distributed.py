@@ -22,7 +22,7 @@ from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.flat.flat_lora import FlatLoRA
-from flatlora_diffusion.train import class_images, processes, validation
+from flatlora_diffusion.train import class_images, processes, saving, validation
 from flatlora_diffusion.train import loop as train_loop
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
@@ -210,7 +210,7 @@ def test_what_one_process_does_for_all(config, tmp_path):
                 (Learner, "heldout_loss"),
                 (validation, "draw_validation"),
                 (train_loop, "write_checkpoint"),
-                (train_loop, "write_atomically"),
+                (saving, "write_atomically"),
             ):
                 setattr(owner, name, refuse)
         train(config)

@@ -20,6 +20,7 @@ from flatlora_diffusion.flat.noise import sigma_at
 from flatlora_diffusion.output.checkpoint import Stored
 from flatlora_diffusion.output.folds import Folds, read_folds, verdict
 from flatlora_diffusion.output.reading import find_runs
+from flatlora_diffusion.train import loop
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.folds import split
@@ -268,8 +269,11 @@ def test_what_shows_nothing_is_refused_in_one_line(config, tmp_path, changes, sa
         (2, {"seed": (1, 3)}, "checkpoint-2 has 2 steps, with other settings (seed 1 then and 3 now), and "),
     ],
 )
-def test_a_checkpoint_beyond_what_was_found_is_refused(config, icons, step, differences, said):
+def test_a_checkpoint_beyond_what_was_found_is_refused(config, icons, monkeypatch, step, differences, said):
     found = Folds(4, (4,), ({1: 2.0, 2: 1.0, 3: 2.0},))
+    stored = Stored(Path(f"checkpoint-{step}"), step, {}, {}, differences)
+    monkeypatch.setattr(loop, "find_checkpoint", lambda *_: stored)
+    config = dataclasses.replace(config, resume_from_checkpoint="latest")
     following = Run(config, find_samples(icons, "a icon"), found=found)
     with pytest.raises(UserError, match=re.escape(said)):
-        following._require_steps_left(Stored(Path(f"checkpoint-{step}"), step, {}, {}, differences))
+        following.train()
