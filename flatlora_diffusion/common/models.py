@@ -33,6 +33,24 @@ def local_folder(what: str, name: str, advice: str) -> Path | None:
     return None
 
 
+def check_local(what: str, name: str, advice: str) -> None:
+    """Refuse a model of transformers that is a local path, but no folder with a configuration and weights.
+
+    Args:
+        what: Names the model in errors.
+        name: As the user gave it; of a name on the hub, loading will tell.
+        advice: What to give instead.
+
+    Raises:
+        UserError: Says what is missing, or that the weights are pickled.
+    """
+    folder = local_folder(what, name, advice)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{what}: no config.json in it; {advice}")
+        check_weights(what, folder)
+
+
 def check_weights(what: str, folder: Path) -> None:
     """Refuse a folder without weights, or with pickled ones.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.models import check_weights, load_whole, local_folder
+from flatlora_diffusion.common.models import check_local, load_whole
 from flatlora_diffusion.common.pictures import open_image
 from flatlora_diffusion.data.images import WHITE, composite
 
@@ -32,11 +32,7 @@ class Captioner:
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
         what = f"--model {name}"
-        folder = local_folder(what, name, _ADVICE)
-        if folder is not None:
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{what}: no config.json in it; {_ADVICE}")
-            check_weights(what, folder)
+        check_local(what, name, _ADVICE)
         kind: Any = AutoModelForImageTextToText  # its types are made while it runs
         self._processor: Any = load_whole(what, AutoProcessor.from_pretrained, name)
         model = load_whole(what, kind.from_pretrained, name, use_safetensors=True, dtype=torch.float32)

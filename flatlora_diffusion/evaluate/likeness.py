@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from flatlora_diffusion.common.errors import UserError
-from flatlora_diffusion.common.models import check_vocabulary, check_weights, load_whole, local_folder
-from flatlora_diffusion.data.images import composite
+from flatlora_diffusion.common.models import check_local, check_vocabulary, load_whole
+from flatlora_diffusion.data.images import WHITE, composite
 from flatlora_diffusion.draw.difference import difference
 
 BATCH = 32
-_WHITE = (255, 255, 255)
 _ADVICE = "give the folder or the hub name of a CLIP with both towers, such as openai/clip-vit-large-patch14"
 
 Item = TypeVar("Item")
@@ -38,11 +37,7 @@ class Likeness:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
-        folder = local_folder(name, name, _ADVICE)
-        if folder is not None:
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{name}: no config.json in it; {_ADVICE}")
-            check_weights(name, folder)
+        check_local(name, name, _ADVICE)
         kind = load_whole(name, lambda: CLIPConfig.get_config_dict(name)[0].get("model_type"))
         if kind != CLIPConfig.model_type:
             raise UserError(f"{name}: {f'a {kind}' if kind else 'some model'}, not a CLIP; {_ADVICE}")
@@ -56,7 +51,7 @@ class Likeness:
         """Unit features (N, features) of pictures, on the CPU; what is transparent comes on white."""
 
         def embed(batch: Sequence[Image.Image]) -> Tensor:
-            shown = [composite(picture, _WHITE) for picture in batch]
+            shown = [composite(picture, WHITE) for picture in batch]
             pixels = self._image_processor(shown, return_tensors="pt").pixel_values
             seen = self._model.vision_model(pixels.to(self._model.device)).pooler_output
             return self._model.visual_projection(seen)
@@ -141,5 +136,5 @@ def pixel_drift(pictures: Sequence[Image.Image], base: Sequence[Image.Image]) ->
         ValueError: There are more of one, or two have different sizes.
     """
     pairs = zip(pictures, base, strict=True)
-    found = [difference(composite(one, _WHITE), composite(other, _WHITE)) for one, other in pairs]
+    found = [difference(composite(one, WHITE), composite(other, WHITE)) for one, other in pairs]
     return sum(each.mean_percent for each in found) / (100 * len(found))

@@ -15,7 +15,7 @@ from flatlora_diffusion.common.devices import DTYPES, is_out_of_memory, release
 from flatlora_diffusion.common.errors import RunInterruptedError, UserError
 from flatlora_diffusion.common.pictures import open_image, save_picture
 from flatlora_diffusion.config.settings import TrainConfig
-from flatlora_diffusion.data.images import EmbeddedImage, Sample, composite
+from flatlora_diffusion.data.images import WHITE, EmbeddedImage, Sample, composite
 from flatlora_diffusion.draw.adapters import adapter_names
 from flatlora_diffusion.draw.stamp import BASE
 from flatlora_diffusion.grid.draw import draw_grid
@@ -169,5 +169,5 @@ def _picture_file(image: Path | EmbeddedImage, folder: Path) -> Path:
         return image
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{image.name}.png"
-    save_picture(composite(open_image(image), (255, 255, 255)), file)
+    save_picture(composite(open_image(image), WHITE), file)
     return file

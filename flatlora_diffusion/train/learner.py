@@ -87,7 +87,7 @@ class Learner:
         tokens: The new tokens of pivotal tuning, where there are any.
         learning: All models with parameters that are trained: adapters or embeddings of new tokens.
         prompts: Embeddings of all captions and validation prompts, while the text encoders aren't trained.
-        objective: Computes the losses of a batch; `prepare` gives it, and what wraps it may take its place.
+        objective: Computes the losses of a batch; `wrap` gives it; a wrapper of that may take its place.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Learner:
         self.objective: nn.Module = _Objective(self._wrapped, self._losses)
         self._add_adapters(resuming)
 
-    def prepare(self) -> nn.Module:
+    def wrap(self) -> nn.Module:
         """Give the models the accelerator's precision; the objective with all of them in it."""
         self._wrapped = {
             # Processes are joined around the objective: its models may run several times in one pass.

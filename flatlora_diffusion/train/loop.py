@@ -128,7 +128,7 @@ class Run:
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with out_of_memory_as_error(f"before the first step: {leaner(config)}"):
-            self._prepare(resuming=stored is not None)
+            self._set_up(resuming=stored is not None)
         tracked = Tracked()
         try:
             if self.accelerator.is_main_process:
@@ -172,7 +172,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         began, seconds = time.perf_counter(), []
         with out_of_memory_as_error(f"before the first step: {leaner(self.config)}"):
-            self._prepare(resuming=False)
+            self._set_up(resuming=False)
         ready = time.perf_counter() - began
         try:
             for step in range(min(steps, self.total_steps)):
@@ -200,7 +200,7 @@ class Run:
         last = stopped_at(self.output) or self.last_step
         return written and is_complete(self.output, self.settings, last)
 
-    def _prepare(self, resuming: bool) -> None:
+    def _set_up(self, resuming: bool) -> None:
         config = self.config
         self.learner = Learner(
             config,

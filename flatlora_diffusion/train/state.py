@@ -97,7 +97,7 @@ class TrainingState:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.updates = Updates(self._accelerator, learner.prepare(), self.optimizer, config)
+        self.updates = Updates(self._accelerator, learner.wrap(), self.optimizer, config)
         learner.objective = self.updates.model
         self.skipped = 0
         self.changes: list[str] = []
