@@ -41,9 +41,20 @@ def heldout(tmp_path):
 
 
 @pytest.fixture
+def training(tmp_path):
+    """Two pictures, one of them with a caption."""
+    folder = tmp_path / "training"
+    folder.mkdir()
+    for colour in ("red", "teal"):
+        Image.new("RGB", (24, 24), colour).save(folder / f"{colour}.png")
+    (folder / "red.txt").write_text("a red icon")
+    return folder
+
+
+@pytest.fixture
 def small(monkeypatch):
-    """Few points and few layers, so that a part takes a moment."""
-    monkeypatch.setattr(plots, "PLOTS", {"tradeoff.png": tradeoff})
+    """Few points and few layers and no plots, so that a part takes a moment."""
+    monkeypatch.setattr(plots, "PLOTS", {})
     monkeypatch.setattr(evaluation, "filters", lambda unet: ["conv_in", "conv_out"])
     for name, value in (
         ("SIGMAS", (0.1, 0.5)),
@@ -52,6 +63,7 @@ def small(monkeypatch):
         ("DIRECTIONS", 1),
         ("PLANE", (0.0, 0.5)),
         ("SCALES", (0.0, 1.0)),
+        ("HELDOUT_TIMESTEPS", 4),
         ("TIMESTEPS", 2),
         ("FLATNESS_PICTURES", 1),
         ("CURVED_PICTURES", 1),
@@ -61,18 +73,24 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def command(base_path, adapters, icons, heldout, tmp_path, small):
-    """Flag -> values of a whole evaluation without drawing."""
+def command(base_path, adapters, training, heldout, tmp_path, small):
+    """Flag -> values of a whole evaluation of two adapters, without drawing."""
     return {
         "--base": [str(base_path)],
         "--adapter": [f"{label}={path}" for label, path in adapters.items()],
         "--heldout": [str(heldout)],
-        "--training": [str(icons)],
+        "--training": [str(training)],
         "--retention": [str(heldout)],
         "--instance_prompt": ["a icon"],
         "--output": [str(tmp_path / "evaluation")],
         "--device": ["cpu"],
     }
+
+
+@pytest.fixture
+def command_of_one(command, adapters):
+    """The same of one adapter."""
+    return command | {"--adapter": [f"LoRA={adapters['LoRA']}"]}
 
 
 def words(command: dict[str, list[str]]) -> list[str]:
@@ -86,7 +104,8 @@ def report_of(command) -> dict:
 
 
 @pytest.mark.slow
-def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons, heldout):
+def test_the_report_is_what_the_measures_say(command, base_path, adapters, training, heldout, monkeypatch):
+    monkeypatch.setattr(evaluation, "HELDOUT_TIMESTEPS", 8)
     rng = global_rng_state()
     report = report_of(command | {"--adapter": [f"Flat-LoRA={adapters['Flat-LoRA']}"]})
     assert global_rng_state() == rng
@@ -95,9 +114,8 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
     load_adapter(pipeline, "Flat_LoRA", adapters["Flat-LoRA"])
     unet = merged_unet(pipeline, "Flat_LoRA")
     shown = DenoisingSet(pipeline, find_samples(heldout, "a icon"), 16, 8)
-    known = find_samples(icons, "a icon")[:1]
-    training = DenoisingSet(pipeline, known, 16, 2)
-    prompts = embed(pipeline, "Flat_LoRA", [*shown.captions, *training.captions])
+    known = DenoisingSet(pipeline, find_samples(training, "a icon")[:1], 16, 2)
+    prompts = embed(pipeline, "Flat_LoRA", [*shown.captions, *known.captions])
     losses = shown.losses(unet, prompts)
     found = report["methods"]["Flat-LoRA"]
     assert found["heldout"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
@@ -107,7 +125,7 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
     assert found["retention"]["loss"] == found["heldout"]["loss"]  # the same folder
 
     def loss(unet):
-        return training.losses(unet, prompts).mean().item()
+        return known.losses(unet, prompts).mean().item()
 
     layers = adapted_layers(pipeline.unet, ["Flat_LoRA"])
     rises = expected_rise(loss, unet, layers, [0.1, 0.5], 2)
@@ -121,17 +139,18 @@ def test_the_report_is_what_the_measures_say(command, base_path, adapters, icons
 
 
 @pytest.mark.slow
-def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, adapters, icons, monkeypatch):
+def test_the_hessian_is_a_part_of_its_own_in_full_precision(
+    command_of_one, base_path, adapters, training, monkeypatch
+):
     monkeypatch.setattr(evaluation, "ITERATIONS", 60)
     monkeypatch.setattr(evaluation, "adapted_layers", lambda *adapted: adapted_layers(*adapted)[:2])
-    changes = {"--parts": ["sharpness"], "--dtype": ["bf16"], "--adapter": [f"LoRA={adapters['LoRA']}"]}
-    methods = report_of(command | changes)["methods"]
+    methods = report_of(command_of_one | {"--parts": ["sharpness"], "--dtype": ["bf16"]})["methods"]
     pipeline = load_pipeline(str(base_path), dtype=torch.bfloat16)
     load_adapter(pipeline, "lora", adapters["LoRA"])
     layers = adapted_layers(pipeline.unet, ["lora"])[:2]
     for label, name in (("base", None), ("LoRA", "lora")):
         unet = merged_unet(pipeline, name).float()
-        shown = DenoisingSet(pipeline, find_samples(icons, "a icon")[:1], 16, 2)
+        shown = DenoisingSet(pipeline, find_samples(training, "a icon")[:1], 16, 2)
         prompts = embed(pipeline, name, shown.captions)
         value = top_eigenvalue(partial(shown.parts_of_mean, prompts=prompts), unet, layers)
         assert methods[label]["flatness"] == {"top_eigenvalue": pytest.approx(value, rel=1e-3)}
@@ -139,18 +158,20 @@ def test_the_hessian_is_a_part_of_its_own_in_full_precision(command, base_path, 
 
 
 @pytest.mark.slow
-def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_kept(command, monkeypatch):
+def test_a_part_that_does_not_fit_into_the_memory_is_named_and_the_others_are_kept(
+    command_of_one, monkeypatch
+):
     def too_large(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(evaluation, "top_eigenvalue", too_large)
     with pytest.raises(UserError, match=r"^sharpness of base: the memory of cpu ran out; .*--parts$"):
-        main(words(command | {"--parts": ["losses", "sharpness"]}))
-    folder = images.Path(command["--output"][0])
+        main(words(command_of_one | {"--parts": ["losses", "sharpness"]}))
+    folder = images.Path(command_of_one["--output"][0])
     assert "heldout" in json.loads((folder / REPORT).read_text())["methods"]["LoRA"]
     assert "- sharpness of base: the memory of cpu ran out" in (folder / TABLES).read_text()
     monkeypatch.setattr(DenoisingSet, "losses", too_large)  # so they are not measured again
-    assert "heldout" in report_of(command | {"--parts": ["losses"]})["methods"]["LoRA"]
+    assert "heldout" in report_of(command_of_one | {"--parts": ["losses"]})["methods"]["LoRA"]
 
 
 def test_models_that_do_not_fit_into_the_memory_are_told(command, monkeypatch):
@@ -163,9 +184,9 @@ def test_models_that_do_not_fit_into_the_memory_are_told(command, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
-    del command["--training"], command["--retention"]
-    report = report_of(command)
+def test_the_held_out_pictures_alone_are_enough(command_of_one, tmp_path):
+    del command_of_one["--training"], command_of_one["--retention"]
+    report = report_of(command_of_one)
     lora = report["methods"]["LoRA"]
     assert report["settings"]["flatness"]["of"] == "heldout"
     assert lora["heldout"] and lora["flatness"]["rise"] and len(lora["tradeoff"]) == 2
@@ -174,11 +195,11 @@ def test_the_held_out_pictures_alone_are_enough(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_measured_before_stays_in_the_report(command):
-    whole = report_of(command | {"--parts": ["losses"]})
-    both = report_of(command | {"--parts": ["tradeoff"]})["methods"]["LoRA"]
+def test_what_was_measured_before_stays_in_the_report(command_of_one):
+    whole = report_of(command_of_one | {"--parts": ["losses"]})
+    both = report_of(command_of_one | {"--parts": ["tradeoff"]})["methods"]["LoRA"]
     assert both["heldout"] == whole["methods"]["LoRA"]["heldout"] and both["tradeoff"]
-    again = report_of(command | {"--parts": ["tradeoff"], "--resolution": ["24"]})["methods"]["LoRA"]
+    again = report_of(command_of_one | {"--parts": ["tradeoff"], "--resolution": ["24"]})["methods"]["LoRA"]
     assert "heldout" not in again and again["tradeoff"] != both["tradeoff"]
 
 
@@ -195,9 +216,9 @@ def test_an_adapter_of_text_encoders_alone_has_no_flatness_of_its_own(command, b
 
 
 @pytest.mark.slow
-def test_losses_that_are_not_finite_are_null(command, monkeypatch):
+def test_losses_that_are_not_finite_are_null(command_of_one, monkeypatch):
     monkeypatch.setattr(evaluation, "landscape_line", lambda *arguments: [[1.0, float("nan")]])
-    found = report_of(command | {"--parts": ["flatness"]})["methods"]["LoRA"]["flatness"]
+    found = report_of(command_of_one | {"--parts": ["flatness"]})["methods"]["LoRA"]["flatness"]
     assert found["line"]["losses"] == [[1.0, None]]
 
 
@@ -225,7 +246,8 @@ def test_other_objectives_are_refused(command, monkeypatch, scheduler, told):
 
 
 @pytest.mark.slow
-def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, adapters):
+def test_the_trade_off_starts_at_the_base_and_meets_the_adapter(command, adapters, monkeypatch):
+    monkeypatch.setattr(plots, "PLOTS", {"tradeoff.png": tradeoff})
     report = report_of(command | {"--parts": ["losses", "tradeoff"], "--write_scale": []})
     base, lora = (report["methods"][label] for label in ("base", "LoRA"))
     start, end = lora["tradeoff"]
@@ -297,15 +319,15 @@ def test_two_processes_measure_and_draw_what_one_does(command, clip_path, tmp_pa
 
 
 @pytest.mark.slow
-def test_prompts_stand_in_for_pictures_of_the_base(command, clip_path):
-    del command["--retention"]
-    command |= {
+def test_prompts_stand_in_for_pictures_of_the_base(command_of_one, clip_path):
+    del command_of_one["--retention"]
+    command_of_one |= {
         "--prompt": ["a cat", "a dog"],
         "--clip": [str(clip_path)],
         "--steps": ["2"],
         "--parts": ["losses"],
     }
-    report = report_of(command)
+    report = report_of(command_of_one)
     assert report["settings"]["prompts"] == ["a cat", "a dog"]
     retained = [report["methods"][label]["retention"]["loss"] for label in ("base", "LoRA")]
     assert retained[0] != retained[1]
