@@ -41,6 +41,7 @@ from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.loop import Run
 from tests.conftest import (
     assert_equal,
+    build_pipeline,
     build_text_encoders,
     build_tokenizer,
     build_unet,
@@ -59,10 +60,18 @@ PIVOTAL = {"train_text_encoder_ti": True, "instance_prompt": "a icon in TOK styl
 both_ways = pytest.mark.parametrize("changes", [LORA, PIVOTAL], ids=["LoRA", "new tokens"])
 
 
+@pytest.fixture(scope="module")
+def base_path(tmp_path_factory) -> Path:
+    """A slim one suffices here."""
+    path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
+    build_pipeline(slim=True).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def pivotal_config(config) -> TrainConfig:
-    """Six steps, of which the first three train two new tokens."""
-    return dataclasses.replace(config, **PIVOTAL)
+    """Four steps, of which the first two train two new tokens."""
+    return dataclasses.replace(config, max_train_steps=4, **PIVOTAL)
 
 
 def samples_of(config: TrainConfig) -> list[Sample]:
@@ -253,13 +262,14 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
         monkeypatch.setattr(
             module, "encode_prompts", lambda *args: calls.append(len(args[2])) or original(*args)
         )
-    config = dataclasses.replace(config, flat_sigma=0.5, checkpointing_steps=1, heldout_steps=1, **changes)
-    done = Run(config, samples_of(config), heldout_samples=samples_of(config))
+    config = dataclasses.replace(config, flat_sigma=0.5, max_train_steps=4, **changes)
+    config = dataclasses.replace(config, checkpointing_steps=1, heldout_steps=1)
+    done = Run(config, samples_of(config), heldout_samples=samples_of(config)[:2])
     done.train()
-    # Three steps with two prompts and the four held-out images at eight timesteps, then every prompt (three
+    # Two steps with two prompts and the two held-out images at eight timesteps, then every prompt (three
     # captions and the empty one) once, and never again.
-    assert calls == 3 * [2, 8, 8, 8, 8] + 4 * [1]
-    assert len(done.state.heldout_losses) == 6
+    assert calls == 2 * [2, 8, 8] + 4 * [1]
+    assert len(done.state.heldout_losses) == 4
     assert not any(done.learner.learning[name].training for name in TEXT_ENCODERS)
 
     def parts(step: int) -> tuple[bytes, bytes]:
@@ -270,10 +280,10 @@ def test_text_encoders_change_until_their_step_and_the_unet_goes_on(config, monk
         text = [tensor for name, tensor in tensors.items() if not name.startswith("unet")]
         return tuple(torch.cat([t.flatten() for t in part]).numpy().tobytes() for part in (unet, text))
 
-    for step in range(1, 6):
+    for step in range(1, 4):
         (unet, text), (next_unet, next_text) = parts(step), parts(step + 1)
         assert unet != next_unet
-        assert (text == next_text) == (step >= 3)
+        assert (text == next_text) == (step >= 2)
 
 
 @pytest.mark.slow
@@ -299,9 +309,10 @@ def test_the_step_is_a_fraction_of_all_and_belongs_to_the_run_s_settings(config,
     assert steps(100, train_text_encoder=True, train_text_encoder_frac=0.29) == 29
     assert steps(7, train_text_encoder_ti=True) == 3
     assert steps(7, train_text_encoder_ti=True, train_text_encoder_ti_frac=0.0) == 0
-    stop_after(config, 2, **LORA)
-    run(config, resume_from_checkpoint="latest", **{**LORA, "train_text_encoder_frac": 0.7})
-    assert "goes on with other settings: steps of the text encoders 3 then and 4 now" in caplog.text
+    config = dataclasses.replace(config, max_train_steps=4, **LORA)
+    stop_after(config, 1)
+    run(config, resume_from_checkpoint="latest", train_text_encoder_frac=0.75)
+    assert "goes on with other settings: steps of the text encoders 2 then and 3 now" in caplog.text
 
 
 # The embeddings at inference.
@@ -337,7 +348,8 @@ def test_diffusers_gives_prompts_the_embeddings_of_training(config, base_path, c
     for name in TEXT_ENCODERS:
         path = base / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
-    done = trained(dataclasses.replace(config, pretrained_model_name_or_path=str(base), **changes))
+    changes = {"pretrained_model_name_or_path": str(base), "max_train_steps": 2, **changes}
+    done = trained(dataclasses.replace(config, **changes))
     pipeline = by_hand(base, done.output)
     for caption in ("a icon in TOK style" if "train_text_encoder_ti" in changes else "a icon", "a red icon"):
         prompt = caption.replace("TOK", "<s0><s1>")
@@ -349,7 +361,7 @@ def test_diffusers_gives_prompts_the_embeddings_of_training(config, base_path, c
 def write_adapter(folder: Path, seed: int) -> Path:
     """An adapter with two new tokens, all of it far from zero."""
     folder.mkdir(parents=True)
-    unet = build_unet().requires_grad_(False)
+    unet = build_unet(slim=True).requires_grad_(False)
     add_lora({"unet": unet}, rank=4, alpha=8, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in unet.parameters():
@@ -414,6 +426,7 @@ def test_validation_pictures_are_those_of_the_checkpoint_while_tokens_train_and_
     config = dataclasses.replace(
         pivotal_config,
         flat_sigma=0.5,
+        max_train_steps=6,
         validation_prompt=("a TOK icon",),
         num_validation_images=1,
         validation_inference_steps=2,
@@ -501,7 +514,7 @@ def test_a_run_is_complete_only_with_its_embeddings(learned):
     folder, settings = learned["LoRA"], {"seed": 0}
     facts = {"steps": 4, "settings_sha256": _digest(settings)}
     facts |= read_facts(folder / WEIGHTS_NAME)
-    unet = build_unet().requires_grad_(False)
+    unet = build_unet(slim=True).requires_grad_(False)
     add_lora({"unet": unet}, rank=4, alpha=8, seed=0)
     (folder / WEIGHTS_NAME).write_bytes(adapter_bytes({"unet": unet}, facts))
     assert is_complete(folder, settings, 4)

@@ -170,7 +170,7 @@ def test_clip_recognises_what_the_model_draws(pipeline: StableDiffusionXLPipelin
         asked = prompts[::8]
         images = pipeline(
             asked,
-            num_inference_steps=15,
+            num_inference_steps=6,
             guidance_scale=3.0,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(asked))],
         ).images

@@ -106,7 +106,7 @@ def make_config(base_path, folder, output, **changes) -> TrainConfig:
         resolution=32,
         aspect_buckets=True,
         train_batch_size=2,
-        max_train_steps=6,
+        max_train_steps=3,
         report_to="none",
         seed=3,
     )

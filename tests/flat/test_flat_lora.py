@@ -32,8 +32,8 @@ EVERYWHERE = [
 SIGMA = 0.3
 
 
-def tiny_unet(targets=UNET_TARGETS, **config):
-    unet = build_unet().train()
+def tiny_unet(targets=UNET_TARGETS, slim=True, **config):
+    unet = build_unet(slim=slim).train()
     unet.requires_grad_(False)
     add_lora(unet, targets, **config)
     return unet
@@ -136,7 +136,17 @@ with_both_sources = pytest.mark.parametrize("noise", ["table", "gaussian"])
 
 
 @pytest.mark.slow
-@for_every_model
+@pytest.mark.parametrize(
+    ("build", "run"),
+    [
+        *models(),
+        pytest.param(
+            functools.partial(tiny_unet, EVERYWHERE, slim=False),
+            run_unet,
+            id="unet, all layers of all blocks",
+        ),
+    ],
+)
 @with_both_sources
 def test_equals_a_twin_with_materialised_noise(build, run, noise):
     model = build().double()
@@ -302,7 +312,7 @@ def test_adalora():
     from peft import AdaLoraConfig
 
     config = AdaLoraConfig(init_r=6, target_r=3, total_step=10, lora_alpha=12, target_modules=UNET_TARGETS)
-    unet = build_unet().train()
+    unet = build_unet(slim=True).train()
     unet.requires_grad_(False)
     inject_adapter_in_model(config, unet)
     generator = torch.Generator().manual_seed(0)

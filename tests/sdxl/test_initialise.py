@@ -403,7 +403,12 @@ def test_factors_are_exact_on_a_base_in_bf16(config, base_path):
 @pytest.mark.slow
 def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, monkeypatch):
     config = dataclasses.replace(
-        config, init_lora_weights="pissa", train_text_encoder=True, lora_dropout=0.2, text_encoder_lr=1e-3
+        config,
+        max_train_steps=3,
+        init_lora_weights="pissa",
+        train_text_encoder=True,
+        lora_dropout=0.2,
+        text_encoder_lr=1e-3,
     )
     undisturbed = run(config)
     started = adapter_tensors(learner(config).trained)
@@ -416,14 +421,14 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(config, tmp_path, mon
     assert moved > 0.8 * len(undisturbed)
 
     config = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"))
-    stop_after(config, 3)
+    stop_after(config, 2)
 
     def fail(*arguments, **settings):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(learners, "initialise", fail)
     assert_equal(run(config, resume_from_checkpoint="latest"), undisturbed)
-    settings = json.loads((tmp_path / "resumed" / "checkpoint-3" / "state.json").read_text())["settings"]
+    settings = json.loads((tmp_path / "resumed" / "checkpoint-2" / "state.json").read_text())["settings"]
     assert settings["init_lora_weights"] == "pissa"
     with pytest.raises(UserError, match="init_lora_weights 'pissa' then and 'olora' now"):
         find_checkpoint(tmp_path / "resumed", "latest", settings | {"init_lora_weights": "olora"})

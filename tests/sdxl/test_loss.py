@@ -19,7 +19,15 @@ from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, global_rng_state, run, stop_after
+from tests.conftest import assert_equal, build_pipeline, global_rng_state, run, stop_after
+
+
+@pytest.fixture(scope="module")
+def base_path(tmp_path_factory):
+    """A slim one suffices here."""
+    path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
+    build_pipeline(slim=True).save_pretrained(path)
+    return path
 
 
 class Fixed(torch.nn.Module):
@@ -133,6 +141,7 @@ def test_a_stopped_run_with_input_perturbation_ends_in_the_same_bits(config, tmp
 
 @pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(config, tmp_path):
+    config = dataclasses.replace(config, max_train_steps=4)
     state = global_rng_state()
     whole = run(config, lora_dropout=0.5)
     assert global_rng_state() == state
@@ -161,7 +170,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, settings):
         def on_train_end(self, run):
             kept.update(run.models)
 
-    tensors = run(config, learning_rate=1e-2, callbacks=[Keep()], **settings)
+    tensors = run(config, learning_rate=1e-2, max_train_steps=2, callbacks=[Keep()], **settings)
     unet = kept["unet"].eval()
     assert any("magnitude" in name for name in tensors) == settings.get("use_dora", False)
     for layer in settings.get("lora_layers", ()):
@@ -188,7 +197,7 @@ def test_other_adapters_load_as_they_were_trained(config, base_path, settings):
 @pytest.mark.slow
 def test_the_kohya_file_draws_the_same(config, base_path):
     settings = {"output_kohya_format": True, "train_text_encoder": True, "lora_alpha": 2.0}
-    run(config, learning_rate=1e-2, text_encoder_lr=1e-2, **settings)
+    run(config, max_train_steps=3, learning_rate=1e-2, text_encoder_lr=1e-2, **settings)
     pictures = []
     for name in (None, WEIGHTS_NAME, KOHYA_NAME):
         pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
@@ -205,7 +214,7 @@ def test_the_kohya_file_draws_the_same(config, base_path):
 
 @pytest.mark.slow
 def test_rslora_scales_by_the_root_of_the_rank(config):
-    run(config, use_rslora=True, rank=4, lora_alpha=8.0)
+    run(config, use_rslora=True, rank=4, lora_alpha=8.0, max_train_steps=1)
     with safe_open(f"{config.output_dir}/{WEIGHTS_NAME}", framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata["unet.use_rslora"] is True and metadata["unet.lora_alpha"] == 8.0

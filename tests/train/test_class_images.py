@@ -1,6 +1,7 @@
 """Prior preservation: the class images, their prompts, sizes and weight."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.images import find_samples
+from flatlora_diffusion.draw.pipeline import Drawing
 from flatlora_diffusion.sdxl.loss import diffusion_losses
 from flatlora_diffusion.train import class_images as train_class_images
 from flatlora_diffusion.train.arms import train
@@ -30,6 +32,12 @@ def config(config, tmp_path) -> TrainConfig:
         train_batch_size=3,
         max_train_steps=2,
     )
+
+
+@pytest.fixture
+def drawn_in_two_steps(monkeypatch):
+    """In place of fifty."""
+    monkeypatch.setattr(train_class_images, "Drawing", partial(Drawing, steps=2))
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_class_images_keep_their_own_size_and_crop_and_have_other_noise(config, 
 
 
 @pytest.mark.slow
-def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(config):
+def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(config, drawn_in_two_steps):
     folder = images.Path(config.class_data_dir)
     samples = class_samples(dataclasses.replace(config, sample_batch_size=1))
     assert [sample.path.name for sample in samples] == [f"class-{n:05d}.png" for n in range(3)]
@@ -110,7 +118,7 @@ def test_missing_class_images_are_drawn_and_each_is_a_function_of_its_number(con
 
 
 @pytest.mark.slow
-def test_given_class_images_count(config, class_images):
+def test_given_class_images_count(config, class_images, drawn_in_two_steps):
     assert len(class_samples(config)) == 3
     more = class_samples(dataclasses.replace(config, num_class_images=5))
     assert [sample.path.name for sample in more] == [

@@ -31,7 +31,7 @@ def config(config, tmp_path) -> TrainConfig:
         config,
         heldout_data_dir=str(heldout),
         heldout_steps=2,
-        max_train_steps=5,
+        max_train_steps=3,
         learning_rate=1e-2,
         flat_sigma=5.0,
         flat_schedule="constant",
@@ -48,7 +48,7 @@ def losses_of(config, **changes) -> dict[str, float]:
 @pytest.mark.parametrize("text_encoders", [False, True], ids=["unet", "with text encoders"])
 def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, text_encoders):
     measured = losses_of(config, train_text_encoder=text_encoders, text_encoder_lr=1e-2)
-    assert list(measured) == ["2", "4", "5"]
+    assert list(measured) == ["2", "3"]
     base = load_base(str(base_path))
     pipeline = StableDiffusionXLPipeline.from_pretrained(base_path, use_safetensors=True)
     pipeline.load_lora_weights(config.output_dir)
@@ -74,7 +74,7 @@ def test_it_is_the_loss_of_the_saved_adapter_without_noise(config, base_path, te
                     time_ids[None],
                 )
             total.append(loss.item())
-    assert measured["5"] == pytest.approx(sum(total) / len(total), rel=1e-4)
+    assert measured["3"] == pytest.approx(sum(total) / len(total), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_resumed_run_has_the_whole_history(config, tmp_path):
     whole = losses_of(config)
 
     parts = str(tmp_path / "parts")
-    stop_after(config, 3, output_dir=parts)
+    stop_after(config, 2, output_dir=parts)
     assert losses_of(config, output_dir=parts, resume_from_checkpoint="latest") == whole
 
 

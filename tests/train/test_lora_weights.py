@@ -35,7 +35,7 @@ def start_of(config, **changes):
 
 @pytest.mark.slow
 def test_every_format_is_the_same_start(config, tmp_path):
-    first = run(config, lora_alpha=2.0)
+    first = run(config, lora_alpha=2.0, max_train_steps=2)
     file, kohya = Path(config.output_dir, WEIGHTS_NAME), tmp_path / "kohya.safetensors"
     convert(file, kohya, 1)
     short = {"lora_alpha": 2.0, "max_train_steps": 1}
@@ -60,9 +60,9 @@ def test_an_adapter_of_peft_is_a_start(config, tmp_path):
 def test_resumes_to_the_same_bits_and_knows_its_start_by_content(config, tmp_path):
     run(config, output_dir=str(tmp_path / "first"), max_train_steps=2)
     file = tmp_path / "first" / WEIGHTS_NAME
-    config = dataclasses.replace(config, lora_weights=str(file))
+    config = dataclasses.replace(config, lora_weights=str(file), max_train_steps=3)
     whole = run(config, output_dir=str(tmp_path / "whole"))
-    stop_after(config, 3)
+    stop_after(config, 2)
     moved = shutil.copy(file, tmp_path / "moved.safetensors")
     assert_equal(run(config, lora_weights=str(moved), resume_from_checkpoint="latest"), whole)
     assert_equal(start_of(config, max_train_steps=1, output_dir=str(tmp_path / "x")), load_file(file))
@@ -70,7 +70,7 @@ def test_resumes_to_the_same_bits_and_knows_its_start_by_content(config, tmp_pat
     other[next(iter(other))] += 1
     save_file(other, moved)
     with pytest.raises(UserError, match=r"belongs to other settings \(start of the LoRA"):
-        run(config, lora_weights=str(moved), resume_from_checkpoint="checkpoint-3")
+        run(config, lora_weights=str(moved), resume_from_checkpoint="checkpoint-2")
 
 
 def test_what_differs_is_named_before_anything_is_encoded(config, tmp_path, monkeypatch):
