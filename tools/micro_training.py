@@ -61,14 +61,14 @@ def learning_rate_factor(step: int, first: int, total: int) -> float:
 
 def read_progress(work: Path, name: str) -> dict[str, float]:
     """The ``step`` that stage ``name`` is at, and the ``seconds`` of CPU time that it took."""
-    state = torch.load(work / f"{name}.ckpt", weights_only=True)
+    state = torch.load(work / f"{name}.ckpt", weights_only=True, mmap=True)  # its tensors are not read
     return {"step": state["step"], "seconds": state["seconds"]}
 
 
 def is_adopted(work: Path, name: str) -> bool:
     """Whether stage ``name`` was taken, finished, from an export, which has only the average."""
     path = work / f"{name}.ckpt"
-    return path.exists() and "modules" not in torch.load(path, weights_only=True)
+    return path.exists() and "modules" not in torch.load(path, weights_only=True, mmap=True)
 
 
 class Stage:
