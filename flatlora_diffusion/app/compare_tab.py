@@ -287,7 +287,7 @@ class CompareTab:
     @property
     def _opening_words(self) -> str:
         if self._first.ready:
-            return "Drawn beforehand. Try your own prompt."
+            return "This picture was drawn beforehand. Try your own prompt."
         return "The first comparison is being drawn." if self._first.coming else "Press Compare."
 
     def _opening(self, left: str, right: str) -> Update:

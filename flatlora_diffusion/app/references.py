@@ -89,14 +89,14 @@ class References:
         """Heading -> prompts to choose from: never trained, trained, and other styles."""
         trained, heldout = (_distinct(examples) for examples in (self.trained, self.heldout))
         groups = {
-            "Never trained": _first([p for p in self.prompts if p in heldout], heldout),
-            "Trained": _first([p for p in self.prompts if p in trained], trained),
+            "Subjects it was never shown": _first([p for p in self.prompts if p in heldout], heldout),
+            "Subjects among the icons": _first([p for p in self.prompts if p in trained], trained),
         }
         known = {*trained, *heldout}
         others = [prompt for prompt in self.prompts if prompt not in known]
         foreign = [prompt for prompt in others if self.subject and self.subject not in prompt]
         groups["Prompts of validation"] = [prompt for prompt in others if prompt not in foreign]
-        groups["Styles of the base: are they forgotten?"] = foreign
+        groups["Styles known before: are they still drawn?"] = foreign
         return {heading: prompts for heading, prompts in groups.items() if prompts}
 
     def strip(self) -> str:
@@ -114,7 +114,7 @@ class References:
             f'<img src="{source}" alt="{html.escape(caption)}" title="{html.escape(caption)}">'
             for caption, source in shown
         )
-        told = f"<p>Taught was the style of these {count} icons{of_all}:</p>"
+        told = f"<p>The style was learnt from these {count} icons{of_all}:</p>"
         return f'{told}<div class="strip">{pictures}</div>'
 
 

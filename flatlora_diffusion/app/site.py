@@ -105,7 +105,7 @@ class Site:
             side, count = self.studio.native_side, len(self.references.trained)
             return (
                 f"A toy model that draws icons of {side} x {side} pixels {base} was taught the style of "
-                f"{count} icons in two ways: as {one}, the usual one, and as {other}, which {shaken}. "
+                f"{count} icons in two ways: with {one}, the usual one, and with {other}, which {shaken}. "
                 f"{start}"
             )
         listed = f"{', '.join(names)} and the model that they change" if names else "A model"

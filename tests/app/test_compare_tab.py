@@ -470,7 +470,7 @@ def test_it_opens_with_a_comparison_and_goes_back_to_others(open_page, opened, l
     assert top["y"] + 200 < page.viewport_size["height"]  # in sight, also on a phone
     page.wait_for_function("location.search.includes('seed=0')")
     page.reload()
-    page.locator("#status", has_text="Drawn beforehand.").wait_for()
+    page.locator("#status", has_text="drawn beforehand.").wait_for()
     page.locator("#sliding[href], #sliding:not([disabled]), a:has(#sliding)").first.wait_for()
     page.wait_for_timeout(500)
     assert page.locator("#status progress").count() == 0  # nothing is drawn again

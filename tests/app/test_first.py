@@ -134,12 +134,14 @@ def test_presets_and_true_pictures_are_those_of_the_run():
     references = References.of_runs(runs)
     assert len(references.trained) == 23 and len(references.heldout) == 64
     found = presets({}, references)
-    assert list(found) == ["Never trained", "Trained", "Styles of the base: are they forgotten?"]
+    unseen, seen, known = found
+    assert (unseen, seen) == ("Subjects it was never shown", "Subjects among the icons")
+    assert known == "Styles known before: are they still drawn?"
     captions = {example.caption for example in references.heldout}
-    assert len(found["Never trained"]) == 4 and set(found["Never trained"]) < captions
-    told, example = references.truth(f" {found['Never trained'][0]} ")
+    assert len(found[unseen]) == 4 and set(found[unseen]) < captions
+    told, example = references.truth(f" {found[unseen][0]} ")
     assert told == "The true picture, never trained" and example.file.parent.name == "icons-3d-heldout"
-    assert references.truth(found["Trained"][0])[0] == "The true picture, trained"
+    assert references.truth(found[seen][0])[0] == "The true picture, trained"
     assert references.truth("a noto icon of tomato") is None
     strip = references.strip()
     assert strip.count("<img") == 23 and "these 23 icons:" in strip and str(PROJECT) not in strip
@@ -148,7 +150,7 @@ def test_presets_and_true_pictures_are_those_of_the_run():
 def test_where_the_images_are_gone_prompts_of_the_style_come_first():
     prompts = ["a noto icon of cat", "a 3d icon of cat"]
     found = References(prompts=prompts, subject="a 3d icon").presets()
-    assert list(found) == ["Prompts of validation", "Styles of the base: are they forgotten?"]
+    assert list(found) == ["Prompts of validation", "Styles known before: are they still drawn?"]
 
 
 def test_captions_that_several_pictures_have_name_none(tmp_path):
