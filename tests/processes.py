@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,9 +82,3 @@ def stop_and_resume(config: TrainConfig, tmp_path: Path) -> None:
     in_processes(lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))))
     # The finished run is known to be so by both.
     in_processes(lambda rank: train(dataclasses.replace(on, output_dir=str(tmp_path / str(rank)))))
-
-
-def launched(words: list, **environment: str) -> subprocess.CompletedProcess:
-    """A command that can import the project, and what it said."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)

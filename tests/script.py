@@ -1,5 +1,7 @@
 """The project's command lines in processes of their own that have the slow imports behind them."""
 
+from __future__ import annotations
+
 import gc
 import multiprocessing
 import os
@@ -10,31 +12,101 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "train_dreambooth_flat.py"
+
+
+class Server:
+    """A copy of this process as it is now, that forks a process for each command line.
+
+    It is made when everything is imported and nothing computed, so a forked process is what a new one is
+    after its imports.
+    """
+
+    def __init__(self) -> None:
+        self.orders, theirs = multiprocessing.Pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            self.orders.close()
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def close(self) -> None:
+        self.orders.close()
+        os.waitpid(self._pid, 0)
+
+
+SERVER = pytest.StashKey[Server]()
+"""Where pytest's configuration keeps it."""
+
+
+def _serve(orders: Connection) -> None:
+    """Start what is ordered, and tell how each ends, until nobody is there to order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for library in (diffusers_logging, transformers_logging):  # the script says so before it imports them
+        library.set_verbosity_error()
+    gc.freeze()  # what the imports left isn't searched for garbage in every process
+    context = multiprocessing.get_context("fork")
+    running = {}
+    while True:
+        for ready in wait([orders, *running]):
+            if ready is orders:
+                try:
+                    order = orders.recv()
+                except EOFError:
+                    return
+                process = context.Process(target=_become, args=order)
+                process.start()
+                running[process.sentinel] = process
+                orders.send((process.pid, None))
+            else:
+                process = running.pop(ready)
+                process.join()
+                orders.send((process.pid, process.exitcode))
+
+
+def _become(command: list[str], logs: Path, environment: dict[str, str], prepare: Callable | None) -> None:
+    for descriptor in (1, 2):
+        log = os.open(logs / str(descriptor), os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, descriptor)
+        os.close(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = command
+    if prepare is not None:
+        prepare()
+    if command[0].endswith(".py"):
+        runpy.run_path(command[0], run_name="__main__")
+    else:
+        sys.modules.pop(command[0], None)
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 @dataclass
 class Running:
     """A process that runs a command line: `pid` is real, and so are the signals that it gets."""
 
-    process: BaseProcess
+    pid: int
     logs: Path
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+    launcher: Launcher
+    ended: int | None = None
 
     @property
     def code(self) -> int | None:
         """Exit code, negative after a signal, or None while it runs."""
-        return self.process.exitcode
+        self.launcher.listen(0)
+        return self.ended
 
     @property
     def stdout(self) -> str:
@@ -50,12 +122,14 @@ class Running:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        self.process.join()
+        self.wait()
 
     def wait(self, seconds: float = 300) -> int:
-        self.process.join(seconds)
-        assert self.code is not None, f"it still runs after {seconds} s: {self.stderr[-2000:]}"
-        return self.code
+        end = time.monotonic() + seconds
+        while self.ended is None and (left := end - time.monotonic()) > 0:
+            self.launcher.listen(left)
+        assert self.ended is not None, f"it still runs after {seconds} s: {self.stderr[-2000:]}"
+        return self.ended
 
     def wait_until(self, happened: Callable[[], object], seconds: float = 300) -> bool:
         """Until something has happened; False where the process ended before."""
@@ -69,20 +143,17 @@ class Running:
 
 
 class Launcher:
-    """Starts command lines: a server that has imported everything forks a process for each.
+    """Starts command lines, through a server.
 
-    The server has computed nothing, so a forked process is what a new one is after its imports.
+    Args:
+        orders: The way to the server.
+        folder: Where the processes' output is kept.
+        environment: Variables of the processes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._started: list[Running] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.conftest"])
-        with pytest.MonkeyPatch.context() as patch:
-            for library in ("DIFFUSERS", "TRANSFORMERS"):  # as the script does before it imports them
-                patch.setenv(f"{library}_VERBOSITY", "error")
-            forkserver.ensure_running()
+    def __init__(self, orders: Connection, folder: Path, environment: dict[str, str]) -> None:
+        self._orders, self._folder, self._environment = orders, folder, environment
+        self._started: dict[int, Running] = {}
 
     def start(self, *words: object, prepare: Callable[[], None] | None = None) -> Running:
         """Run the script with these arguments, in the repository's folder.
@@ -98,10 +169,21 @@ class Launcher:
             del command[0]
         elif not command or not command[0].endswith(".py"):
             command.insert(0, SCRIPT)
-        process = self._context.Process(target=_become, args=(command, logs, prepare), daemon=True)
-        process.start()
-        self._started.append(Running(process, logs))
-        return self._started[-1]
+        self._orders.send((command, logs, self._environment, prepare))
+        while (pid := self.listen(60)) is None:
+            pass
+        self._started[pid] = Running(pid, logs, self)
+        return self._started[pid]
+
+    def listen(self, seconds: float) -> int | None:
+        """Hear what the server has to say within some time; the number of a process that it has started."""
+        if not self._orders.poll(seconds):
+            return None
+        pid, code = self._orders.recv()
+        if code is None:
+            return pid
+        self._started.pop(pid).ended = code
+        return None
 
     def run(self, *words: object, prepare: Callable[[], None] | None = None) -> Running:
         """The same to its end."""
@@ -111,24 +193,5 @@ class Launcher:
 
     def close(self) -> None:
         """Kill what a failed test left."""
-        for running in self._started:
-            if running.code is None:
-                running.kill()
-
-
-def _become(command: list[str], logs: Path, prepare: Callable[[], None] | None) -> None:
-    gc.freeze()  # what the imports left isn't searched for garbage in every process
-    for descriptor in (1, 2):
-        log = os.open(logs / str(descriptor), os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, descriptor)
-        os.close(log)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    os.chdir(ROOT)
-    sys.argv = command
-    if prepare is not None:
-        prepare()
-    if command[0].endswith(".py"):
-        runpy.run_path(command[0], run_name="__main__")
-    else:
-        sys.modules.pop(command[0], None)
-        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+        for running in list(self._started.values()):
+            running.kill()

@@ -21,7 +21,7 @@ from flatlora_diffusion.data.caption_command import main as captions
 from flatlora_diffusion.evaluate.command import main as evaluate
 from flatlora_diffusion.grid.command import main as grid
 from flatlora_diffusion.sheet.command import main as sheet
-from tests.conftest import build_unet, unet_inputs
+from tests.tiny import build_unet, unet_inputs
 from tests.train.test_drop_in import FIELDS, FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]

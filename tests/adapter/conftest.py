@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import build_pipeline
-
 
 @pytest.fixture(scope="session")
 def base_path(tmp_path_factory) -> Path:
     """A tiny SDXL pipeline with attention in every block that has it in SDXL."""
+    from tests.tiny import build_pipeline  # not before that has been imported as a plugin
+
     path = tmp_path_factory.mktemp("base") / "tiny-sdxl"
     build_pipeline().save_pretrained(path)
     return path

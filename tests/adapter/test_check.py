@@ -26,7 +26,7 @@ from flatlora_diffusion.draw.adapters import load_adapter
 from flatlora_diffusion.draw.pipeline import Drawing, draw_with, load_pipeline
 from flatlora_diffusion.sdxl import lora as sdxl_lora
 from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
-from tests.conftest import (
+from tests.tiny import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,

@@ -14,7 +14,7 @@ from flatlora_diffusion.adapter.formats import PEFT_CONFIG_NAME
 from flatlora_diffusion.adapter.kohya import convert
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.adapters import load_adapter
-from tests.conftest import build_pipeline, build_text_encoders, build_unet
+from tests.tiny import build_pipeline, build_text_encoders, build_unet
 
 TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 PROJ_IN = "down_blocks.1.attentions.0.proj_in"

@@ -23,7 +23,7 @@ from flatlora_diffusion.adapter.kohya_names import PREFIXES, layer_names
 from flatlora_diffusion.common.command import run_command
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.adapters import load_adapter
-from tests.conftest import (
+from tests.tiny import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,

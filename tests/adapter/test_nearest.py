@@ -12,7 +12,7 @@ from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.adapters import load_adapter
 from tests.adapter.test_check import models, write
 from tests.adapter.test_formats import CONV, FC1, TO_Q, kohya, merged, random
-from tests.conftest import UNET_TARGETS, build_pipeline
+from tests.tiny import UNET_TARGETS, build_pipeline
 
 PLACES = {TO_Q: ("unet", (4, 64), (64, 4)), CONV: ("unet", (4, 32, 3, 3), (64, 4, 1, 1))}
 PLACES[FC1] = ("text_encoder", (4, 32), (37, 4))

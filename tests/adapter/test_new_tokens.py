@@ -39,7 +39,8 @@ from flatlora_diffusion.train import learner as train_learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.loop import Run
-from tests.conftest import (
+from tests.processes import in_processes
+from tests.tiny import (
     assert_equal,
     build_pipeline,
     build_text_encoders,
@@ -49,7 +50,6 @@ from tests.conftest import (
     run,
     stop_after,
 )
-from tests.processes import in_processes
 
 DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 TOKENS = ["<s0>", "<s1>"]

@@ -17,7 +17,7 @@ from benchmarks.cases import Case, Stack, WithTextEncoders, cached_prompts_case,
 from benchmarks.memory import MIB
 from benchmarks.sam import base_weights
 from benchmarks.step_arms import ARMS, FLAT, IN_PLACE, PLAIN, SAM, UNFUSED
-from tests.conftest import build_text_encoders
+from tests.tiny import build_text_encoders
 
 WIDTH, CONTEXT = 128, 64
 SMALLEST_TABLE = 1 << 20

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import paired
 from benchmarks.paired import bootstrap_interval, difference, holm, t_quantile, t_tails
-from tests.conftest import global_rng_state
+from tests.tiny import global_rng_state
 
 ZEROS = dict.fromkeys(range(20), 0.0)
 

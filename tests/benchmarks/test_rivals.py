@@ -17,7 +17,7 @@ from flatlora_diffusion.sdxl.lora import add_lora
 from flatlora_diffusion.train import arms
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import (
+from tests.tiny import (
     assert_equal,
     build_text_encoders,
     build_unet,

@@ -170,10 +170,13 @@ def test_these_settings_are_sound(world):
     assert sorted(path.name for path in world.output.iterdir()) == ["README.md", WEIGHTS_NAME, "summary.json"]
 
 
+ONE_PICTURE = ("--validation_inference_steps", 1, "--num_validation_images", 1)
+
+
 def test_a_name_that_is_no_text_trains(world):
     """Its bytes go into the log, the record of the comparison and the tracker."""
     (world.root / "icons/green.png").rename(os.fsdecode(os.fsencode(world.root) + b"/icons/caf\xe9.png"))
-    world.train("--compare", "--validation_inference_steps", 1, "--report_to", "tensorboard")
+    world.train("--compare", *ONE_PICTURE, "--report_to", "tensorboard")
     assert (world.output / "comparison.png").is_file()
 
 
@@ -183,7 +186,7 @@ LONG = " ".join(["a red icon"] * 40)
 @pytest.mark.parametrize("compare", [[], ["--compare"]])
 def test_captions_and_validation_prompts_that_are_cut_are_told_once(world, caplog, compare):
     world.write("icons/green.txt", LONG)
-    code, lines = world.run("--validation_prompt", f"b {LONG}", "--validation_inference_steps", 1, *compare)
+    code, lines = world.run("--validation_prompt", f"b {LONG}", *ONE_PICTURE, *compare)
     assert code == 0, lines
     told = [line for line in caplog.messages if "the text encoders read" in line]
     assert len(told) == 2
@@ -759,7 +762,7 @@ def test_a_disk_with_no_room_for_the_pictures(world, mount, monkeypatch, module,
         return original(*arguments, **settings)
 
     monkeypatch.setattr(module, function, fill_up_and_go_on)
-    quick = ["--validation_inference_steps", 1, "--num_validation_images", 1, "--checkpointing_steps", 1]
+    quick = [*ONE_PICTURE, "--checkpointing_steps", 1]
     message = the_error(*world.run("--output_dir", "ROOT/disk", *quick, *flags))
     assert "No space left on device" in message
     for folder in (

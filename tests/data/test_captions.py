@@ -15,7 +15,7 @@ from flatlora_diffusion.data import images
 from flatlora_diffusion.data.captions import MOST_ORDERS, Captioning, CaptionStream, tag_orders
 from flatlora_diffusion.data.latents import LatentCache, PromptCache
 from flatlora_diffusion.train import learner
-from tests.conftest import assert_equal, global_rng_state, run, stop_after
+from tests.tiny import assert_equal, global_rng_state, run, stop_after
 
 TAGS = "a fox, red, flat, small, round, happy, winter"
 

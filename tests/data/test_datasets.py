@@ -21,7 +21,7 @@ from flatlora_diffusion.data.images import EmbeddedImage, Framing, Sample, varia
 from flatlora_diffusion.grid.flags import grid_parser
 from flatlora_diffusion.grid.request import read_recipe
 from flatlora_diffusion.train.arms import train
-from tests.conftest import assert_equal, global_rng_state, run, stop_after
+from tests.tiny import assert_equal, global_rng_state, run, stop_after
 
 NAMES = ("blue.png", "green.png", "orange.png", "red.png")
 CAPTIONS = ("a blue icon", None, "  ", "{instance_prompt} in red")

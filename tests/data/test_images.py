@@ -27,7 +27,7 @@ from flatlora_diffusion.data.images import (
 )
 from flatlora_diffusion.data.latents import LatentCache, PromptCache
 from flatlora_diffusion.sdxl.encoding import Latents, encode_prompts
-from tests.conftest import build_text_encoders, build_tokenizer, global_rng_state
+from tests.tiny import build_text_encoders, build_tokenizer, global_rng_state
 
 PROMPT = "an icon"
 

@@ -9,7 +9,7 @@ from flatlora_diffusion.draw import pipeline as draw_pipeline
 from flatlora_diffusion.draw.decoding import decode, why_black
 from flatlora_diffusion.draw.pipeline import Drawing, draw, load_pipeline
 from flatlora_diffusion.grid.command import main
-from tests.conftest import build_pipeline, run
+from tests.tiny import build_pipeline, run
 
 DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 

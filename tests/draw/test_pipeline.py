@@ -19,7 +19,7 @@ from flatlora_diffusion.draw.pipeline import (
     native_side,
     sketches,
 )
-from tests.conftest import global_rng_state
+from tests.tiny import global_rng_state
 
 DRAWING = Drawing(16, 16, steps=2, guidance=3.0)
 

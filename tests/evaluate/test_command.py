@@ -26,8 +26,8 @@ from flatlora_diffusion.evaluate.merged import adapted_layers, merged_unet
 from flatlora_diffusion.evaluate.plots import tradeoff
 from flatlora_diffusion.evaluate.request import TABLES, read_plan
 from flatlora_diffusion.sdxl.lora import add_lora
-from tests.conftest import global_rng_state
 from tests.processes import in_processes
+from tests.tiny import global_rng_state
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from flatlora_diffusion.evaluate.likeness import (
     paired_similarity,
     pixel_drift,
 )
-from tests.conftest import global_rng_state
+from tests.tiny import global_rng_state
 
 DRAWING = Drawing(16, 24, steps=1, guidance=1.0)
 WANTED = [("a red icon", 0), ("a blue icon", 1), ("a green icon", 2)]

@@ -24,7 +24,7 @@ from flatlora_diffusion.evaluate.flatness import (
 )
 from flatlora_diffusion.evaluate.merged import adapted_layers, filter_norms, filters, merged_unet, replaced
 from flatlora_diffusion.train.arms import train
-from tests.conftest import global_rng_state, unet_inputs
+from tests.tiny import global_rng_state, unet_inputs
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from flatlora_diffusion.evaluate import figures, plots, tables
 from flatlora_diffusion.evaluate.figures import COLOURS, MUTED, WIDTH, wrapped
 from flatlora_diffusion.evaluate.plots import PLOTS, plane, rise, tradeoff, write_plots
 from flatlora_diffusion.evaluate.tables import decimals, markdown, markdown_table, significant
-from tests.conftest import global_rng_state
+from tests.tiny import global_rng_state
 
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 SIGMAS = [0.1, 0.3]

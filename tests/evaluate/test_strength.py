@@ -21,7 +21,7 @@ from flatlora_diffusion.output.card import CARD, Making, is_ours, write_card
 from flatlora_diffusion.output.noted import note_in_cards
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.sdxl.lora import add_lora
-from tests.conftest import assert_equal, build_unet
+from tests.tiny import assert_equal, build_unet
 
 BETTER = Strength(0.6, -0.0125, 0.002, -0.058, 0.004, 16)
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from flatlora_diffusion import FlatLoRA, FlatLoRAAttnProcessor
-from tests.conftest import (
+from tests.tiny import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,

@@ -32,15 +32,6 @@ from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.sdxl.quantize import quantize
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import (
-    UNET_TARGETS,
-    add_lora,
-    assert_equal,
-    build_unet,
-    global_rng_state,
-    run,
-    unet_inputs,
-)
 from tests.flat.test_flat_lora import (
     EVERYWHERE,
     SIGMA,
@@ -51,6 +42,15 @@ from tests.flat.test_flat_lora import (
     tiny_unet,
 )
 from tests.flat.test_other_models import llama, run_llama
+from tests.tiny import (
+    UNET_TARGETS,
+    add_lora,
+    assert_equal,
+    build_unet,
+    global_rng_state,
+    run,
+    unet_inputs,
+)
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

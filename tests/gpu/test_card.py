@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 pytestmark = [
     pytest.mark.gpu,

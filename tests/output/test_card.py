@@ -17,7 +17,7 @@ from flatlora_diffusion.output.card import CARD, Example, Exhibit, Making, is_ou
 from flatlora_diffusion.output.gallery import validation_drawing
 from flatlora_diffusion.sdxl.lora import add_lora
 from flatlora_diffusion.train.arms import train
-from tests.conftest import build_unet
+from tests.tiny import build_unet
 
 MAKING = Making(images=23, processes=2, precision="bf16")
 # Those that diffusers' train_dreambooth_lora_sdxl.py gives (it says "text-to-image" twice).

@@ -43,7 +43,7 @@ from flatlora_diffusion.output.checkpoint import (
     write_checkpoint,
 )
 from flatlora_diffusion.sdxl.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, add_lora
-from tests.conftest import build_pipeline, global_rng_state, unet_inputs
+from tests.tiny import build_pipeline, global_rng_state, unet_inputs
 
 SETTINGS = {"rank": 4, "seed": 0, "learning_rate": 1e-4, "validation_prompt": ("a", "b")}
 FILES = (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)

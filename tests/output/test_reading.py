@@ -20,7 +20,7 @@ from flatlora_diffusion.common.lock import output_lock
 from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output.reading import exponential_mean, find_runs
 from flatlora_diffusion.train.arms import train
-from tests.conftest import stop_after
+from tests.tiny import stop_after
 from tests.trained import SIGMA, STEPS
 
 pytest_plugins = ["tests.trained"]

@@ -1,7 +1,7 @@
 """What a version before the wings has left behind is read, drawn again and trained on as by that version.
 
 `written_before/` was written by commit a072312, the last one with a flat package: a comparison of 4 steps on
-the tiny base of `tests/conftest.py`, its three icons, and the checkpoint after the second step of its
+the tiny base of `tests/tiny.py`, its three icons, and the checkpoint after the second step of its
 Flat-LoRA.
 """
 
@@ -19,7 +19,7 @@ from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.output.names import SUMMARY
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.train.arms import train
-from tests.conftest import build_pipeline
+from tests.tiny import build_pipeline
 
 WRITTEN = Path(__file__).parent / "written_before"
 

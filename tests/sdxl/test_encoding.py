@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from flatlora_diffusion.draw.pipeline import load_pipeline
 from flatlora_diffusion.sdxl.encoding import encode_prompts, tell_cut, where_cut
-from tests.conftest import build_text_encoders, build_tokenizer
+from tests.tiny import build_text_encoders, build_tokenizer
 
 
 @pytest.fixture(scope="module")

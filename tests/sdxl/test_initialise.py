@@ -30,7 +30,7 @@ from flatlora_diffusion.sdxl.initialise import LORA_GA_SAMPLES, check, initialis
 from flatlora_diffusion.sdxl.lora import ADAPTER, FROZEN_ADAPTER, TEXT_ENCODERS, add_lora
 from flatlora_diffusion.train import learner as learners
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import (
+from tests.tiny import (
     UNET_TARGETS,
     assert_equal,
     build_text_encoders,

@@ -19,7 +19,7 @@ from flatlora_diffusion.sdxl.base import load_base
 from flatlora_diffusion.sdxl.encoding import PromptEmbeds, encode_images
 from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, build_pipeline, global_rng_state, run, stop_after
+from tests.tiny import assert_equal, build_pipeline, global_rng_state, run, stop_after
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from flatlora_diffusion.grid.command import main as grid
 from flatlora_diffusion.output.card import CARD
 from flatlora_diffusion.sdxl import single_file
 from flatlora_diffusion.sdxl.base import BASE_FLAG, check_base, load_base, load_vae
-from tests.conftest import assert_equal, run
+from tests.tiny import assert_equal, run
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DEMO = Path(__file__).parents[2] / "assets" / "micro-sdxl"

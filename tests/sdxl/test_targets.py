@@ -17,7 +17,7 @@ from flatlora_diffusion.output.names import KOHYA_NAME
 from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
 from flatlora_diffusion.sdxl.lora import ADAPTER, UNET_TARGETS, add_lora, select
 from flatlora_diffusion.train.arms import train
-from tests.conftest import assert_equal, build_unet, run, stop_after, unet_inputs
+from tests.tiny import assert_equal, build_unet, run, stop_after, unet_inputs
 
 TARGETS = [*UNET_TARGETS, ("mid_block.*", 6), ("up_blocks.0.attentions.[01].*.attn1.*", 3), ("attn1.to_v", 2)]
 LINEAR = [*UNET_TARGETS, ("mid_block.*.to_*", 6)]

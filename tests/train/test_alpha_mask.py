@@ -14,8 +14,8 @@ from flatlora_diffusion.data.images import Framing, Sample, find_samples, varian
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.sdxl.encoding import Latents, PromptEmbeds
 from flatlora_diffusion.sdxl.loss import diffusion_losses
-from tests.conftest import assert_equal, run, stop_after
 from tests.sdxl.test_loss import Fixed
+from tests.tiny import assert_equal, run, stop_after
 
 
 def latents_of(pixels: torch.Tensor) -> Latents:

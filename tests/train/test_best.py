@@ -16,7 +16,7 @@ from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.train.best import is_worse
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 LOSSES = (0.5, 0.3, 0.4, 0.45, 0.2, 0.6)
 

@@ -18,8 +18,8 @@ from flatlora_diffusion.flat.hooks import FlatLoRAAttnProcessor
 from flatlora_diffusion.flat.noise import sigma_at
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, run
 from tests.processes import in_processes
+from tests.tiny import assert_equal, run
 
 EVENTS = ("on_train_begin", "on_step_end", "on_checkpoint", "on_train_end")
 METHODS = (*EVENTS, "loss", "backward")

@@ -16,7 +16,7 @@ from flatlora_diffusion.evaluate.denoising import DenoisingSet, embed
 from flatlora_diffusion.evaluate.merged import merged_unet
 from flatlora_diffusion.grid.command import main
 from flatlora_diffusion.grid.recipe import Recipe, differences
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 LONG = " ".join(["a"] * 75)
 

@@ -22,7 +22,7 @@ from flatlora_diffusion.sdxl.loss import diffusion_losses, min_snr_weights
 from flatlora_diffusion.train import learner, saving, validation
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import assert_equal, run
+from tests.tiny import assert_equal, run
 
 TESTS = Path(__file__).parents[1]
 

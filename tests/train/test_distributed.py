@@ -29,9 +29,10 @@ from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.processes import join_processes, make_accelerator
 from flatlora_diffusion.train.updates import Updates
-from tests.conftest import assert_equal, run
-from tests.processes import SMOOTH, assert_close, in_processes, launched, stop_and_resume
-from tests.train.test_resume import command
+from tests.processes import SMOOTH, assert_close, in_processes, stop_and_resume
+from tests.script import SCRIPT
+from tests.tiny import assert_equal, run
+from tests.train.test_resume import flags
 
 PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "assets" / "accelerate"
@@ -182,13 +183,16 @@ def test_only_what_is_trained_is_sent_around(config):
 
 def test_what_one_process_does_for_all(config, tmp_path):
     """Held-out losses, pictures, files; in both runs of a comparison. Class images are drawn by both."""
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    Image.new("RGB", (24, 24), "pink").save(heldout / "pink.png")
     config = dataclasses.replace(
         config,
         compare=True,
         train_text_encoder=True,
         with_prior_preservation=True,
         num_class_images=5,
-        heldout_data_dir=config.instance_data_dir,
+        heldout_data_dir=str(heldout),
         heldout_steps=1,
         max_train_steps=2,
         train_batch_size=1,
@@ -196,7 +200,7 @@ def test_what_one_process_does_for_all(config, tmp_path):
         validation_prompt=("a icon",),
         validation_epochs=1,
         num_validation_images=1,
-        validation_inference_steps=2,
+        validation_inference_steps=1,
         num_train_epochs=1,
     )
 
@@ -327,7 +331,7 @@ def test_the_script_refuses_sharding(base_path, icons, tmp_path, capfd, environm
     output = tmp_path / "out"
 
     def script(rank):
-        sys.argv = command(base_path, icons, output)[1:]
+        sys.argv = [str(PROJECT / SCRIPT), *flags(base_path, icons, output)]
         with pytest.raises(SystemExit) as left:
             runpy.run_path(sys.argv[0], run_name="__main__")
         return left.value.code
@@ -338,13 +342,16 @@ def test_the_script_refuses_sharding(base_path, icons, tmp_path, capfd, environm
     assert not output.exists()
 
 
-def test_accelerate_launch_with_the_shipped_configuration(config, base_path, icons, tmp_path):
+def on_cpu() -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def test_accelerate_launch_with_the_shipped_configuration(config, base_path, icons, tmp_path, launcher):
     output = tmp_path / "out"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
-    flags = ("--max_train_steps", 3, "--mixed_precision", "no")
-    python, *rest = command(base_path, icons, output, *flags)
-    done = launched([python, *launcher, "--main_process_port", 0, *rest], ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = flags(base_path, icons, output, "--max_train_steps", 3, "--mixed_precision", "no")
+    launch = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml")
+    done = launcher.run(*launch, "--main_process_port", 0, SCRIPT, *words, prepare=on_cpu)
+    assert done.code == 0, done.stderr[-3000:]
     assert done.stderr.count("saved ") == 1, "only the main process should report"
     assert json.loads((output / "summary.json").read_text())["processes"] == 2
     # The forked processes of the other tests are a fair stand-in for launched ones.

@@ -22,7 +22,7 @@ from flatlora_diffusion.data.images import find_samples
 from flatlora_diffusion.train import validation
 from flatlora_diffusion.train.ema import AdapterAverage
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import (
+from tests.tiny import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,

@@ -26,7 +26,7 @@ from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.folds import split
 from flatlora_diffusion.train.learner import Learner
 from flatlora_diffusion.train.loop import Run
-from tests.conftest import assert_equal, run
+from tests.tiny import assert_equal, run
 
 LATEST = {"resume_from_checkpoint": "latest"}
 

@@ -12,7 +12,7 @@ from flatlora_diffusion.output.going_on import consequences
 from flatlora_diffusion.output.reading import find_runs
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 LATEST = {"resume_from_checkpoint": "latest"}
 

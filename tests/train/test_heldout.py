@@ -18,7 +18,7 @@ from flatlora_diffusion.sdxl.encoding import encode_images, encode_prompts
 from flatlora_diffusion.sdxl.loss import diffusion_losses
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 
 @pytest.fixture

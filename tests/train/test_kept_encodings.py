@@ -10,7 +10,7 @@ import pytest
 from flatlora_diffusion.data import latents as data_latents
 from flatlora_diffusion.train import learner
 from flatlora_diffusion.train.arms import train
-from tests.conftest import assert_equal, run, stop_after
+from tests.tiny import assert_equal, run, stop_after
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from flatlora_diffusion.train import learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from tests.adapter.test_formats import saved_by_peft
-from tests.conftest import UNET_TARGETS, assert_equal, run, stop_after
+from tests.tiny import UNET_TARGETS, assert_equal, run, stop_after
 
 
 class Start(Callback):

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.output.checkpoint import flatten_optimizer, optimizer_numbers, restore_optimizer
 from flatlora_diffusion.train.optimizers import make_optimizer, parameter_groups
-from tests.conftest import add_lora, assert_equal, build_text_encoders, build_unet, run, stop_after
+from tests.tiny import add_lora, assert_equal, build_text_encoders, build_unet, run, stop_after
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

@@ -27,7 +27,7 @@ from flatlora_diffusion.train.plan import _duration as duration
 from flatlora_diffusion.train.plan import _time as plan_time
 from flatlora_diffusion.train.preset import Preset, Surroundings, choose, is_as_written
 from flatlora_diffusion.train.tried import Tried, time_picture
-from tests.conftest import assert_equal, build_unet, stop_after
+from tests.tiny import assert_equal, build_unet, stop_after
 
 NEEDED = {"pretrained_model_name_or_path": "b", "instance_data_dir": "i", "instance_prompt": "a icon"}
 

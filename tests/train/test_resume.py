@@ -9,8 +9,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from flatlora_diffusion.common.lock import LOCK_NAME
 from flatlora_diffusion.config.command_line import parse_train_config
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback, TrainingRun
-from tests.script import ROOT, SCRIPT
+from tests.script import SCRIPT
 
 LATEST = ("--resume_from_checkpoint", "latest")
 UNFINISHED = ".unfinished-checkpoint-*"
@@ -48,11 +46,6 @@ def flags(base_path, icons, output, *extra) -> list[str]:
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return [*words, "--random_flip", *map(str, extra)]
-
-
-def command(base_path, icons, output, *extra) -> list[str]:
-    """The command as users type it, for a process that imports all by itself."""
-    return [sys.executable, str(ROOT / SCRIPT), *flags(base_path, icons, output, *extra)]
 
 
 def digest(path: Path) -> str:
@@ -240,16 +233,13 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_ctrl_c_in_a_terminal(base_path, three_icons, undisturbed, tmp_path, launcher):
-    """The command as users type it; the terminal sends the signal to all processes of the group."""
+    """The terminal sends the signal to all processes of the group."""
     output = tmp_path / "out"
-    words = command(base_path, three_icons, output)
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while running.poll() is None and not steps(output):
-        time.sleep(0.005)
+    running = launcher.start(*flags(base_path, three_icons, output), prepare=os.setsid)
+    assert running.wait_until(lambda: steps(output))
     os.killpg(running.pid, signal.SIGINT)
-    told = running.communicate()[1]
-    assert running.returncode == 130 and "Traceback" not in told, told
-    assert_it_goes_on(told, launcher)
+    assert running.wait() == 130 and "Traceback" not in running.stderr, running.stderr
+    assert_it_goes_on(running.stderr, launcher)
     assert digest(output / WEIGHTS_NAME) == undisturbed
 
 

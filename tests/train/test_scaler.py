@@ -14,7 +14,7 @@ from flatlora_diffusion.config.settings import TrainConfig
 from flatlora_diffusion.train import loop
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.processes import make_accelerator
-from tests.conftest import assert_equal, run
+from tests.tiny import assert_equal, run
 
 
 class Spoiling(Callback):

@@ -24,7 +24,7 @@ from flatlora_diffusion.train import arms, learner
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.callbacks import Callback
 from flatlora_diffusion.train.learner import Learner
-from tests.conftest import assert_equal, global_rng_state, run
+from tests.tiny import assert_equal, global_rng_state, run
 
 
 def reference_training(config: TrainConfig, base_path) -> dict[str, torch.Tensor]:

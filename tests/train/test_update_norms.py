@@ -20,7 +20,7 @@ from flatlora_diffusion.flat.flat_lora import FlatLoRA
 from flatlora_diffusion.sdxl import lora
 from flatlora_diffusion.sdxl.initialise import initialise, subtract_initial_update
 from flatlora_diffusion.train.update_norms import UpdateNorms
-from tests.conftest import (
+from tests.tiny import (
     TEXT_TARGETS,
     add_lora,
     assert_equal,

@@ -25,7 +25,7 @@ from flatlora_diffusion.train import afterwards
 from flatlora_diffusion.train import validation as train_validation
 from flatlora_diffusion.train.arms import train
 from flatlora_diffusion.train.validation import Validation, report_validation
-from tests.conftest import assert_equal, run
+from tests.tiny import assert_equal, run
 
 PROMPTS = ("a red icon", "a blue icon, far away")
 STEPS = (2, 4)
