@@ -3,10 +3,10 @@
 Test files say `pytest_plugins = ["tests.browser"]`, take the fixture `open_page`, and import `served`; an
 imported fixture would be made once for each file. PYTEST_DONT_REWRITE: the import comes before the plugin.
 
-Chromium is one process for all tests. The first page of a test on a desktop is opened in its own profile,
-which keeps the page's scripts compiled and forgets what the page has stored; other pages have contexts of
-their own. Playwright's driver is started for each test anew. While that driver runs, the thread counts as
-running an event loop, and whatever calls `asyncio.run` there fails.
+Chromium is one process for all tests. The first page of a test is opened in its own profile, which keeps the
+page's scripts compiled and forgets what the page has stored; other pages have contexts of their own. Playwright's driver is one process for the tests of a file that follow on each other. While it
+runs, the thread counts as running an event loop, and whatever calls `asyncio.run` there fails: before another
+test it is ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 
 import gradio as gr
 import pytest
-from playwright.sync_api import Error, Page, Request, Response, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Playwright, Request, Response, sync_playwright
 
 LOOPBACK = "127.0.0.1"
 DEVICES = {
@@ -104,27 +104,74 @@ def _debugging_port(process: subprocess.Popen, profile: Path) -> int:
     raise RuntimeError("Chromium was not ready after a minute")
 
 
+class Driver:
+    """Playwright's driver, started when it is needed.
+
+    Attributes:
+        last: Whether the test that uses it is the last one before it is to end.
+    """
+
+    def __init__(self, chromium: str) -> None:
+        self._chromium = chromium
+        self._playwright: Playwright | None = None
+        self._browser: Browser | None = None
+        self.last = True
+
+    def browser(self) -> Browser:
+        """Chromium, as the driver sees it."""
+        if self._browser is None:
+            self._playwright = sync_playwright().start()
+            self._browser = self._playwright.chromium.connect_over_cdp(self._chromium)
+        return self._browser
+
+    def stop(self) -> None:
+        if self._playwright is not None:
+            self._playwright.stop()
+        self._playwright = self._browser = None
+
+
+DRIVER = pytest.StashKey[Driver]()
+
+
+@pytest.fixture(scope="session")
+def driver(chromium, pytestconfig) -> Iterator[Driver]:
+    driver = pytestconfig.stash[DRIVER] = Driver(chromium)
+    yield driver
+    driver.stop()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let the driver run on where the next test uses it too, with the fixtures of the same file."""
+    if driver := item.config.stash.get(DRIVER, None):
+        follows = nextitem is not None and nextitem.path == item.path
+        driver.last = not follows or "open_page" not in getattr(nextitem, "fixturenames", ())
+
+
 @pytest.fixture
-def open_page(chromium) -> Iterator[OpenPage]:
+def open_page(driver) -> Iterator[OpenPage]:
     """Opens `url` on a device of `DEVICES`, in the dark or not, and waits until gradio has drawn it.
 
     Only the loopback can be reached. After the test, an error in JavaScript or a failed request to the server
     fails it.
     """
     problems: list[str] = []
-    with sync_playwright() as playwright, contextlib.ExitStack() as contexts:
-        browser = playwright.chromium.connect_over_cdp(chromium)
+    with contextlib.ExitStack() as contexts:
+        contexts.callback(lambda: driver.stop() if driver.last else None)
+        browser = driver.browser()
 
         profile = browser.contexts[0]
         others = len(profile.pages)
 
         def open_page(url: str, device: str = "desktop", dark: bool = False) -> Page:
             scheme = "dark" if dark else "light"
-            if device == "desktop" and len(profile.pages) == others:
+            if len(profile.pages) == others:
                 page = profile.new_page()
                 contexts.callback(page.close)
                 page.set_viewport_size(DEVICES[device]["viewport"])
                 page.emulate_media(color_scheme=scheme)
+                if device == "phone":
+                    emulate_phone(page)
                 forget(page, url)
             else:
                 context = browser.new_context(**DEVICES[device], color_scheme=scheme)
@@ -138,6 +185,24 @@ def open_page(chromium) -> Iterator[OpenPage]:
         yield open_page
         watched = list(problems)  # closing a page aborts what it still asks for
     assert not watched, "\n".join(watched)
+
+
+def emulate_phone(page: Page) -> None:
+    """What a context for a phone does; a page in the profile can only be told by Chromium's own protocol."""
+    phone = DEVICES["phone"]
+    width, height = phone["viewport"]["width"], phone["viewport"]["height"]
+    session = page.context.new_cdp_session(page)
+    metrics = {
+        "width": width,
+        "height": height,
+        "screenWidth": width,
+        "screenHeight": height,
+        "screenOrientation": {"angle": 0, "type": "portraitPrimary"},
+        "deviceScaleFactor": phone["device_scale_factor"],
+        "mobile": phone["is_mobile"],
+    }
+    session.send("Emulation.setDeviceMetricsOverride", metrics)
+    session.send("Emulation.setTouchEmulationEnabled", {"enabled": phone["has_touch"]})
 
 
 def forget(page: Page, url: str) -> None:

@@ -456,7 +456,6 @@ def test_a_pair_is_drawn_voted_on_and_revealed(
     studio,
     lone,
     votes,
-    tmp_path,
     device,
     dark,
 ):
@@ -484,7 +483,6 @@ def test_a_pair_is_drawn_voted_on_and_revealed(
     assert not page.locator("#blind-tally section").count()
     page.wait_for_timeout(500)
     assert page.evaluate(IN_VIEW, "#blind-left-picture img") and page.evaluate(IN_VIEW, "#blind-right")
-    page.screenshot(path=tmp_path / f"{device}-open.png")
 
     page.locator("#blind-right").dblclick(force=True)
     page.locator("#blind-tally section").wait_for()
@@ -509,7 +507,6 @@ def test_a_pair_is_drawn_voted_on_and_revealed(
     )
     assert all(page.locator(f"#blind-{choice}").is_disabled() for choice in ("left", TIE, "right"))
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.screenshot(path=tmp_path / f"{device}-voted.png", full_page=True)
 
 
 def test_pairs_are_drawn_and_voted_on_with_the_keyboard(open_page, address, votes):

@@ -14,20 +14,20 @@ from flatlora_diffusion.draw.stamp import BASE
 DRAWING = Drawing(16, 16, 3, 3.0)
 
 
-@pytest.fixture
-def studio(base_path, adapters):
-    return Studio(load_pipeline(str(base_path)), "tiny", adapters)
+@pytest.fixture(scope="module")
+def studio(base_path, written_adapters):
+    return Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
 
 
-@pytest.fixture
-def lone(base_path, adapters):
+@pytest.fixture(scope="module")
+def lone(base_path, written_adapters):
     """Draws with a pipeline of its own."""
     pipeline = load_pipeline(str(base_path))
-    for label, path in adapters.items():
+    for label, path in written_adapters.items():
         load_adapter(pipeline, label, path)
 
-    def draw(method, prompt, seed, scale=1.0):
-        return draw_with(pipeline, None if method == BASE else method, prompt, seed, DRAWING, scale).tobytes()
+    def draw(method, prompt, seed, scale=1.0, drawing=DRAWING):
+        return draw_with(pipeline, None if method == BASE else method, prompt, seed, drawing, scale).tobytes()
 
     return draw
 
@@ -102,7 +102,8 @@ def test_a_run_waits_for_another_until_that_is_closed(studio):
     waiting.close()
 
 
-def test_closing_the_studio_stops_all_that_is_drawn(studio):
+def test_closing_the_studio_stops_all_that_is_drawn(base_path, written_adapters):
+    studio = Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
     runs = [studio.run(jobs(studio, seed, drawing=Drawing(16, 16, 100_000, 3.0))) for seed in (1, 2)]
     next(runs[0])
     waiting = threading.Thread(target=lambda: list(runs[1]), daemon=True)
@@ -126,10 +127,10 @@ def test_what_goes_wrong_is_raised_and_the_next_run_is_right(studio, lone, monke
 @pytest.mark.slow
 def test_runs_of_many_threads_get_their_own_pictures(studio, lone):
     """Without the lock, adapters and schedulers of one request reach another."""
-    got = {}
+    got, short = {}, Drawing(16, 16, 1, 3.0)
 
     def ask(seed):
-        got[seed] = drawn(studio.run(jobs(studio, seed)))
+        got[seed] = drawn(studio.run(jobs(studio, seed, drawing=short)))
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -137,10 +138,10 @@ def test_runs_of_many_threads_get_their_own_pictures(studio, lone):
     for thread in threads:
         thread.join()
     for seed in range(8):
-        assert got[seed] == [lone(method, "a icon", seed) for method in studio.methods]
+        assert got[seed] == [lone(method, "a icon", seed, drawing=short) for method in studio.methods]
 
 
-def test_the_stamp_says_how_a_picture_was_made(studio, adapters):
+def test_the_stamp_says_how_a_picture_was_made(studio):
     stamp = studio.stamp("LoRA", "a icon", 7, Drawing(16, 24, 3, 2.5, "blue"), 0.5)
     assert (stamp.prompt, stamp.negative_prompt, stamp.seed) == ("a icon", "blue", 7)
     assert (stamp.width, stamp.height, stamp.steps, stamp.guidance) == (16, 24, 3, 2.5)

@@ -177,7 +177,7 @@ def test_settings_at_their_defaults_are_folded_up():
 @pytest.mark.parametrize(
     ("device", "dark"), [("desktop", False), ("phone", True)], ids=["desktop", "phone in the dark"]
 )
-def test_in_a_browser(device, dark, comparison, clean_copy, open_page, tmp_path):
+def test_in_a_browser(device, dark, comparison, clean_copy, open_page):
     folder = clean_copy(comparison)
     with served(tab(find_runs(folder)), **launch_settings()) as url:
         page = open_page(url, device, dark)
@@ -213,7 +213,6 @@ def test_in_a_browser(device, dark, comparison, clean_copy, open_page, tmp_path)
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert page.evaluate(overflow) == 0
         assert page.viewport_size["width"] == {"desktop": 1280, "phone": 390}[device]
-        page.screenshot(path=tmp_path / f"runs-{device}.png", full_page=True)
 
         # By keyboard: leave out a run; the plots, the pictures and the tables follow.
         page.get_by_label("LoRA", exact=True).focus()
@@ -239,7 +238,6 @@ def test_in_a_browser(device, dark, comparison, clean_copy, open_page, tmp_path)
         page.get_by_text("No losses of Flat-LoRA.").wait_for()
         assert not table.is_visible()
         assert not plots["Noise strength sigma"].is_visible()
-        page.screenshot(path=tmp_path / f"runs-{device}-gone.png", full_page=True)
 
 
 def test_a_sentence_says_which_step_was_best_and_whether_the_loss_rose():

@@ -92,26 +92,31 @@ def test_a_comparison_can_be_taken_home(site):
     assert moving.stat().st_mtime_ns == made
 
 
+@pytest.fixture(scope="module")
+def address(site):
+    with served(build(site), **launch_settings()) as url:
+        yield url
+
+
 @pytest.mark.parametrize("device", ["desktop", "phone"])
-def test_the_slider_moves_and_files_are_taken_home(open_page, site, device):
-    with served(build(site), **launch_settings()) as address:
-        page = open_page(address, device)
-        page.get_by_role("tab", name="Strength").click()
-        page.locator("#strength-draw").click()
-        page.locator("#strength-status", has_text="Done: move the slider.").wait_for()
-        picture = page.locator("#strength-0 img")
-        assert picture.get_attribute("alt") == '"a icon" drawn by LoRA at scale 1'
-        page.locator("#strength-scale input[type=range]").press("ArrowRight")
-        page.locator("#strength-0 img[alt$='at scale 1.25']").wait_for()
-        for button, kind in (("sheet", "PNG"), ("gif", "GIF")):
-            with page.expect_download() as waiting:
-                page.locator(f"#strength-{button}").click()
-            with Image.open(waiting.value.path()) as taken:
-                assert taken.format == kind
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        if device == "phone":  # no tab hides in a menu
-            assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
-            assert page.get_by_role("tab").count() == 6
+def test_the_slider_moves_and_files_are_taken_home(open_page, address, device):
+    page = open_page(address, device)
+    page.get_by_role("tab", name="Strength").click()
+    page.locator("#strength-draw").click()
+    page.locator("#strength-status", has_text="Done: move the slider.").wait_for()
+    picture = page.locator("#strength-0 img")
+    assert picture.get_attribute("alt") == '"a icon" drawn by LoRA at scale 1'
+    page.locator("#strength-scale input[type=range]").press("ArrowRight")
+    page.locator("#strength-0 img[alt$='at scale 1.25']").wait_for()
+    for button, kind in (("sheet", "PNG"), ("gif", "GIF")):
+        with page.expect_download() as waiting:
+            page.locator(f"#strength-{button}").click()
+        with Image.open(waiting.value.path()) as taken:
+            assert taken.format == kind
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    if device == "phone":  # no tab hides in a menu
+        assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
+        assert page.get_by_role("tab").count() == 6
 
 
 def test_words_that_all_prompts_share_are_told_once():
