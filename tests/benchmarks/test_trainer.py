@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -108,6 +109,10 @@ def test_the_reference_takes_the_same_steps_as_the_trainer(config, square_icons,
         assert not torch.equal(parameter, start[name])
 
 
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 @pytest.mark.slow
 def test_the_small_sdxl_shares_its_arithmetic_as_sdxl_does():
     sdxl = {"vae": 0.2556, "text_encoders": 0.0058, "unet": 0.7385}  # step_flops(SDXL).shares(): takes long
@@ -126,7 +131,13 @@ def test_a_written_base_has_the_sizes_asked_for(tmp_path):
         resolution=64,
     )
     bases.write_base(sizes, tmp_path / "base")
-    assert bases.step_flops(bases.Sizes.of(tmp_path / "base", 64)) == bases.step_flops(sizes)
+    written = bases.Sizes.of(tmp_path / "base", 64)
+    assert written.resolution == sizes.resolution
+    of_written, of_asked = (vars(bases.build(each, "meta")) for each in (written, sizes))
+    for part, model in of_asked.items():
+        asked = json.loads(json.dumps(getattr(sizes, part)))
+        assert {name: getattr(written, part)[name] for name in asked} == asked
+        assert shapes(of_written[part]) == shapes(model)
 
 
 @pytest.mark.slow
@@ -150,7 +161,10 @@ def test_the_watched_trainer_is_the_trainer(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_arm_in_its_process_steps_and_stops(config, tmp_path):
+def test_an_arm_in_its_process_steps_and_stops(config, tmp_path, monkeypatch):
+    """A forked process saves the imports; the next test's is a new one, as in a benchmark."""
+    forked = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked)
     config = dataclasses.replace(config, max_train_steps=10)
     process = arms.Process("Flat-LoRA", config, [], tmp_path / "log", tmp_path / "kept")
     seconds = [process.step() for _ in range(2)]

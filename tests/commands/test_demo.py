@@ -33,7 +33,7 @@ def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     heldout = tmp_path / "heldout"
     heldout.mkdir()
     shutil.copy(PROJECT / "assets/icons-3d-heldout/alien.png", heldout)
-    short = ["--max_train_steps", 2, "--validation_inference_steps", 2, "--report_to", "none"]
+    short = ["--max_train_steps", 1, "--validation_inference_steps", 1, "--report_to", "none"]
     short += ["--heldout_data_dir", heldout]
     caplog.set_level("INFO")
     train(demo_config(monkeypatch, *short, "--output_dir", tmp_path / "out"))
