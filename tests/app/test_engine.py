@@ -5,6 +5,7 @@ import pytest
 
 from flatlora_diffusion.app import engine
 from flatlora_diffusion.app.engine import Drawn, Job, Step, Studio
+from flatlora_diffusion.app.frames import Frames
 from flatlora_diffusion.app.site import warn_of_cut
 from flatlora_diffusion.common.errors import UserError
 from flatlora_diffusion.draw.adapters import load_adapter
@@ -15,8 +16,15 @@ DRAWING = Drawing(16, 16, 3, 3.0)
 
 
 @pytest.fixture(scope="module")
-def studio(base_path, written_adapters):
+def loaded(base_path, written_adapters):
     return Studio(load_pipeline(str(base_path)), "tiny", written_adapters)
+
+
+@pytest.fixture
+def studio(loaded, monkeypatch):
+    """One that has kept no pictures of other tests."""
+    monkeypatch.setattr(loaded, "_frames", Frames())
+    return loaded
 
 
 @pytest.fixture(scope="module")
