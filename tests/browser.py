@@ -4,9 +4,10 @@ Test files say `pytest_plugins = ["tests.browser"]`, take the fixture `open_page
 imported fixture would be made once for each file. PYTEST_DONT_REWRITE: the import comes before the plugin.
 
 Chromium is one process for all tests. The first page of a test is opened in its own profile, which keeps the
-page's scripts compiled and forgets what the page has stored; other pages have contexts of their own. Playwright's driver is one process for the tests of a file that follow on each other. While it
-runs, the thread counts as running an event loop, and whatever calls `asyncio.run` there fails: before another
-test it is ended.
+page's scripts compiled and forgets what the page has stored; other pages have contexts of their own.
+Playwright's driver is one process for the tests of a file that follow on each other. While it runs, the
+thread counts as running an event loop, and whatever calls `asyncio.run` there fails: before another test it
+is ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Several processes give the gradients of one with the whole batch; with noise, of the mean over theirs."""
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -342,15 +343,17 @@ def test_the_script_refuses_sharding(base_path, icons, tmp_path, capfd, environm
     assert not output.exists()
 
 
-def on_cpu() -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+def set_variables(**variables: str) -> None:
+    os.environ.update(variables)
 
 
 def test_accelerate_launch_with_the_shipped_configuration(config, base_path, icons, tmp_path, launcher):
     output = tmp_path / "out"
     words = flags(base_path, icons, output, "--max_train_steps", 3, "--mixed_precision", "no")
     launch = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml")
-    done = launcher.run(*launch, "--main_process_port", 0, SCRIPT, *words, prepare=on_cpu)
+    own = {"ACCELERATE_USE_CPU": "true", "FLATLORA_CACHE": os.environ["FLATLORA_CACHE"]}
+    prepare = functools.partial(set_variables, **own)
+    done = launcher.run(*launch, "--main_process_port", 0, SCRIPT, *words, prepare=prepare)
     assert done.code == 0, done.stderr[-3000:]
     assert done.stderr.count("saved ") == 1, "only the main process should report"
     assert json.loads((output / "summary.json").read_text())["processes"] == 2
