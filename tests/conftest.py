@@ -14,8 +14,8 @@ import pytest
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for a process, a browser or the disk."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than there are cores: many tests wait for a process, a browser or the disk."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_configure(config: pytest.Config) -> None:
