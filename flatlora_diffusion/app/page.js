@@ -2,7 +2,8 @@
 (() => {
     const find = (id) => document.getElementById(id);
     const NUMBERS = new Set(["seed", "steps", "guidance", "scale", "width", "height"]);
-    const TABS = ["compare", "shake", "strength", "grid", "blind", "runs"];
+    const tabs = () =>
+        window.gradio_config.components.filter(({ type }) => type === "tabitem").map(({ props }) => props.id);
     const tabButton = (name) => find(`tab-${name}-button`);
 
     // The stage: two pictures over each other.
@@ -123,13 +124,13 @@
 
     function openTab() {
         const wanted = location.hash.slice(1);
-        const name = TABS.includes(wanted) ? wanted : "compare";
+        const name = tabs().includes(wanted) ? wanted : "compare";
         const button = tabButton(name);
         if (button && button.getAttribute("aria-selected") !== "true") button.click();
     }
 
     function tabClicked(event) {
-        const name = TABS.find((tab) => event.target.closest?.(`#tab-${tab}-button`));
+        const name = tabs().find((tab) => event.target.closest?.(`#tab-${tab}-button`));
         const mark = name === "compare" ? "" : `#${name}`; // a button is called so: the browser would scroll there
         if (!name || !event.isTrusted || location.hash === mark) return;
         history.pushState(null, "", location.pathname + location.search + mark);
@@ -138,7 +139,7 @@
     // A link in the page's words: by itself it would drop the query, and load the page again.
     function linkClicked(event) {
         const name = event.target.closest?.("a[href^='#']")?.getAttribute("href").slice(1);
-        if (!TABS.includes(name)) return;
+        if (!tabs().includes(name)) return;
         event.preventDefault();
         history.pushState(null, "", `${location.pathname}${location.search}#${name}`);
         openTab();

@@ -20,10 +20,8 @@ from flatlora_diffusion.flat.hooks import (
     is_diffusers_attention,
 )
 from flatlora_diffusion.flat.layer import Contents, PerturbedLayer, Prepared
-from flatlora_diffusion.flat.noise import SCHEDULES, GaussianSource, NoiseSource, TableSource, sigma_at
+from flatlora_diffusion.flat.noise import SCHEDULES, SOURCES, NoiseSource, sigma_at
 from flatlora_diffusion.flat.prepare import prepare
-
-NOISE_SOURCES = ("table", "gaussian")
 
 _PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -218,8 +216,8 @@ class FlatLoRA:
             raise ValueError(f"{total_steps=} must be at least 1: the number of optimizer steps of the run")
         if schedule not in SCHEDULES:
             raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
-        if noise not in NOISE_SOURCES:
-            raise ValueError(f"{noise=} is unknown; choose one of {', '.join(NOISE_SOURCES)}")
+        if noise not in SOURCES:
+            raise ValueError(f"{noise=} is unknown; choose one of {', '.join(SOURCES)}")
         self._sigma = float(sigma)
         self._total_steps = total_steps
         self._schedule = schedule
@@ -227,9 +225,8 @@ class FlatLoRA:
         self._noise_name = noise
 
     def _make_source(self) -> NoiseSource:
-        if self._noise_name == "gaussian":
-            return GaussianSource()
-        return TableSource(self._seed, sum(math.prod(layer.shape) for layer in self._perturbed.values()))
+        elements = sum(math.prod(layer.shape) for layer in self._perturbed.values())
+        return SOURCES[self._noise_name](self._seed, elements)
 
     def _attach(self, model: nn.Module, prefix: str) -> None:
         modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]

@@ -177,3 +177,10 @@ class TableSource:
                 window = table.as_strided((rows, inputs), (inputs, 1), offset)
                 of_weight.append((window, signed_std))
         return [TableDraw(of_weight) for of_weight in windows]
+
+
+SOURCES: dict[str, Callable[[int, int], NoiseSource]] = {
+    "table": TableSource,
+    "gaussian": lambda seed, elements: GaussianSource(),
+}
+"""Name of each source -> what makes it, of a seed and of the number of weights that are perturbed."""

@@ -305,11 +305,14 @@ def test_8_bits_have_no_effect_on_prodigy_as_in_the_diffusers_script(caplog):
     assert caplog.messages == ["--use_8bit_adam has no effect with --optimizer prodigy"]
 
 
-def test_the_samplers_are_those_that_there_are():
-    from flatlora_diffusion.config.settings import VALIDATION_SAMPLERS
+def test_the_choices_are_those_that_there_are():
+    from flatlora_diffusion.config.settings import FLAT_NOISES, FLAT_SCHEDULES, VALIDATION_SAMPLERS
     from flatlora_diffusion.draw.samplers import SAMPLERS
+    from flatlora_diffusion.flat.noise import SCHEDULES, SOURCES
 
     assert VALIDATION_SAMPLERS == SAMPLERS
+    assert tuple(SCHEDULES) == FLAT_SCHEDULES
+    assert tuple(SOURCES) == FLAT_NOISES
 
 
 @pytest.mark.parametrize(("given", "steps"), [({}, 25), ({"validation_inference_steps": 8}, 8)])
