@@ -1,9 +1,8 @@
 """What pytest is told about every test; what tests are made of is in `tests/tiny.py`."""
 
 import gc
-import logging
 import os
-import warnings
+import sys
 
 # Before torch is imported: results must not depend on how busy the machine is, and one test run must not
 # fight another for the cores.
@@ -12,6 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+from tests.workers import Workers, quiet
+
+WORKERS = pytest.StashKey[Workers]()
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are cores: many tests wait for a process, a browser or the disk."""
@@ -19,17 +22,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the models and fixtures of the tests, except where workers run them all.
-
-    Workers start when the process that directs them is ready: it needn't import torch first.
-    """
+    """Import the models and fixtures of the tests, except where workers run them all."""
     if config.option.dist != "no":  # it is "no" in each worker
+        if sys.platform == "linux":
+            workers = config.stash[WORKERS] = Workers(config.args)
+            forked = f"popen//python={workers.command}"
+            config.option.tx = [forked if kind == "popen" else kind for kind in config.option.tx]
         return
-    with warnings.catch_warnings():  # libraries' remarks on each other are no news
-        warnings.simplefilter("ignore")
-        logging.disable()
+    with quiet():
         config.pluginmanager.import_plugin("tests.tiny")
-        logging.disable(logging.NOTSET)
     if hasattr(os, "fork"):
         from tests.script import SERVER, Server
 
@@ -37,7 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Let the server of processes end, where there is one."""
+    """Let the processes that are forked from end, where there are any."""
+    if workers := config.stash.get(WORKERS, None):
+        workers.close()
     if config.option.dist == "no":
         from tests.script import SERVER
 
