@@ -39,8 +39,9 @@ class Recipe:
         vae: Folder or hub name of a VAE in place of the base's.
         batch_size: Pictures denoised together.
         title: Heading of the sheet.
-        footer: Small print in place of the legend, which says what all pictures share.
+        footer: Small print in place of the legend on how the pictures were drawn; empty for none at all.
         strip: Files of the training pictures.
+        references: Prompt -> file of what it should look like, shown where each row has one prompt.
         cell_size: As for `contact_sheet`.
         margin: As for `contact_sheet`.
         sha256: Name of an adapter -> what its file must have, where that is known.
@@ -61,6 +62,7 @@ class Recipe:
     title: str | None = None
     footer: str | None = None
     strip: Sequence[Path] = ()
+    references: Mapping[str, Path] = field(default_factory=dict)
     cell_size: int | None = None
     margin: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -102,6 +104,11 @@ class Recipe:
                 sha256={name: own["sha256"] for name, own in content["adapters"].items()},
                 vae=content["vae"] and _read_path(content["vae"], folder),
                 **{name: content[name] for name in ("dtype", "revision", "variant", "batch_size", "footer")},
+                references={
+                    row["prompt"]: shown.reference
+                    for row, shown in zip(read_manifest(path)["rows"], sheet.rows, strict=True)
+                    if shown.reference
+                },
                 **{name: getattr(sheet, name) for name in ("title", "strip", "cell_size", "margin")},
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -114,16 +121,17 @@ class Recipe:
             folder: Where the pictures are, or will be.
             sampler: What the small print calls the sampler.
         """
-        grid, shared = self.grid, self.footer is not None
-        labels = grid.labels(grid.rows, shared=shared)
+        grid = self.grid
+        silent = self.footer == ""  # without any small print, labels say all
+        references = self.references if "prompt" in grid.rows else {}
         return Sheet(
-            columns=grid.labels(grid.columns, shared=shared),
+            columns=grid.labels(grid.columns, shared=silent),
             rows=[
-                SheetRow(label, [folder / cell.file for cell in cells])
-                for label, cells in zip(labels, grid.table(), strict=True)
+                SheetRow(label, [folder / cell.file for cell in cells], references.get(cells[0].prompt))
+                for label, cells in zip(grid.labels(grid.rows, shared=silent), grid.table(), strict=True)
             ],
             title=self.title,
-            footer=self._legend(sampler) if self.footer is None else self.footer,
+            footer="" if silent else f"{self.footer or self._legend(sampler)}{self._shared()}",
             strip=self.strip,
             strip_label=STRIP_LABEL if self.strip else None,
             cell_size=self.cell_size,
@@ -158,7 +166,8 @@ class Recipe:
         for row, cells in zip(sheet.rows, self.grid.table(), strict=True):
             of_first = {"prompt": cells[0].prompt, "seed": cells[0].seed, **dict(cells[0].settings)}
             place = {axis: of_first[axis] for axis in self.grid.rows if axis != "method"}
-            rows.append({"label": row.label, "images": [cell.file for cell in cells], **place})
+            shown = {"reference": _relative(row.reference, folder)} if row.reference else {}
+            rows.append({"label": row.label, "images": [cell.file for cell in cells], **place, **shown})
         measures = {"cell_size": self.cell_size, "margin": self.margin}
         texts = {
             "title": self.title,
@@ -196,7 +205,7 @@ class Recipe:
         }
 
     def _legend(self, sampler: str) -> str:
-        """What all pictures share."""
+        """How all pictures were drawn."""
         grid, drawing = self.grid, self.drawing
         own = {
             "steps": f"{drawing.steps} steps",
@@ -224,16 +233,18 @@ class Recipe:
             if isinstance(source, Mix):
                 told = [f"{base_name(str(path))} x {scale:g}" for path, scale in source.parts]
                 parts.append(f"{method.label} = {' + '.join(told)}")
-        shared = grid.shared()
-        noise = f"seed {grid.seeds[0]}" if "seed" in shared else "the same initial noise for each seed"
-        lines = [f"{', '.join(parts)}; {noise}"]
-        if "method" in shared:
-            lines[0] += f"; {grid.methods[0].label}"
-        if "prompt" in shared:
-            lines.append(f"prompt: {grid.prompts[0]}")
-        if drawing.negative_prompt:
-            lines.append(f"negative prompt: {drawing.negative_prompt}")
-        return "\n".join(lines)
+        return ", ".join(parts) + (
+            "" if "seed" in grid.shared() else "; the same initial noise for each seed"
+        )
+
+    def _shared(self) -> str:
+        """What stands once in the small print instead of at each row and column."""
+        grid, shared = self.grid, self.grid.shared()
+        text = f"; seed {grid.seeds[0]}" if "seed" in shared else ""
+        text += f"; {grid.methods[0].label}" if "method" in shared else ""
+        text += f"\nprompt: {grid.prompts[0]}" if "prompt" in shared else ""
+        negative = self.drawing.negative_prompt
+        return text + (f"\nnegative prompt: {negative}" if negative else "")
 
 
 def check_drawing(drawing: Drawing) -> None:

@@ -107,7 +107,7 @@ def add_measures(parser: OneLineParser) -> None:
         type=int,
         metavar="PIXELS",
         help="Side of the square that each picture must fit into (default: small pictures are enlarged by "
-        "whole factors up to 192 pixels, large ones reduced to 512).",
+        "whole factors up to 256 pixels, large ones reduced to 512).",
     )
     parser.add_argument(
         "--margin",

@@ -16,14 +16,22 @@ from flatlora_diffusion.sheet.layout import Label, Size, contact_sheet, sheet_si
 
 MANIFEST = "manifest.json"
 STRIP_LABEL = "training images"
+REFERENCE_LABEL = "real image"
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One row of a sheet: its label and the files of its pictures."""
+    """One row of a sheet: its label and the files of its pictures.
+
+    Attributes:
+        label: Stands beside them.
+        images: One for each column.
+        reference: What they should look like, in a last column.
+    """
 
     label: Label
     images: Sequence[Path]
+    reference: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,9 @@ class Sheet:
         """Read a manifest, given the file or the folder that holds it.
 
         It is a JSON object `{"columns": [...], "rows": [{"label": "...", "images": ["a.png", ...]}, ...]}`
-        with `title`, `footer`, `strip` (files), `strip_label`, `cell_size` and `margin` optional; files are
-        relative to the manifest's folder. A label is a text, or a list of those of its groups and its own.
-        Other keys are left to those who wrote them.
+        with `title`, `footer`, `strip` (files), `strip_label`, `cell_size`, `margin` and a row's `reference`
+        (a file) optional; files are relative to the manifest's folder. A label is a text, or a list of those
+        of its groups and its own. Other keys are left to those who wrote them.
 
         Raises:
             ValueError: The manifest is missing, not JSON, or not of this form.
@@ -85,6 +93,11 @@ class Sheet:
                     label=value(row, "label", _is_label, "a string or list of strings", f"rows[{index}].")
                     or "",
                     images=[path.parent / name for name in strings(row, "images", f"rows[{index}].")],
+                    reference=(
+                        path.parent / reference
+                        if (reference := value(row, "reference", _is_string, "a string", f"rows[{index}]."))
+                        else None
+                    ),
                 )
                 for index, row in enumerate(rows)
             ],
@@ -107,17 +120,30 @@ class Sheet:
             ValueError: The sheet is refused by `contact_sheet`.
         """
         cells = [[(open_file or open_image)(file) for file in row.images] for row in self.rows]
-        return contact_sheet(cells, strip=[open_image(file) for file in self.strip], **self._settings())
+        strip, references = self._others()
+        return contact_sheet(cells, strip=strip, references=references, **self._settings())
 
     def size(self, picture: Size) -> Size:
         """Width and height of the sheet once its pictures are there, all of the size `picture`.
 
         Raises:
-            UserError: A file of the strip is missing or no picture.
+            UserError: A file of the strip or a reference is missing or no picture.
             ValueError: `contact_sheet` would raise one.
         """
         cells = [[picture for _ in row.images] for row in self.rows]
-        return sheet_size(cells, strip=[open_image(file).size for file in self.strip], **self._settings())
+        strip, references = self._others()
+        return sheet_size(
+            cells,
+            strip=[image.size for image in strip],
+            references=[image and image.size for image in references],
+            **self._settings(),
+        )
+
+    def _others(self) -> tuple[list[Image.Image], list[Image.Image | None]]:
+        """The pictures of the strip, and the references if there are any."""
+        files = [row.reference for row in self.rows]
+        references = [file and open_image(file) for file in files] if any(files) else []
+        return [open_image(file) for file in self.strip], references
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -125,6 +151,7 @@ class Sheet:
             "rows": [row.label for row in self.rows],
             "title": self.title,
             "strip_label": self.strip_label,
+            "reference_label": REFERENCE_LABEL,
             "cell_size": self.cell_size,
             "margin": self.margin,
             "footer": self.footer,

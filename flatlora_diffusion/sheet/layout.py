@@ -12,7 +12,7 @@ from flatlora_diffusion.sheet.text import MUTED_INK, Text, fitted
 
 MAX_PIXELS = 64_000_000
 
-_CRISP_SIDE = 192  # small pictures are enlarged up to this side
+_CRISP_SIDE = 256  # small pictures are enlarged up to this side
 _LARGEST_SIDE = 512  # large pictures are reduced to this side
 
 _RULE = "#e5e5ea"
@@ -113,13 +113,15 @@ def contact_sheet(
     title: str | None = None,
     strip: Sequence[Image.Image] = (),
     strip_label: str | None = None,
+    references: Sequence[Image.Image | None] = (),
+    reference_label: str = "",
     cell_size: int | None = None,
     margin: int | None = None,
     footer: str | None = None,
 ) -> Image.Image:
     """Pictures in a labelled grid on white paper.
 
-    Small pictures (up to 96 pixels) are enlarged by a whole factor without smoothing, large ones reduced to
+    Small pictures (up to 128 pixels) are enlarged by a whole factor without smoothing, large ones reduced to
     512 pixels; transparent ones lie on white.
 
     Args:
@@ -132,6 +134,9 @@ def contact_sheet(
         title: Heading of the sheet.
         strip: Thumbnails above the grid: the training pictures, say.
         strip_label: Heading of the thumbnails.
+        references: What the pictures of each row should look like, in a last column: one for each row, or
+            none at all. Where there is None, the place stays empty.
+        reference_label: Heading of that column.
         cell_size: Side in pixels of the square that each picture must fit into; chosen from the pictures'
             sizes by default.
         margin: Least number of pixels between neighbours in the grid, without rules; labels that need more
@@ -148,15 +153,20 @@ def contact_sheet(
     layout = _arranged(
         [[image.size for image in row] for row in cells],
         [image.size for image in strip],
+        [image and image.size for image in references],
         columns,
         rows,
         title=title,
         strip_label=strip_label,
+        reference_label=reference_label,
         cell_size=cell_size,
         margin=margin,
         footer=footer,
     )
-    return layout.draw([*strip, *(image for row in cells for image in row)])
+    shown = [*strip]
+    for row, reference in zip(cells, references or [None] * len(cells), strict=True):
+        shown += [*row, reference] if reference else row
+    return layout.draw(shown)
 
 
 def sheet_size(
@@ -167,34 +177,53 @@ def sheet_size(
     title: str | None = None,
     strip: Sequence[Size] = (),
     strip_label: str | None = None,
+    references: Sequence[Size | None] = (),
+    reference_label: str = "",
     cell_size: int | None = None,
     margin: int | None = None,
     footer: str | None = None,
 ) -> Size:
-    """Width and height of the sheet of pictures that needn't exist yet: `cells` and `strip` are their sizes.
+    """Width and height of the sheet of pictures that needn't exist yet, of which the sizes are given.
 
     The other arguments, and the errors, are those of `contact_sheet`.
     """
-    settings = {"title": title, "strip_label": strip_label, "footer": footer}
-    return _arranged(cells, strip, columns, rows, cell_size=cell_size, margin=margin, **settings).size
+    return _arranged(
+        cells,
+        strip,
+        references,
+        columns,
+        rows,
+        title=title,
+        strip_label=strip_label,
+        reference_label=reference_label,
+        cell_size=cell_size,
+        margin=margin,
+        footer=footer,
+    ).size
 
 
 def _arranged(
     cells: Sequence[Sequence[Size]],
     strip: Sequence[Size],
+    references: Sequence[Size | None],
     columns: Sequence[Label],
     rows: Sequence[Label],
     *,
     title: str | None,
     strip_label: str | None,
+    reference_label: str,
     cell_size: int | None,
     margin: int | None,
     footer: str | None,
 ) -> _Layout:
     """Where all goes: the pictures of the strip first, then those of the cells row by row."""
-    _check(cells, columns, rows, strip, cell_size, margin)
+    _check(cells, columns, rows, strip, references, cell_size, margin)
     box = cell_size or _cell_side([size for row in cells for size in row])
-    sizes = [_displayed_size(size, box) for row in cells for size in row]
+    grid: list[list[Size | None]] = [list(row) for row in cells]
+    if references:
+        grid = [[*row, reference] for row, reference in zip(grid, references, strict=True)]
+        columns = [*columns, _beside(reference_label, columns)]
+    sizes = [_displayed_size(size, box) for row in grid for size in row if size]
     cell_width, cell_height = (max(sides) for sides in zip(*sizes, strict=True))
     text_size = min(max(round(box * 0.055), 14), 28)
     layout = _Layout(text_size, content_width=0, y=2 * text_size)
@@ -219,6 +248,7 @@ def _arranged(
         width = max(text.width for text in texts)
         x += width + 3 * layout.gap if width else 0
     starts = {start for level in headings[:-1] for start, _, _ in level} - {0}
+    starts |= {len(cells[0])} if references else set()
     lefts = []
     for column in range(len(columns)):
         x += 2 * layout.gap if margin is None and column in starts else 0
@@ -240,14 +270,15 @@ def _arranged(
         _lay_out_headings(layout, level, spans, apart, limit, is_last=depth == len(headings) - 1)
 
     tops, ends, bottoms = [], [], []
-    for index, row in enumerate(cells):
+    for index, row in enumerate(grid):
         if index and margin is not None:
             layout.y += margin
         elif index:
             _separate(layout, labels, label_lefts, index)
         height = max(cell_height, beside[-1][index].height)
         for left, size in zip(lefts, row, strict=True):
-            layout.add_place(size, box, left, layout.y, column_width, height)
+            if size:
+                layout.add_place(size, box, left, layout.y, column_width, height)
         tops.append(layout.y)
         layout.y += height
         ends.append(layout.y)
@@ -272,6 +303,11 @@ def _arranged(
             f"{MAX_PIXELS // 10**6} million; use fewer pictures or a smaller cell_size"
         )
     return layout
+
+
+def _beside(heading: str, labels: Sequence[Label]) -> Label:
+    """The label of one more column, with as many texts as the others have."""
+    return heading if isinstance(labels[0], str) else (*[""] * (len(labels[0]) - 1), heading)
 
 
 _Level = list[tuple[int, int, str]]
@@ -347,6 +383,7 @@ def _check(
     columns: Sequence[Label],
     rows: Sequence[Label],
     strip: Sequence[Size],
+    references: Sequence[Size | None],
     cell_size: int | None,
     margin: int | None,
 ) -> None:
@@ -367,10 +404,15 @@ def _check(
         raise ValueError(
             f"there are {len(rows)} row labels for {len(cells)} rows of pictures; pass one label for each row"
         )
+    if references and len(references) != len(cells):
+        raise ValueError(
+            f"there are {len(references)} references for {len(cells)} rows of pictures; pass one for each row"
+        )
     for what, labels in (("column", columns), ("row", rows)):
         if len({1 if isinstance(label, str) else len(label) for label in labels} | {0}) != 2:
             raise ValueError(f"the {what} labels have different numbers of texts; give each the same")
-    if any(0 in size for size in [*strip, *(size for row in cells for size in row)]):
+    sizes = [*strip, *filter(None, references), *(size for row in cells for size in row)]
+    if any(0 in size for size in sizes):
         raise ValueError("a picture has no pixels; leave it out")
     if cell_size is not None and cell_size < 1:
         raise ValueError(f"{cell_size=} must be at least 1 pixel")

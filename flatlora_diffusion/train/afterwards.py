@@ -38,6 +38,7 @@ def present(
     config: TrainConfig,
     arms: list[TrainConfig],
     samples: list[Sample],
+    heldout_samples: list[Sample],
     side_by_side: SideBySide | None,
     repository: str | None,
     tracked: Tracked | None = None,
@@ -48,6 +49,7 @@ def present(
         config: Settings of the run, or of the comparison.
         arms: Those of its runs.
         samples: The training images.
+        heldout_samples: Images of the taught style that weren't trained.
         side_by_side: Shows the validation pictures of a comparison.
         repository: Its name on the hub, where it is uploaded.
         tracked: The trackers of the last run, for the pictures.
@@ -80,7 +82,7 @@ def present(
         attempt(side_by_side.draw_missing)
     exhibit = None
     if prompts := prompts_after(config, samples):
-        exhibit = attempt(_draw_comparison, config, samples, prompts, adapters)
+        exhibit = attempt(_draw_comparison, config, samples, heldout_samples, prompts, adapters)
         release()
         if exhibit:
             attempt(report_final, tracked, Path(config.output_dir, "comparison"), list(adapters))
@@ -129,10 +131,15 @@ def report_final(tracked: Tracked | None, folder: Path, methods: list[str]) -> N
 
 
 def _draw_comparison(
-    config: TrainConfig, samples: list[Sample], prompts: list[str], adapters: dict[str, Path]
+    config: TrainConfig,
+    samples: list[Sample],
+    heldout_samples: list[Sample],
+    prompts: list[str],
+    adapters: dict[str, Path],
 ) -> Exhibit:
     """The base beside the adapters, loaded from disk as any user would load them."""
     output = Path(config.output_dir)
+    folder = output / "comparison"
     names = adapter_names(adapters)
     methods = [Method(BASE), *(Method(label, name) for label, name in names.items())]
     state, drawing = AcceleratorState(), final_drawing(config)
@@ -147,9 +154,14 @@ def _draw_comparison(
         vae=config.pretrained_vae_model_name_or_path,
         title="The same prompt, seed and initial noise in every row",
         footer=footer(config, len(samples), drawing),
-        strip=[_picture_file(sample.path, output / "comparison") for sample in samples[:MOST_IN_STRIP]],
+        strip=[_picture_file(sample.path, folder) for sample in samples[:MOST_IN_STRIP]],
+        references={
+            prompt: _picture_file(found[0].path, folder)
+            for prompt in prompts
+            if len(found := [own for own in (*samples, *heldout_samples) if own.caption == prompt]) == 1
+        },
     )
-    folder, sheet = output / "comparison", output / COMPARISON
+    sheet = output / COMPARISON
     draw_grid(
         recipe,
         folder,

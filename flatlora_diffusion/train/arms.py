@@ -96,7 +96,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = (), preset: Prese
             logger.info("%s", verdict(folds))
         try:
             if PartialState().is_main_process:
-                present(config, arms, samples, side_by_side, repository, tracked)
+                present(config, arms, samples, heldout_samples, side_by_side, repository, tracked)
         finally:
             tracked.finish()
         leave_processes()

@@ -1,5 +1,6 @@
 """`make demo` on the shipped base and icons, cut short."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def test_the_demo_compares_trained_and_untrained_subjects_and_the_styles_of_the_
 def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     heldout = tmp_path / "heldout"
     heldout.mkdir()
-    shutil.copy(PROJECT / "assets/icons-3d-heldout/alien.png", heldout)
+    shutil.copy(PROJECT / "assets/icons-3d-heldout/tomato.png", heldout)
+    caption = {"file_name": "tomato.png", "text": "a fluent 3d icon of tomato"}
+    (heldout / "metadata.jsonl").write_text(json.dumps(caption))
     short = ["--max_train_steps", 1, "--validation_inference_steps", 1, "--report_to", "none"]
     short += ["--heldout_data_dir", heldout]
     caplog.set_level("INFO")
@@ -42,3 +45,12 @@ def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     assert f"--run {tmp_path / 'out'}" in caplog.messages[-1]
     with Image.open(picture) as sheet:
         assert sheet.width > 600 and sheet.height > 600
+    folder = tmp_path / "out" / "comparison"
+    rows = json.loads((folder / "manifest.json").read_text())["rows"]
+    shown = {row["prompt"]: (folder / row["reference"]).resolve() for row in rows if "reference" in row}
+    trained = {
+        prompt: file
+        for prompt, file in shown.items()
+        if prompt != caption["text"] and file.parent == PROJECT / "assets/icons-3d"
+    }
+    assert shown == {**trained, caption["text"]: heldout / "tomato.png"} and len(trained) == 1

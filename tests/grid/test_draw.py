@@ -254,6 +254,21 @@ def test_the_small_print_has_the_scales_that_no_label_has(recipe, tmp_path, scal
     assert told in own.sheet(tmp_path, "Euler").footer
 
 
+def test_what_pictures_should_look_like_stands_beside_rows_of_one_prompt(recipe, icons, tmp_path):
+    real = sorted(icons.glob("*.png"))[0]
+    own = dataclasses.replace(recipe, references={PROMPTS[1]: real})
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(own.manifest(folder, "Euler", "cpu", {}, {})))
+    again = Recipe.load(folder)
+    assert {prompt: file.resolve() for prompt, file in again.references.items()} == {PROMPTS[1]: real}
+    rows = own.sheet(folder, "Euler").rows
+    assert [row.reference for row in rows] == [None, None, real, real]
+    turned = dataclasses.replace(own.grid, rows=("seed",), columns=("prompt", "method"))
+    turned = dataclasses.replace(own, grid=turned).sheet(folder, "Euler")
+    assert [row.reference for row in turned.rows] == [None, None]
+
+
 # The folder.
 
 

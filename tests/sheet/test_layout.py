@@ -55,7 +55,7 @@ def test_pictures_form_an_aligned_grid_in_the_order_given():
     found = [[box_of(sheet, colour) for colour in row] for row in names]
     assert all(filled for row in found for _, filled in row)
     boxes = [[box for box, _ in row] for row in found]
-    assert {(right - left, bottom - top) for row in boxes for left, top, right, bottom in row} == {(192, 192)}
+    assert {(right - left, bottom - top) for row in boxes for left, top, right, bottom in row} == {(256, 256)}
     for upper, lower in zip(*boxes, strict=True):
         assert upper[0] == lower[0] and upper[3] < lower[1]
     for row in boxes:
@@ -66,7 +66,7 @@ def test_pictures_form_an_aligned_grid_in_the_order_given():
 
 @pytest.mark.parametrize(
     ("side", "shown"),
-    [(1, 192), (24, 192), (64, 192), (96, 192), (97, 97), (100, 100), (512, 512), (513, 512), (1024, 512)],
+    [(1, 256), (24, 240), (64, 256), (96, 192), (128, 256), (129, 129), (512, 512), (513, 512), (1024, 512)],
 )
 def test_small_pictures_grow_by_whole_factors_and_large_ones_shrink(side, shown):
     sheet = contact_sheet([[picture("#102030", side)]], columns=["a"], rows=["b"])
@@ -90,6 +90,42 @@ def test_pictures_of_different_shapes_keep_their_proportions_and_are_centred():
     assert abs((first[1] + first[3]) - (second[1] + second[3])) <= 1
 
 
+def test_references_stand_in_a_last_column_and_may_be_missing():
+    cells = [colours("#010000", "#020000"), colours("#030000", "#040000"), colours("#050000", "#060000")]
+    references = [Image.new("RGB", (1000, 1000), "#070000"), None, Image.new("RGB", (40, 20), "#080000")]
+    plain = contact_sheet(cells, columns=["a", "b"], rows=["x", "y", "z"])
+    sheet = contact_sheet(
+        cells, columns=["a", "b"], rows=["x", "y", "z"], references=references, reference_label="real"
+    )
+    sizes = [[image.size for image in row] for row in cells]
+    measured = sheet_size(
+        sizes,
+        columns=["a", "b"],
+        rows=["x", "y", "z"],
+        references=[image and image.size for image in references],
+        reference_label="real",
+    )
+    assert measured == sheet.size and sheet.width > plain.width and sheet.height == plain.height
+    for colour in ("#010000", "#040000", "#060000"):
+        assert box_of(sheet, colour) == box_of(plain, colour)
+    (left, top, right, bottom), filled = box_of(sheet, "#070000")  # reduced to what is drawn
+    assert filled and (right - left, bottom - top) == (256, 256)
+    assert (top, bottom) == (box_of(sheet, "#020000")[0][1], box_of(sheet, "#020000")[0][3])
+    small, filled = box_of(sheet, "#080000")
+    assert filled and (small[2] - small[0], small[3] - small[1]) == (240, 120)
+    assert abs(small[0] + small[2] - left - right) <= 1 and left > box_of(sheet, "#020000")[0][2]
+    assert_empty_margin(sheet)
+
+
+def test_a_reference_has_a_heading_below_those_of_groups():
+    layout = arranged(
+        64, LABELS["groups of two"](4), ["x", "y"], references=[(9, 9), None], reference_label="real"
+    )
+    assert len(layout.places) == 2 * 4 + 1
+    headings = {text.lines[0]: (x, y) for x, y, _, text in layout.texts if text.lines}
+    assert headings["real"][1] == headings["seed 0"][1] and headings["real"][0] > headings["seed 1"][0]
+
+
 # Groups, margins and sizes.
 
 
@@ -101,10 +137,11 @@ def arranged(side, columns, rows, **settings):
         "cell_size": None,
         "margin": None,
         "footer": None,
+        "reference_label": "",
     } | settings
-    strip = settings.pop("strip", ())
+    strip, references = settings.pop("strip", ()), settings.pop("references", ())
     cells = [[(side, side)] * len(columns)] * len(rows)
-    return _arranged(cells, strip, columns, rows, **settings)
+    return _arranged(cells, strip, references, columns, rows, **settings)
 
 
 def text_boxes(layout):
@@ -258,7 +295,7 @@ def test_enlargement_is_crisp():
     left, top = box_of(sheet, corner)[0][:2]
     right, bottom = box_of(sheet, end)[0][2:]
     shown = sheet.crop((left, top, right, bottom))
-    assert ImageChops.difference(shown, pixels.resize((192, 192), Image.Resampling.NEAREST)).getbbox() is None
+    assert ImageChops.difference(shown, pixels.resize((256, 256), Image.Resampling.NEAREST)).getbbox() is None
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB with a transparent colour"])
@@ -278,9 +315,9 @@ def test_transparent_pictures_lie_on_white(mode):
         icon = icon.convert(mode)
     sheet = contact_sheet([[icon]], columns=[""], rows=[""])
     box, filled = box_of(sheet, "#000000")
-    assert filled and (box[2] - box[0], box[3] - box[1]) == (96, 96)
-    surroundings = sheet.crop((box[0] - 48, box[1] - 48, box[2] + 48, box[1]))
-    assert surroundings.getcolors() == [(192 * 48, (255, 255, 255))]
+    assert filled and (box[2] - box[0], box[3] - box[1]) == (128, 128)
+    surroundings = sheet.crop((box[0] - 64, box[1] - 64, box[2] + 64, box[1]))
+    assert surroundings.getcolors() == [(256 * 64, (255, 255, 255))]
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
@@ -314,7 +351,7 @@ def test_no_text_leaves_the_sheet_or_touches_a_picture(side):
     sheet = contact_sheet(cells, **arguments)
     assert_empty_margin(sheet)
     # Ink over a picture would leave fewer pixels of its colour than the picture has.
-    shown = min(side, 512) if side > 96 else 192
+    shown = min(side, 512) if side > 128 else 256
     pixels = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 24)}
     for red in (1, 2, 3):
         assert pixels[red, 0, 0] == len(PROMPTS) * shown**2
@@ -330,7 +367,7 @@ def test_any_shape_of_grid(columns, rows):
         strip=colours(*["#000100"] * 23),
     )
     pixels = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 24)}
-    assert pixels[1, 0, 0] == columns * rows * 192**2
+    assert pixels[1, 0, 0] == columns * rows * 256**2
     assert pixels[0, 1, 0] == 23 * 64**2
     assert_empty_margin(sheet)
 
@@ -398,6 +435,8 @@ def test_sheets_are_deterministic():
         ),
         ([[picture()] * 2] * 2, {"columns": [(), ()]}, "the column labels have different numbers of texts"),
         ([[picture()] * 2] * 2, {"strip": [picture(side=0)]}, "a picture has no pixels"),
+        ([[picture()] * 2] * 2, {"references": [picture(side=0), None]}, "a picture has no pixels"),
+        ([[picture()] * 2] * 2, {"references": [None]}, "1 references for 2 rows of pictures; pass one"),
     ],
 )
 def test_bad_input_is_named(cells, settings, message):

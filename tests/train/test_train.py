@@ -152,7 +152,8 @@ def test_compare_trains_both_from_the_same_start_on_the_same_samples(config, mon
         assert "](../comparison.png)" in (output / arm / "README.md").read_text()
     manifest = json.loads((output / "comparison" / "manifest.json").read_text())
     assert manifest["columns"] == ["base", "LoRA", "Flat-LoRA"]
-    assert [row["prompt"] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
+    assert [row["label"] for row in manifest["rows"]] == ["a red icon", "a blue icon"]
+    assert manifest["footer"].endswith("; seed 3")
     facts = {name: read_facts(output / name / WEIGHTS_NAME) for name in ("lora", "flat_lora")}
     assert facts["lora"]["method"] == "LoRA" and facts["lora"]["flat_sigma"] == 0
     assert facts["flat_lora"]["method"] == "Flat-LoRA" and facts["flat_lora"]["flat_sigma"] == 0.4
