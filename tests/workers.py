@@ -24,6 +24,17 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+LATE = (
+    "diffusers.guiders",
+    "diffusers.schedulers.scheduling_ddim",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "mpl_toolkits.mplot3d",
+    "numpy.ma",
+    "peft.utils.transformers_weight_conversion",
+    "torch.utils.tensorboard",
+)
+"""What is imported when it is first used, and is used by many tests."""
 
 
 class Workers:
@@ -86,6 +97,9 @@ def _import_tests(paths: list[str]) -> None:
             # A worker comes to what fails once more, and tells of it.
             with contextlib.suppress(Exception, pytest.skip.Exception):
                 importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        for name in LATE:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no worker's search for garbage looks through it
     gc.enable()
