@@ -118,7 +118,9 @@ def _load(library: ModuleType, source: DatasetSource, split: str) -> Dataset:
             f"--dataset_name: the package datasets {library.__version__} can run code of a dataset; "
             f"{_FIRST_WITHOUT_SCRIPTS}.0 or newer is needed: pip install --upgrade datasets"
         )
+    verbosity = library.logging.get_verbosity()
     try:
+        library.logging.set_verbosity(logging.CRITICAL)  # the error that it raises says all that it logs
         if Path(source.name).is_dir():
             library.disable_progress_bars()  # there is nothing to wait for
         splits = library.load_dataset(source.name, source.configuration, cache_dir=source.cache)
@@ -130,6 +132,8 @@ def _load(library: ModuleType, source: DatasetSource, split: str) -> Dataset:
         raise UserError(
             f"{flag}: cannot be loaded ({reason[:300]}); give a dataset of the hub, or a local folder"
         ) from error
+    finally:
+        library.logging.set_verbosity(verbosity)
     if split not in splits:
         raise UserError(f"{flag}: no split {split} in it (there: {', '.join(splits)})")
     return splits[split]
