@@ -59,6 +59,22 @@ def learning_rate_factor(step: int, first: int, total: int) -> float:
     return min((step - first + 1) / WARM_UP_STEPS, 1.0, (total - step) / max(COOL_DOWN * total, 1.0))
 
 
+def rows_of_step(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
+    """The rows of a batch: every row of the data once, in an order of its own, before any comes again.
+
+    Args:
+        step: steps taken so far.
+        batch: rows in a batch.
+        count: rows of the data.
+        seed: of the orders.
+    """
+    first, past = step * batch, (step + 1) * batch
+    passes = range(first // count, (past - 1) // count + 1)
+    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed + n)) for n in passes]
+    start = first - passes[0] * count
+    return torch.cat(orders)[start : start + batch]
+
+
 def read_progress(work: Path, name: str) -> dict[str, float]:
     """The ``step`` that stage ``name`` is at, and the ``seconds`` of CPU time that it took."""
     state = torch.load(work / f"{name}.ckpt", weights_only=True, mmap=True)  # its tensors are not read

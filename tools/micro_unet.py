@@ -9,7 +9,7 @@ from micro_captions import Captions
 from micro_data import load_icons
 from micro_models import IMAGE_SIZE, build_scheduler, build_unet, encode, tokenize
 from micro_text import load_text
-from micro_training import Stage, fast_autocast
+from micro_training import Stage, fast_autocast, rows_of_step
 from torch.nn import functional as F
 
 BATCH = 32
@@ -49,8 +49,8 @@ def train_unet(work: Path, steps: int, device: torch.device, lr: float = 1e-3) -
     unet = build_unet().to(device, memory_format=torch.channels_last)
     stage = Stage("unet", unet, work, steps, lr=lr, seed=5, decay=0.999, muon=False)
     draw = stage.generator
-    for _ in stage.steps():
-        chosen = torch.randint(len(all_styles), (BATCH,), generator=draw)
+    for step in stage.steps():
+        chosen = rows_of_step(step, BATCH, len(all_styles), seed=6)
         styles, subjects = all_styles[chosen], all_subjects[chosen]
         ids = tokenize(tokenizer, captions.draw(styles, subjects, draw)).to(device)
         context, pooled, _ = encode((text["one"], text["two"]), ids)

@@ -238,6 +238,15 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
     assert factor(1000, 0, 1000) == 0
 
 
+@pytest.mark.parametrize(("batch", "count"), [(4, 10), (10, 10), (7, 3)])
+def test_batches_show_each_row_once_before_any_comes_again(batch: int, count: int) -> None:
+    shown = torch.cat([micro_training.rows_of_step(step, batch, count, seed=5) for step in range(30)])
+    passes = shown[: len(shown) // count * count].view(-1, count)
+    assert all(row.sort().values.equal(torch.arange(count)) for row in passes)
+    assert len({tuple(row.tolist()) for row in passes[:3]}) == 3
+    assert not shown[:batch].equal(micro_training.rows_of_step(0, batch, count, seed=6))
+
+
 def test_distorted_icons_keep_their_white_background() -> None:
     pixels = torch.ones(16, 3, 64, 64)
     pixels[:, :, 24:40, 24:40] = -1
