@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -154,8 +155,8 @@ def contact_sheet(
         [[image.size for image in row] for row in cells],
         [image.size for image in strip],
         [image and image.size for image in references],
-        columns,
-        rows,
+        columns=columns,
+        rows=rows,
         title=title,
         strip_label=strip_label,
         reference_label=reference_label,
@@ -172,49 +173,30 @@ def contact_sheet(
 def sheet_size(
     cells: Sequence[Sequence[Size]],
     *,
-    columns: Sequence[Label],
-    rows: Sequence[Label],
-    title: str | None = None,
     strip: Sequence[Size] = (),
-    strip_label: str | None = None,
     references: Sequence[Size | None] = (),
-    reference_label: str = "",
-    cell_size: int | None = None,
-    margin: int | None = None,
-    footer: str | None = None,
+    **settings: Any,
 ) -> Size:
     """Width and height of the sheet of pictures that needn't exist yet, of which the sizes are given.
 
     The other arguments, and the errors, are those of `contact_sheet`.
     """
-    return _arranged(
-        cells,
-        strip,
-        references,
-        columns,
-        rows,
-        title=title,
-        strip_label=strip_label,
-        reference_label=reference_label,
-        cell_size=cell_size,
-        margin=margin,
-        footer=footer,
-    ).size
+    return _arranged(cells, strip, references, **settings).size
 
 
 def _arranged(
     cells: Sequence[Sequence[Size]],
     strip: Sequence[Size],
     references: Sequence[Size | None],
+    *,
     columns: Sequence[Label],
     rows: Sequence[Label],
-    *,
-    title: str | None,
-    strip_label: str | None,
-    reference_label: str,
-    cell_size: int | None,
-    margin: int | None,
-    footer: str | None,
+    title: str | None = None,
+    strip_label: str | None = None,
+    reference_label: str = "",
+    cell_size: int | None = None,
+    margin: int | None = None,
+    footer: str | None = None,
 ) -> _Layout:
     """Where all goes: the pictures of the strip first, then those of the cells row by row."""
     _check(cells, columns, rows, strip, references, cell_size, margin)

@@ -131,17 +131,9 @@ def test_a_reference_has_a_heading_below_those_of_groups():
 
 def arranged(side, columns, rows, **settings):
     """Where all of a sheet goes, without its pictures."""
-    settings = {
-        "title": None,
-        "strip_label": None,
-        "cell_size": None,
-        "margin": None,
-        "footer": None,
-        "reference_label": "",
-    } | settings
     strip, references = settings.pop("strip", ()), settings.pop("references", ())
     cells = [[(side, side)] * len(columns)] * len(rows)
-    return _arranged(cells, strip, references, columns, rows, **settings)
+    return _arranged(cells, strip, references, columns=columns, rows=rows, **settings)
 
 
 def text_boxes(layout):
