@@ -101,7 +101,7 @@ class Recipe:
                 grid=Grid(methods=[Method(**method) for method in content["methods"]], **axes),
                 drawing=Drawing(**content["drawing"]),
                 adapters={name: _read_source(own, folder) for name, own in content["adapters"].items()},
-                sha256={name: own["sha256"] for name, own in content["adapters"].items()},
+                sha256={name: own["sha256"] for name, own in content["adapters"].items() if own["sha256"]},
                 vae=content["vae"] and _read_path(content["vae"], folder),
                 **{name: content[name] for name in ("dtype", "revision", "variant", "batch_size", "footer")},
                 references={

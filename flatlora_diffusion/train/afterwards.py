@@ -152,7 +152,7 @@ def _draw_comparison(
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
-        title="The same prompt, seed and initial noise in every row",
+        title="In each row: the same prompt, seed and initial noise",
         footer=footer(config, len(samples), drawing),
         strip=[_picture_file(sample.path, folder) for sample in samples[:MOST_IN_STRIP]],
         references={

@@ -262,6 +262,7 @@ def test_what_pictures_should_look_like_stands_beside_rows_of_one_prompt(recipe,
     (folder / "manifest.json").write_text(json.dumps(own.manifest(folder, "Euler", "cpu", {}, {})))
     again = Recipe.load(folder)
     assert {prompt: file.resolve() for prompt, file in again.references.items()} == {PROMPTS[1]: real}
+    assert again.adapters and again.sha256 == {}  # a hash that isn't known is that of any file
     rows = own.sheet(folder, "Euler").rows
     assert [row.reference for row in rows] == [None, None, real, real]
     turned = dataclasses.replace(own.grid, rows=("seed",), columns=("prompt", "method"))
