@@ -91,7 +91,7 @@ def comparison_exhibit(sheet: Path, folder: Path) -> Exhibit:
         folder: Where the single pictures and their manifest are.
     """
     manifest = read_manifest(folder / MANIFEST)
-    caption = f"{', '.join(manifest['columns'])}: the same prompt, seed and initial noise in every row."
+    caption = f"{', '.join(manifest['columns'])}; in each row the same prompt, seed and initial noise."
     examples = [
         Example(f"{folder.name}/{row['images'][-1]}", row["prompt"], row["seed"]) for row in manifest["rows"]
     ]

@@ -167,7 +167,7 @@ class SideBySide:
                 for number, row in enumerate(last.rows)
                 for place, seed in enumerate(last.columns)
             ],
-            title=f"After step {step}: the same prompt, seed and initial noise in every row",
+            title=f"After step {step}; in each row: the same prompt, seed and initial noise",
             footer=last.footer,
         )
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -299,7 +299,7 @@ def test_a_comparison_shows_the_base_and_both_arms_side_by_side(undisturbed, bas
             cells,
             columns=list(columns),
             rows=[f"{prompt}\nseed 3" for prompt in PROMPTS],
-            title=f"After step {step}: the same prompt, seed and initial noise in every row",
+            title=f"After step {step}; in each row: the same prompt, seed and initial noise",
             footer=Sheet.load(columns["Flat-LoRA"]).footer,
         )
         assert Image.open(output / "validation" / f"{name}.png").tobytes() == expected.tobytes()
