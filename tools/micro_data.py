@@ -138,10 +138,15 @@ def build(raw: Path, output: Path) -> None:
     (output / "merges.txt").write_text("\n".join(words.split("\n")[1:48_895]), encoding="utf-8")
 
 
+def load_subjects(work: Path) -> list[Subject]:
+    """Read the subjects that `build` wrote."""
+    rows = json.loads((work / "subjects.json").read_text())
+    return [Subject(r["code"], tuple(r["names"]), tuple(r["keywords"]), r["icons"]) for r in rows]
+
+
 def load_icons(work: Path) -> Icons:
     """Read what `build` wrote."""
-    rows = json.loads((work / "subjects.json").read_text())
-    subjects = [Subject(r["code"], tuple(r["names"]), tuple(r["keywords"]), r["icons"]) for r in rows]
+    subjects = load_subjects(work)
     has = {style: torch.tensor([style in subject.icons for subject in subjects]) for style in STYLES}
     with np.load(work / "images.npz") as arrays:
         return Icons(subjects, {style: torch.from_numpy(arrays[style]) for style in STYLES}, has)

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from micro_captions import Captions
 from micro_clip import contrast, image_features, load_clip, load_tokenizer, load_tower
-from micro_data import Icons, caption, load_icons, to_pixels
+from micro_data import Icons, caption, load_icons, load_subjects, to_pixels
 from micro_models import POOLED, WIDTHS, build_text_encoders, encode, tokenize
 from micro_subjects import BASE_STYLES
 from micro_training import Stage
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 BATCH = 128
 CHOICES = 4  # batches of about one length that a draw is split into
@@ -91,15 +91,37 @@ def explained_share(
     return 1 - (torch.cat(errors).mean() / components.var()).item()
 
 
+@torch.no_grad()
 def load_text(work: Path) -> tuple[CLIPTokenizer, nn.ModuleDict]:
-    """The tokenizer and the trained text encoders ``one`` and ``two`` (running average)."""
+    """The tokenizer and the trained text encoders ``one`` and ``two`` (running average).
+
+    Their context is brought to the size that SDXL's has: as they are trained it is some ten times larger,
+    which the UNet's attention would start out saturated by.
+    """
     tokenizer = load_tokenizer(work)
     modules = nn.ModuleDict(dict(zip(("one", "two"), build_text_encoders(tokenizer), strict=True)))
     average = torch.load(work / "text.ckpt", weights_only=True)["average"]
     modules.load_state_dict(
         {name: tensor for name, tensor in average.items() if name.startswith(("one.", "two."))}
     )
-    return tokenizer, modules.eval()
+    modules.eval()
+    texts = [caption(style, subject.name) for style in BASE_STYLES for subject in load_subjects(work)[::30]]
+    ids = tokenize(tokenizer, texts)
+    read = torch.arange(ids.shape[1]) <= (ids != tokenizer.pad_token_id).sum(dim=1, keepdim=True)
+    for encoder in modules.values():
+        context = encoder(ids, output_hidden_states=True).hidden_states[-2]
+        scale_context(encoder, 1 / context[read].square().mean().sqrt().item())
+    return tokenizer, modules
+
+
+def scale_context(encoder: CLIPTextModel | CLIPTextModelWithProjection, factor: float) -> None:
+    """Multiply every hidden state by ``factor``; what the encoder gives after its last norm stays the same.
+
+    Each layer reads the hidden state through a norm, so that only what is added to it has to be scaled.
+    """
+    for name, parameter in encoder.named_parameters():
+        if any(part in name for part in ("embedding.", "self_attn.out_proj.", "mlp.fc2.")):
+            parameter.mul_(factor)
 
 
 @torch.no_grad()
