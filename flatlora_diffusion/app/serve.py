@@ -77,6 +77,8 @@ def serve(given: argparse.Namespace) -> None:
     )
     first = FirstComparison(site)
     first.find()
+    # Pages on one machine share gradio's own folder, and one that ends removes what another may be showing.
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(site.new_folder()))
     page = build(site, first)
     hosts = KnownHosts(given.host, given.known_host)
     try:

@@ -5,6 +5,8 @@ import re
 import signal
 import socket
 import sys
+import tempfile
+from pathlib import Path
 
 import httpx
 import pytest
@@ -75,13 +77,15 @@ def hide_gradio() -> None:
 
 def test_what_a_run_left_is_served(launcher, comparison):
     port = free_port()
-    running = launcher.start("app.py", "--run", comparison, "--port", port)
+    running = launcher.start("app.py", "--run", comparison, "--port", port, prepare=forget_folder)
     assert running.wait_until(lambda: running.stdout.endswith("\n"))
     assert running.stdout == f"the page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
-    client = Client(f"http://127.0.0.1:{port}/", verbose=False)
+    client = Client(f"http://127.0.0.1:{port}/", download_files=False, verbose=False)
     assert list(client.predict(api_name="/methods")) == ["base", "LoRA", "Flat-LoRA"]
     files, facts = client.predict("a icon", "", 3, 2, 3.0, 1.0, "default", 16, 16, api_name="/compare")
     assert len(files) == 3 and facts["base"]["base"] == "tiny-sdxl"
+    places = [Path(file["path"]) for file in files]
+    assert not any(place.is_relative_to(Path(tempfile.gettempdir(), "gradio")) for place in places)
     assert client.predict("LoRA", api_name="/training_run")["losses"]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.2:{port}/")  # it listens on one address
@@ -89,6 +93,11 @@ def test_what_a_run_left_is_served(launcher, comparison):
     os.kill(running.pid, signal.SIGTERM)  # while it draws, or is about to
     assert running.wait() == 0
     assert running.stdout.endswith("the page is closed\n") and not running.stderr
+    assert not any(place.exists() for place in places)
+
+
+def forget_folder() -> None:
+    os.environ.pop("GRADIO_TEMP_DIR", None)
 
 
 def test_visitors_are_asked_for_the_password(launcher, base_path, adapters):
