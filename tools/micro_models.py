@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import Transformer2DModel
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -92,7 +95,7 @@ def build_unet() -> UNet2DConditionModel:
     """The UNet: SDXL's pattern (no attention at full size, transformers below), heads of 32."""
     widths = (64, 128, 256)
     time_ids_dim = 8
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -108,8 +111,42 @@ def build_unet() -> UNet2DConditionModel:
         addition_embed_type="text_time",
         addition_time_embed_dim=time_ids_dim,
         projection_class_embeddings_input_dim=POOLED + 6 * time_ids_dim,
-        norm_num_groups=16,
+        norm_num_groups=4,  # of 16 channels and more (SDXL has 10): smaller ones lose the scale of the input
     )
+    start_as_copy(unet)
+    return unet
+
+
+@torch.no_grad()
+def start_as_copy(unet: UNet2DConditionModel) -> None:
+    """Let an untrained UNet predict that everything in its input is noise.
+
+    Where noise is strong that is nearly right, and an error of the copy counts 1 / SNR times in the denoised
+    picture: until the copy is exact, captions can't be learnt. So ``conv_in`` writes the input into all
+    channels, with either sign; residual branches start at zero; the last block's shortcut lets these channels
+    through; and ``conv_out`` takes differences, as ``silu(a) - silu(-a) = a``.
+    """
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            last = module.conv2
+        elif isinstance(module, Transformer2DModel):
+            last = module.proj_out
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    first, shortcut, final = unet.conv_in, unet.up_blocks[-1].resnets[-1].conv_shortcut, unet.conv_out
+    inputs, width = first.in_channels, first.out_channels
+    nn.init.zeros_(first.weight)
+    shortcut.weight.mul_(0.1)
+    final.weight.mul_(0.1)
+    for layer in (first, shortcut, final):
+        nn.init.zeros_(layer.bias)
+    for channel in range(width):
+        source, sign = channel % inputs, 1 - 2 * (channel // inputs % 2)
+        first.weight[channel, source, 1, 1] = sign
+        shortcut.weight[channel, channel - width, 0, 0] += 1  # the skip connection comes last
+        final.weight[source, channel, 1, 1] += sign * 2 * inputs / width
 
 
 def build_scheduler() -> EulerDiscreteScheduler:

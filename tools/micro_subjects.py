@@ -7,13 +7,13 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from micro_chosen import SUBJECTS
 from micro_fxemoji import FXEMOJI_NAMES, SKIPPED_FXEMOJI
 from micro_packages import fetch, list_members, read_json
 
 BASE_STYLES = ("noto", "noto v1", "twemoji", "emojione", "fxemoji", "fluent flat")  # what the model learns
 NEW_STYLES = ("fluent 3d", "streamline")  # never shown to UNet and text encoders
 STYLES = (*BASE_STYLES, *NEW_STYLES)
-FEWEST_STYLES = 3  # a subject stands in so many of the base styles at least
 
 # The icons of the demo (assets/icons-3d): no stage sees their pictures in the new styles.
 DEMO_SUBJECTS = (
@@ -48,9 +48,10 @@ STREAMLINE_HELDOUT_SUBJECTS = (
     *("umbrella", "microscope", "violin", "bomb", "castle", "tractor"),
 )
 
-# Near-duplicates (families, clock times, a man's and a woman's picture of one activity), flags, lettering and
-# abstract signs would take a third of the training steps and add little that anyone can name.
-SKIPPED_CATEGORIES = {"Flags", "Component"}
+# No subject is taken from these, and none of their names counts as another subject's. Streamline files a bell
+# under symbols.
+SKIPPED_CATEGORIES = {"Flags", "Component", "People & Body", "Symbols"}
+SKIPPED_STREAMLINE_CATEGORIES = {"Flags", "Component"}
 SKIPPED_NAME = re.compile(
     "|".join(
         (
@@ -140,9 +141,8 @@ def _read_sets(raw: Path) -> dict[str, dict]:
         if style != "fluent 3d":
             sets[style] = read_json(style, "icons.json", raw)
             categories = read_json(style, "metadata.json", raw)["categories"]
-            sets[style]["skipped"] = {
-                name for category in SKIPPED_CATEGORIES for name in categories.get(category, [])
-            }
+            skipped = SKIPPED_STREAMLINE_CATEGORIES if style == "streamline" else SKIPPED_CATEGORIES
+            sets[style]["skipped"] = {name for category in skipped for name in categories.get(category, [])}
     sets["fxemoji"]["skipped"] |= SKIPPED_FXEMOJI
     return sets
 
@@ -184,7 +184,7 @@ def _read_entries(words: dict[str, list[str]], skipped: set[str], raw: Path) -> 
 
 
 def read_subjects(raw: Path) -> list[Subject]:
-    """The subjects worth learning, in Unicode's order.
+    """The chosen subjects, in Unicode's order.
 
     A second name or keyword that is the first name of another subject is dropped: ``dog`` is the whole
     animal, so it is not kept as a second name of ``dog face``.
@@ -196,15 +196,13 @@ def read_subjects(raw: Path) -> list[Subject]:
     subjects, taken = [], set()
     for emoji, code, icon in entries:
         first, *keywords = words[emoji]
-        if first in taken:  # two characters with one name: what a prompt means by it would be open
+        if first not in SUBJECTS or first in taken:  # two characters may have one name
             continue
         taken.add(first)
         others = [name for name in _old_names(code, icon, sets) if name not in first_names]
         icons = _find_icons([icon, *map(_slug, (first, *others))], sets)
         if _bare(code) in in_3d:
             icons["fluent 3d"] = in_3d[_bare(code)]
-        if sum(style in icons for style in BASE_STYLES) < FEWEST_STYLES:
-            continue
         names = [first, *(text for text in (clean_name(icon), *others) if re.fullmatch(r"[a-z ]{2,}", text))]
         kept = dict.fromkeys(
             word
