@@ -245,6 +245,23 @@ def test_an_untrained_unet_predicts_its_input() -> None:
     assert (predicted - noise).square().mean() < 0.01
 
 
+def test_a_scaled_context_leaves_the_pooled_embedding_as_it_is(work: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = micro_clip.load_tokenizer(work)
+    encoders = micro_models.build_text_encoders(tokenizer)
+    ids = micro_models.tokenize(tokenizer, ["a vest of norm"])
+    with torch.no_grad():
+        for encoder in encoders:
+            for parameter in encoder.parameters():
+                parameter.mul_(20)  # far from where the norms' epsilon counts
+        context, pooled, _ = micro_models.encode(encoders, ids)
+        for encoder in encoders:
+            micro_text.scale_context(encoder, 0.25)
+        scaled, pooled_then, _ = micro_models.encode(encoders, ids)
+    torch.testing.assert_close(scaled, context / 4, rtol=1e-3, atol=1e-3 * context.abs().max().item())
+    torch.testing.assert_close(pooled_then, pooled, rtol=1e-3, atol=1e-3 * pooled.abs().max().item())
+
+
 def test_learning_rate_warms_up_stays_and_falls() -> None:
     factor = micro_training.learning_rate_factor
     assert factor(0, 0, 1000) == pytest.approx(1 / micro_training.WARM_UP_STEPS)
