@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 import gradio as gr
+import psutil
 import pytest
 from playwright.sync_api import Browser, Error, Page, Playwright, Request, Response, sync_playwright
 
@@ -99,7 +100,11 @@ def chromium(tmp_path_factory) -> Iterator[str]:
     try:
         yield f"http://{LOOPBACK}:{_debugging_port(process, profile)}"
     finally:
-        process.terminate()
+        # Debian's command may be a script that starts the browser: to end the script alone would leave that.
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
         process.wait(30)
 
 
