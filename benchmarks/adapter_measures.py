@@ -27,7 +27,7 @@ from flatlora_diffusion.evaluate.likeness import Likeness
 from flatlora_diffusion.evaluate.merged import filters, merged_unet, replaced
 from flatlora_diffusion.output.names import SUMMARY
 
-RESOLUTION = 64
+RESOLUTION = 128
 TIMESTEPS = 4
 BANDS = 4
 SIGMAS = (0.1, 0.3)

@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkout", type=Path, help="folder of a checkout of diffusers")
     parser.add_argument("--base", type=Path, default=DEMO_BASE, help="SDXL base in a folder (the demo's)")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the pictures in pixels (64)")
+    parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels (128)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each (4)")
     parser.add_argument("--output", type=report_file, help="also write the report to this .md or .json file")
     options = parser.parse_args(arguments)

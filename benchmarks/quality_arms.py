@@ -32,7 +32,7 @@ MILD = {"rank": 4, "max_train_steps": 500}
 OVERFITTING = {"rank": 16, "max_train_steps": 1500}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
 LARGER_BATCH = {"train_batch_size": 4}
-DEMO = {**LARGER_BATCH, **TEXT_ENCODERS, "max_train_steps": 400}  # as in assets/demo.yaml
+DEMO = {**LARGER_BATCH, **TEXT_ENCODERS, "max_train_steps": 200}  # as in assets/demo.yaml
 PAPERS_RATE = {"learning_rate": 1e-4}  # a small update beside the noise
 SMALLER_STEPS = {"learning_rate": 3e-4, "max_train_steps": 1500}  # as long a way in more steps
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 46}
@@ -89,7 +89,7 @@ class Arm:
             instance_data_dir=str(icons),
             instance_prompt=PROMPT,
             output_dir=str(folder),
-            resolution=64,
+            resolution=128,
             seed=seed,
             **settings,
         )

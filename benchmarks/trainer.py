@@ -56,7 +56,7 @@ from flatlora_diffusion.config.settings import TrainConfig
 
 ICONS = DEMO_BASE.parent / "icons-3d"
 PROMPT = "a fluent 3d icon"
-DEMO_RESOLUTION = 64
+DEMO_RESOLUTION = 128
 PAPER_STEPS = 500
 # Threads of the arm that has just worked spin for a while before they sleep.
 PAUSE = 0.02

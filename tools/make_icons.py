@@ -34,7 +34,7 @@ FLAT_SUBJECTS = (
     *("winking face", "sleeping face", "ghost", "cat face", "penguin", "turtle", "butterfly"),
     *("pizza", "banana", "cookie", "watermelon", "bicycle", "key", "trophy", "red heart", "glowing star"),
     # Half of them are not.
-    *("crying face", "face screaming in fear", "pile of poo", "elephant", "snake", "dolphin"),
+    *("crying face", "spider", "pile of poo", "elephant", "snake", "dolphin"),
     *("cherries", "sushi", "pineapple", "umbrella", "camera", "anchor"),
     *("castle", "rainbow", "hammer", "scissors"),
 )

@@ -26,9 +26,9 @@ from torch import nn
 
 PROMPTS = 300
 STEPS = 30
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 UNKNOWN_STYLES = ("zorplin", "fluent 3d")  # the first means nothing, the second is to be taught
-UNKNOWN_SUBJECTS = 150
+UNKNOWN_SUBJECTS = 60
 SHEET_COLUMNS = 8
 BLIND_PROMPTS = 40
 SPEED_REPEATS = 5

@@ -50,7 +50,7 @@ STREAMLINE_HELDOUT_SUBJECTS = (
 
 # No subject is taken from these, and none of their names counts as another subject's. Streamline files a bell
 # under symbols.
-SKIPPED_CATEGORIES = {"Flags", "Component", "People & Body", "Symbols"}
+SKIPPED_CATEGORIES = {"Flags", "Component", "People & Body"}
 SKIPPED_STREAMLINE_CATEGORIES = {"Flags", "Component"}
 SKIPPED_NAME = re.compile(
     "|".join(

@@ -23,7 +23,7 @@ from micro_training import is_adopted
 from micro_unet import train_unet
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-STEPS = {"autoencoder": 2500, "clip": 350, "text": 4000, "unet": 30000}
+STEPS = {"autoencoder": 2000, "clip": 300, "text": 1800, "unet": 8400}
 TRAINING = {"autoencoder": train_autoencoder, "clip": train_clip, "text": train_text, "unet": train_unet}
 STAGES = ("data", *STEPS, "score", "export")
 

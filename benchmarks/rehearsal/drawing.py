@@ -177,7 +177,7 @@ def rehearse_evaluation(dtype: torch.dtype) -> str:
         training=icons,
         prompts=PROMPTS[:1],
         clip=str(ASSETS / "micro-clip"),
-        resolution=64,
+        resolution=128,
         steps=2,
         parts=("losses", "drawn", "flatness", "tradeoff"),
         device="cuda",

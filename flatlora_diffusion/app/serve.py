@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 PROJECT = Path(__file__).parents[2]
 DEMO_BASE = PROJECT / "assets" / "micro-sdxl"
 DEMO_STEPS = 20  # on two cores a comparison takes seconds, and more steps don't show
-DEMO_GUIDANCE = 3.0
+DEMO_GUIDANCE = 2.0
 
 
 def serve(given: argparse.Namespace) -> None:

@@ -33,8 +33,8 @@ def test_the_demo_compares_trained_and_untrained_subjects_and_the_styles_of_the_
 def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
     heldout = tmp_path / "heldout"
     heldout.mkdir()
-    shutil.copy(PROJECT / "assets/icons-3d-heldout/tomato.png", heldout)
-    caption = {"file_name": "tomato.png", "text": "a fluent 3d icon of tomato"}
+    shutil.copy(PROJECT / "assets/icons-3d-heldout/watermelon.png", heldout)
+    caption = {"file_name": "watermelon.png", "text": "a fluent 3d icon of watermelon"}
     (heldout / "metadata.jsonl").write_text(json.dumps(caption))
     short = ["--max_train_steps", 1, "--validation_inference_steps", 1, "--report_to", "none"]
     short += ["--heldout_data_dir", heldout]
@@ -53,4 +53,4 @@ def test_the_demo_ends_with_its_picture(monkeypatch, tmp_path, caplog):
         for prompt, file in shown.items()
         if prompt != caption["text"] and file.parent == PROJECT / "assets/icons-3d"
     }
-    assert shown == {**trained, caption["text"]: heldout / "tomato.png"} and len(trained) == 1
+    assert shown == {**trained, caption["text"]: heldout / "watermelon.png"} and len(trained) == 1
