@@ -1,8 +1,8 @@
 """The subjects: pictures that all six base styles have and that a stranger can name.
 
 Left out are people, flags, lettering, clock times, arrows and other signs, and of several pictures that can
-hardly be told apart (a dog and its face, six kinds of train) all but one. What the demo teaches or is
-measured by is in, although a style lacks some of it.
+hardly be told apart (a dog and its face) all but one. What the demo teaches or is measured by is in, although
+a style lacks some of it. There are no more than some hours of two cores can teach.
 """
 
 from __future__ import annotations
